@@ -1,0 +1,203 @@
+"""The rollout file: one JSON object a line, one completion each. The one place that knows the format.
+
+    {"id": "q7", "prompt": "2 + 2 ?", "completion": "The answer is 4.", "reward": 1.0}
+
+id, prompt, completion and reward must be there; see README.md in this folder for the optional fields.
+"""
+
+import array
+import functools
+import hashlib
+import json
+import math
+import os
+
+import numpy as np
+
+from data.common import Problem, progress, whole_file
+
+LONGEST_LINE = 64 * 2**20  # bytes; a longer one is a damaged file, not a completion
+OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "finish": str, "sampling": dict}
+
+
+def write_rollouts(path, rows):
+    """All rows, or no file: it appears under its name only when it is complete."""
+    with whole_file(path) as file:
+        for row in rows:
+            file.write(to_line(row))
+
+
+def to_line(row):
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_rollouts(path):
+    """A whole file as a list, for files that fit in memory."""
+    file = RolloutFile(path)
+    return [file[i] for i in range(len(file))]
+
+
+def parse_line(line, where, map_rewards=None):
+    """One line of bytes to a rollout, or a Problem that says where, what is wrong and what to do."""
+    if len(line) > LONGEST_LINE:
+        raise Problem(f"{where}: the line has {len(line):,} bytes, more than {LONGEST_LINE:,}: is this a JSONL file?")
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=not_finite)
+    except UnicodeDecodeError as error:
+        raise Problem(f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it, or write the file again)"
+        raise Problem(f"{where}: not a JSON object: {error}{torn}")
+    if not isinstance(row, dict):
+        raise Problem(f"{where}: a {type(row).__name__}, not a JSON object")
+    for field in ("id", "prompt", "completion"):
+        if not isinstance(row.get(field), str):
+            raise Problem(f'{where}: "{field}" is {"missing" if field not in row else "not a string"}')
+    check_optional(row, where)
+    row["reward"] = checked_reward(row, where, map_rewards)
+    return row
+
+
+def not_finite(name):
+    raise ValueError(f"{name} is not a number that JSON knows")
+
+
+def checked_reward(row, where, map_rewards):
+    reward = row.get("reward")
+    if isinstance(reward, bool) or not isinstance(reward, (int, float)):
+        raise Problem(f'{where}: "reward" is {"missing" if reward is None else f"{reward!r:.40}, not a number"}')
+    if map_rewards:
+        if reward not in (0, 1):
+            raise Problem(f"{where}: reward {reward} with --map-rewards {map_rewards}: only 0 and 1 can be mapped")
+        low, high = map(float, map_rewards.split(","))
+        return high if reward == 1 else low
+    try:
+        reward = float(reward)
+    except OverflowError:
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise Problem(f"{where}: reward {row['reward']:.40} is not finite" if isinstance(row["reward"], float)
+                      else f"{where}: the reward is too large")
+    return reward
+
+
+def check_optional(row, where):
+    for field, kind in OPTIONAL.items():
+        if row.get(field) is not None and not isinstance(row[field], kind):
+            raise Problem(f'{where}: "{field}" is a {type(row[field]).__name__}, not a {kind.__name__}')
+    prompt_ids, completion_ids, logprobs = (row.get(field) for field in ("prompt_ids", "completion_ids", "logprobs"))
+    for field in ("prompt_ids", "completion_ids"):
+        if row.get(field) is not None and not all(type(i) is int and i >= 0 for i in row[field]):
+            raise Problem(f'{where}: "{field}" must hold whole numbers from 0 on')
+    if not row["completion"] and not completion_ids:
+        raise Problem(f"{where}: the completion is empty: remove the line")
+    if completion_ids is not None and not completion_ids:
+        raise Problem(f'{where}: "completion_ids" is empty: remove the line, or the field')
+    if prompt_ids is not None and not prompt_ids:
+        raise Problem(f'{where}: "prompt_ids" is empty: the first completion token has nothing before it')
+    if logprobs is None:
+        return
+    if completion_ids is None:
+        raise Problem(f'{where}: "logprobs" without "completion_ids": nobody can tell which token each belongs to')
+    if len(logprobs) != len(completion_ids):
+        raise Problem(f"{where}: {len(logprobs)} logprobs for {len(completion_ids)} completion_ids")
+    for position, value in enumerate(logprobs):
+        if type(value) not in (int, float) or not -math.inf < value <= 1e-6:
+            raise Problem(f"{where}: logprob {position} is {value!r:.40}: a finite number, 0 or less, is needed")
+
+
+class RolloutFile:
+    """Reads rows when they are asked for; holds an offset, a reward and two hashes a line, never the text."""
+
+    def __init__(self, path, map_rewards=None, check=None, what="reading"):
+        """Passes over the file once. `check(row, where)` may raise a Problem too; up to ten are shown together."""
+        self.path, self.map_rewards = path, map_rewards
+        offsets, rewards, questions, rows = array.array("q"), array.array("d"), array.array("q"), array.array("q")
+        lengths, lines, has_logprobs = array.array("q"), array.array("q"), array.array("b")
+        digest, problems = hashlib.sha256(), []
+        for offset, number, line in self.scan(what):
+            digest.update(line)
+            try:
+                row = parse_line(line, f"{path}:{number}", map_rewards)
+                length = check(row, f"{path}:{number}") if check else 0
+            except Problem as problem:
+                problems.append(str(problem))
+                if len(problems) == 10:
+                    break
+                continue
+            offsets.append(offset)
+            lines.append(number)
+            rewards.append(row["reward"])
+            lengths.append(length)
+            has_logprobs.append(row.get("logprobs") is not None)
+            questions.append(short_hash(row["id"]))
+            rows.append(short_hash(row["id"] + "\0" + row["completion"]))
+        if problems:
+            raise Problem("\n".join(problems))
+        if not offsets:
+            raise Problem(f"{path}: no rollouts in it")
+        self.offsets, self.lines, self.rewards, self.lengths, self.questions, self.has_logprobs = map(
+            np.asarray, (offsets, lines, rewards, lengths, questions, has_logprobs))  # each [rows]
+        self.has_logprobs = self.has_logprobs.astype(bool)
+        self.repeated = len(rows) - len(np.unique(np.asarray(rows)))
+        self.fingerprint = digest.hexdigest()[:16]
+        if set(np.unique(self.rewards)) <= {0.0, 1.0} and (self.rewards == 0).any():
+            raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong completion: "
+                          "say what they mean, for instance --map-rewards=-1,1")
+
+    def scan(self, what):
+        """(offset, line number, line) of each line that is not blank."""
+        try:
+            size = os.path.getsize(self.path)
+            with open(self.path, "rb") as file, progress(total=size, what=what, unit="B") as bar:
+                offset, number = 0, 0
+                while line := file.readline(LONGEST_LINE + 1):
+                    number += 1
+                    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                        raise Problem(f"{self.path}:1: starts with a byte order mark: save the file as plain UTF-8")
+                    if line.strip():
+                        yield offset, number, line
+                    if len(line) > LONGEST_LINE:
+                        return  # parse_line has said so; what follows is no line of its own
+                    offset += len(line)
+                    bar.update(len(line))
+        except OSError as error:
+            raise Problem(f"{self.path}: cannot be read: {error.strerror}")
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[i])
+            return parse_line(file.readline(), f"{self.path}:{self.lines[i]}", self.map_rewards)
+
+
+def short_hash(text):
+    """64 bits that are the same in every process, unlike hash()."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
+
+
+def token_ids(row, tokenizer):
+    """(prompt_ids, completion_ids): the file's own where it holds them, made from the text where not."""
+    prompt_ids, completion_ids = row.get("prompt_ids"), row.get("completion_ids")
+    if prompt_ids is None:
+        prompt_ids = prompt_tokens(row["prompt"], tokenizer)
+    if completion_ids is None:
+        completion_ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        if row.get("finish") != "length" and completion_ids[-1:] != [tokenizer.eos_token_id]:
+            completion_ids = completion_ids + [tokenizer.eos_token_id]  # it stopped, so it wrote the end token
+    return prompt_ids, completion_ids
+
+
+def prompt_tokens(text, tokenizer):
+    """The tokens a model sees: with its start token, once, also where a chat template has written it already."""
+    ids, start = tokenizer(text, add_special_tokens=False).input_ids, start_token(tokenizer)
+    return [start] + ids if start is not None and ids[:1] != [start] else ids
+
+
+@functools.lru_cache
+def start_token(tokenizer):
+    """The token that this tokenizer puts before every text, or None."""
+    start = tokenizer.bos_token_id
+    return start if start is not None and tokenizer("").input_ids[:1] == [start] else None

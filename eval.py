@@ -1,0 +1,425 @@
+"""Samples completions, grades them, measures. What it writes is a rollout file that train.py trains on.
+
+    python eval.py --model DIR_OR_NAME --task gsm8k --samples 16 --out rollouts.jsonl
+    torchrun --nproc-per-node 2 eval.py ...          the prompts are shared out, the file is the same
+    python eval.py --grade rollouts.jsonl --task gsm8k          grades and measures a file that exists
+
+The randomness of a completion depends on the seed, its question and its number alone: the file is the same for
+any batch size and any number of ranks.
+"""
+
+import collections
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.common import (Problem, barrier, gather, parse, progress, rank, run_main, say, setting, start_ranks, table,
+                         whole_file, world, write_json)
+from data.rollouts import RolloutFile, prompt_tokens, short_hash, to_line
+from topr import completion_logprobs
+
+
+@dataclass
+class Settings:
+    model: str = setting("", "model to sample from: a directory or a hub name")
+    task: str = setting("apples", "what to ask and how to grade it", ("apples", "gsm8k", "math"))
+    split: str = setting("test", "which questions", ("train", "test"))
+    questions: int = setting(0, "how many questions (0: all; 250 of the generated ones)")
+    samples: int = setting(16, "completions of each question")
+    temperature: float = setting(1.0, "of sampling; 0 takes the likeliest token")
+    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share")
+    max_new_tokens: int = setting(512, "longest completion")
+    seed: int = setting(0, "of the sampling, and of generated questions")
+    batch_size: int = setting(256, "completions written at once")
+    greedy: bool = setting(True, "also answer each question once at temperature 0")
+    out: str = setting("", "rollout file to write; its measures go beside it")
+    grade: str = setting("", "grade and measure this rollout file, sample nothing")
+    answer_marker: str = setting("The answer is", "words in front of an answer (gsm8k and math)")
+    precision: str = setting("float32", "of weights and arithmetic", ("float32", "bfloat16"))
+
+
+# ---- the model ----
+
+
+def load_model(name, precision, device):
+    """(model, tokenizer) from a directory or the hub: safetensors alone, no code from the model's repository."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, precision), use_safetensors=True)
+    except Exception as error:  # transformers raises many kinds; for the user they are all the same
+        raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}")
+    return model.to(device).eval(), tokenizer
+
+
+def end_tokens(model, tokenizer):
+    """All tokens that end a completion: a model may have several."""
+    ends = {tokenizer.eos_token_id}
+    for config in (model.config.get_text_config(), model.generation_config):
+        ids = getattr(config, "eos_token_id", None)
+        ends |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    ends.discard(None)
+    if not ends:
+        raise Problem("the model has no end-of-sequence token: set eos_token_id in its generation_config.json")
+    return sorted(ends)
+
+
+# ---- the sampler ----
+
+
+@torch.no_grad()
+def generate(model, prompts, uniforms, ends, settings):
+    """Yields (number of the prompt, its completions as lists of tokens), each prompt when it is finished.
+
+    prompts: lists of tokens. uniforms(p): random numbers for prompt p, [samples, max_new_tokens].
+    A prompt is read once for all its completions, the longest come first. Rows are padded on the left; those that
+    have finished leave the batch, and the next prompts take their place.
+    """
+    ends = torch.tensor(ends, device=model.device)
+    waiting = collections.deque(  # (prompt, the numbers of its completions)
+        (p, torch.arange(first, min(first + settings.batch_size, settings.samples)))
+        for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
+        for first in range(0, settings.samples, settings.batch_size))
+    finished, batch = collections.defaultdict(dict), None
+    while waiting or batch:
+        newcomers, rows = [], len(batch["done"]) if batch else 0
+        while waiting and rows + len(waiting[0][1]) <= settings.batch_size:
+            newcomers.append(waiting.popleft())
+            rows += len(newcomers[-1][1])
+        if newcomers:
+            batch = join(batch, read_prompts(model, prompts, newcomers, uniforms))
+        write_token(batch, ends, settings)
+        if batch["done"].sum() * 8 >= len(batch["done"]):  # an eighth is free: worth the copy that makes room
+            done = batch["done"].nonzero()[:, 0]
+            for p, copy, length, tokens in zip(*(batch[name][done].tolist() for name in ("prompt", "copy", "length", "tokens"))):
+                finished[p][copy] = tokens[:length]
+                if len(finished[p]) == settings.samples:
+                    yield p, [tokens for _, tokens in sorted(finished.pop(p).items())]
+            batch = keep(batch, (~batch["done"]).nonzero()[:, 0])
+        if batch:
+            step(model, batch)
+
+
+def read_prompts(model, prompts, newcomers, uniforms):
+    """A batch with a row for each completion to be written; each prompt went through the model once."""
+    from transformers import DynamicCache
+
+    longest = max(len(prompts[p]) for p, _ in newcomers)
+    ids = torch.zeros(len(newcomers), longest, dtype=torch.long)  # [prompts, time]
+    attention = torch.zeros(len(newcomers), longest, dtype=torch.long)  # [prompts, time]
+    for row, (p, _) in enumerate(newcomers):
+        ids[row, longest - len(prompts[p]):] = torch.tensor(prompts[p])
+        attention[row, longest - len(prompts[p]):] = 1
+    device = model.device
+    ids, attention, cache = ids.to(device), attention.to(device), DynamicCache()
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [prompts, vocab]
+    source = torch.repeat_interleave(torch.tensor([len(copies) for _, copies in newcomers])).to(device)  # [rows]
+    cache.batch_select_indices(source)
+    uniform = torch.cat([uniforms(p)[copies] for p, copies in newcomers]).to(device)  # [rows, max_new_tokens]
+    count = lambda: torch.zeros(len(source), dtype=torch.long, device=device)
+    return {"prompt": torch.tensor([p for p, _ in newcomers], device=device)[source],
+            "copy": torch.cat([copies for _, copies in newcomers]).to(device),
+            "attention": attention[source], "logits": logits[source].float(), "uniform": uniform, "cache": cache,
+            "tokens": torch.zeros(uniform.shape, dtype=torch.long, device=device), "length": count(), "done": count().bool()}
+
+
+def write_token(batch, ends, settings):
+    """Draws the next token of every row that is not done."""
+    now = batch["length"].clamp(max=settings.max_new_tokens - 1)[:, None]  # [rows, 1]
+    chosen = draw(batch["logits"], batch["uniform"].gather(1, now), settings)  # [rows, 1]
+    batch["tokens"].scatter_(1, now, torch.where(batch["done"][:, None], batch["tokens"].gather(1, now), chosen))
+    batch["length"] += ~batch["done"]
+    batch["done"] |= torch.isin(chosen[:, 0], ends) | (batch["length"] == settings.max_new_tokens)
+    batch["chosen"] = chosen
+
+
+def draw(logits, uniform, settings):
+    """Inverse-CDF sampling: one uniform number decides, whatever stands in the other rows. [rows, vocab] -> [rows, 1]"""
+    if settings.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    order, k = None, settings.top_k if 0 < settings.top_k < logits.shape[1] else logits.shape[1]
+    if k < logits.shape[1] or settings.top_p < 1:
+        logits, order = logits.topk(k)  # [rows, k], the likeliest first
+    probability = (logits / settings.temperature).softmax(-1)
+    if settings.top_p < 1:
+        probability = probability.masked_fill(probability.cumsum(-1) - probability >= settings.top_p, 0.0)
+    cumulative = probability.cumsum(-1)  # [rows, k]
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=k - 1)
+    return chosen if order is None else order.gather(1, chosen)
+
+
+def step(model, batch):
+    """Feeds the tokens just drawn through the model, for the logits of the next."""
+    batch["attention"] = torch.cat([batch["attention"], torch.ones_like(batch["chosen"])], 1)  # [rows, time + 1]
+    batch["logits"] = model(
+        input_ids=batch["chosen"], attention_mask=batch["attention"], position_ids=batch["attention"].sum(1, True) - 1,
+        past_key_values=batch["cache"], use_cache=True).logits[:, -1].float()  # [rows, vocab]
+
+
+def keep(batch, rows):
+    """The batch with these rows alone, and without the columns that are padding in all of them; None when empty."""
+    if len(rows) == 0:
+        return None
+    kept = {name: value[rows] for name, value in batch.items() if name != "cache"}
+    spare = (kept["attention"].cumsum(1) == 0).all(0).sum()  # columns of padding on the left
+    kept["attention"] = kept["attention"][:, spare:]
+    for layer in batch["cache"].layers:
+        layer.keys, layer.values = layer.keys[rows, :, spare:], layer.values[rows, :, spare:]  # [rows, heads, time, width]
+    return {**kept, "cache": batch["cache"]}
+
+
+def join(old, new):
+    """Both batches as one, the shorter padded on the left."""
+    if old is None:
+        return new
+    longest = max(old["attention"].shape[1], new["attention"].shape[1])
+    widen = lambda x, axis: torch.nn.functional.pad(x, (0, 0) * (-1 - axis) + (longest - x.shape[axis], 0))
+    for mine, theirs in zip(old["cache"].layers, new["cache"].layers):
+        mine.keys = torch.cat([widen(mine.keys, -2), widen(theirs.keys, -2)])
+        mine.values = torch.cat([widen(mine.values, -2), widen(theirs.values, -2)])
+    joined = {name: torch.cat([old[name], new[name]]) for name in new if name not in ("cache", "attention")}
+    joined["attention"] = torch.cat([widen(old["attention"], -1), widen(new["attention"], -1)])
+    return {**joined, "cache": old["cache"]}
+
+
+@torch.no_grad()
+def score(model, prompt, completions):
+    """log mu of every completion token, by the function that the trainer uses, in one pass per question.
+
+    Its shape depends on the question alone, not on who shared the batch, and pi/mu of an untrained policy is 1.
+    """
+    ids, mask = pad([prompt + tokens for tokens in completions], [len(prompt)] * len(completions), model.device)
+    logprobs = completion_logprobs(model, ids, mask)  # [completions, time]
+    return [row[keep].tolist() for row, keep in zip(logprobs.cpu(), mask.cpu())]
+
+
+def pad(sequences, prompt_lengths, device):
+    """ids and the mask of completion tokens, padded on the right. The mask is made by length, never by a pad token."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)  # [batch, time]
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)  # [batch, time]
+    for row, (sequence, start) in enumerate(zip(sequences, prompt_lengths)):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, start : len(sequence)] = True
+    return ids.to(device), mask.to(device)
+
+
+def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling"):
+    """Rollout rows for all questions, on every rank; also as the file `out` when it is named.
+
+    questions: dicts with "id", "prompt" and what grade(question, completion) -> (answer, reward) needs.
+    Each finished question is kept at once in OUT.part-*, so that a run that was broken off goes on from there.
+    """
+    ends = end_tokens(model, tokenizer)
+    prompts = [prompt_tokens(question["prompt"], tokenizer) for question in questions]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for question, prompt in zip(questions, prompts):
+        if len(prompt) + settings.max_new_tokens > room:
+            raise Problem(f"question {question['id']!r}: {len(prompt)} prompt tokens and {settings.max_new_tokens} new ones do "
+                          f"not fit the model's {room}: lower --max-new-tokens or leave the question out")
+    stored = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
+              "max_new_tokens": settings.max_new_tokens, "seed": settings.seed, "model": settings.model}
+    key = short_hash(json.dumps([stored, settings.samples, settings.precision, fingerprint(model),
+                                 [[q["id"], q["prompt"]] for q in questions]])) % 16**8
+    parts = f"{out}.part-{key:08x}-"
+    rows = read_parts(parts) if out else {}  # question number -> rows
+    barrier()  # nobody writes before all have read
+    if rows:
+        say(f"{out}: {len(rows)} of {len(questions)} questions were finished before, going on with the rest")
+    todo = [q for q in sorted(range(len(questions)), key=lambda q: -len(prompts[q])) if q not in rows][rank()::world()]
+    file = open(f"{parts}{rank()}-{os.getpid()}", "a", encoding="utf-8") if out else None
+    uniforms = lambda t: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(
+        short_hash(f"{settings.seed}\0{questions[todo[t]]['id']}\0{questions[todo[t]]['prompt']}")))
+    with progress(total=len(todo), what=what) as bar:
+        for t, completions in generate(model, [prompts[q] for q in todo], uniforms, ends, settings):
+            question, prompt = questions[todo[t]], prompts[todo[t]]
+            rows[todo[t]] = []
+            for tokens, logprobs in zip(completions, score(model, prompt, completions) if out else completions):
+                stopped = tokens[-1] in ends
+                text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+                answer, reward = grade(question, text)
+                rows[todo[t]].append({
+                    "id": question["id"], "prompt": question["prompt"], "completion": text, "reward": reward,
+                    "prompt_ids": prompt, "completion_ids": tokens, "logprobs": logprobs, "answer": answer,
+                    "gold": question.get("gold"), "finish": "stop" if stopped else "length", "sampling": stored})
+            if file:
+                file.write(json.dumps([todo[t], rows[todo[t]]]) + "\n")
+                file.flush()
+            bar.update()
+    for part in gather({q: rows[q] for q in todo}):
+        rows.update(part)
+    rows = [row for q in range(len(questions)) for row in rows[q]]
+    if file:
+        file.close()
+        barrier()
+        if rank() == 0:
+            with whole_file(out) as whole:
+                whole.writelines(map(to_line, rows))
+            for part in glob.glob(glob.escape(parts) + "*"):
+                os.remove(part)
+        barrier()
+    return rows
+
+
+def read_parts(parts):
+    """What an earlier, broken-off run with the same settings finished: question number -> rows."""
+    rows = {}
+    for path in glob.glob(glob.escape(parts) + "*"):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    question, finished = json.loads(line)
+                    rows[question] = finished
+                else:
+                    say(f"{path}: dropped a torn last line")
+    return rows
+
+
+def fingerprint(model):
+    """16 letters that change with the weights: names, shapes and up to 4,096 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- the questions and their graders ----
+
+
+def load_questions(settings, tokenizer):
+    """Dicts with "id", "prompt", "gold" and "question" for settings.task."""
+    if settings.task == "apples":
+        from data import apples
+
+        problems = apples.make_problems(settings.questions or 250, settings.seed, settings.split)
+        return [{**problem, "prompt": problem["question"]} for problem in problems]
+    from data import maths
+
+    questions = maths.load_questions(settings.task, settings.split)[: settings.questions or None]
+    return [{**question, "prompt": maths.make_prompt(settings.task, question["question"], tokenizer)} for question in questions]
+
+
+def grader(task, marker="The answer is"):
+    """(question, completion) -> (answer or None, reward)"""
+    if task == "apples":
+        from data import apples
+
+        return lambda question, completion: apples.grade(completion, question["gold"])
+    from data import maths
+
+    return lambda question, completion: maths.grade(task, completion, question["gold"], marker)
+
+
+# ---- measures ----
+
+
+def measure(rows, seed=0, draws=100):
+    """Every measure as {"mean", "low", "high"}: the mean over questions with its 95% interval."""
+    questions = collections.defaultdict(list)
+    for row in rows:
+        questions[row["id"]].append(row)
+    groups, fewest, rng = list(questions.values()), min(map(len, questions.values())), random.Random(seed)
+    over = lambda value: interval([value(group) for group in groups])
+    share = lambda holds: over(lambda group: sum(map(holds, group)) / len(group))
+    right = lambda row: row["reward"] > 0
+    measures = {"pass@1": share(right), "invalid": share(lambda row: row.get("answer") is None),
+                "cut off": share(lambda row: row.get("finish") == "length")}
+    if all("completion_ids" in row for row in rows):
+        measures["tokens"] = share(lambda row: len(row["completion_ids"]))
+    for k in (2**e for e in range(1, fewest.bit_length())):
+        measures[f"pass@{k}"] = over(lambda group: pass_at_k(len(group), sum(map(right, group)), k))
+        measures[f"maj@{k}"] = over(lambda group: majority_at_k(
+            [row.get("answer") for row in group], list(map(right, group)), k, rng, draws))
+    return {"questions": len(groups), "completions": len(rows), **measures}
+
+
+def interval(values):
+    """Mean and 95% interval over questions (normal approximation)."""
+    values = np.asarray(values, float)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": values.mean(), "low": values.mean() - half, "high": values.mean() + half}
+
+
+def pass_at_k(n, right, k):
+    """The chance that k of the n completions, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k)"""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority_at_k(answers, right, k, rng, draws):
+    """How often the most frequent valid answer among k drawn completions is right; a tie counts its share."""
+    score, draws = 0.0, draws if k < len(answers) else 1
+    for _ in range(draws):
+        drawn = [i for i in rng.sample(range(len(answers)), k) if answers[i] is not None]
+        votes = collections.Counter(answers[i] for i in drawn)
+        winners = {answer for answer, count in votes.items() if count == max(votes.values())}
+        correct = {answers[i] for i in drawn if right[i]}
+        score += len(winners & correct) / max(1, len(winners))
+    return score / draws
+
+
+def report(measures, title="all"):
+    """The measures as a table, one row each."""
+    rows = [(name, value["mean"], f"{value['low']:.3f} to {value['high']:.3f}") if isinstance(value, dict) else (name, value, "")
+            for name, value in measures.items()]
+    return table((title, "mean", "95% interval"), rows)
+
+
+def evaluate(model, tokenizer, settings, out="", what="sampling"):
+    """Samples and measures; with settings.greedy also the accuracy at temperature 0."""
+    questions, grade = load_questions(settings, tokenizer), grader(settings.task, settings.answer_marker)
+    measures = measure(sample_rollouts(model, tokenizer, questions, grade, settings, out, what), settings.seed)
+    if settings.greedy:
+        likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
+        rows = sample_rollouts(model, tokenizer, questions, grade, likeliest, what=f"{what}, greedy")
+        measures["greedy"] = interval([row["reward"] > 0 for row in rows])
+    return measures
+
+
+def regrade(path, settings):
+    """Grades the completions of an existing file again; returns its rows with the new answer and reward."""
+    file, grade, rows = RolloutFile(path, what="grading"), grader(settings.task, settings.answer_marker), []
+    for i in range(len(file)):
+        row = file[i]
+        if row.get("gold") is None:
+            raise Problem(f'{path}:{file.lines[i]}: no "gold" to grade against')
+        row["answer"], row["reward"] = grade(row, row["completion"])
+        rows.append(row)
+    return rows
+
+
+def main():
+    settings = parse(Settings, description=__doc__.split("\n\n")[0])
+    device = start_ranks()
+    if settings.grade:
+        rows = regrade(settings.grade, settings)
+        measures = measure(rows, settings.seed)
+        if settings.out and rank() == 0:
+            with whole_file(settings.out) as file:
+                file.writelines(map(to_line, rows))
+    else:
+        if not settings.model:
+            raise Problem("--model is needed: a directory or a hub name (train.py makes one for the apples task)")
+        model, tokenizer = load_model(settings.model, settings.precision, device)
+        measures = evaluate(model, tokenizer, settings, settings.out)
+    say(report(measures, settings.grade or settings.model))
+    if settings.out and rank() == 0:
+        write_json(settings.out.removesuffix(".jsonl") + ".json", {"settings": dataclasses.asdict(settings), **measures})
+        say(f"wrote {settings.out} and its measures beside it")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,673 @@
+"""Trains a policy on a rollout file with TOPR. A plain PyTorch loop, one process or many.
+
+    torchrun train.py                                             the embedded job, from nothing
+    torchrun train.py --model DIR_OR_NAME --rollouts FILE.jsonl   your model, your rollouts
+
+No critic, no KL, no reference model: log mu, the log-probabilities under the policy that wrote the completions, is
+read from the file, or computed once with the starting weights, and never touched again.
+"""
+
+import dataclasses
+import fcntl
+import glob
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch.nn.parallel import DistributedDataParallel
+
+import eval as evaluation
+import topr
+from data import apples
+from data.common import (Problem, barrier, gather, parse, progress, rank, read_json, run_main, say, seed_everything,
+                         setting, start_ranks, table, whole_file, world, write_json)
+from data.rollouts import RolloutFile, token_ids, write_rollouts
+
+
+@dataclass
+class Settings:
+    model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded one, made here)")
+    rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with --task)")
+    out: str = setting("", "folder for the trained policy (default: runs/TASK-LOSS)")
+    task: str = setting("", "task to sample from and to measure on, before and after", ("", "apples", "gsm8k", "math"))
+    rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last")
+    # the loss
+    loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"))
+    pos_limits: str = setting("", "own range a,b of a positive's weight instead of the loss's, for instance 1,1")
+    neg_limits: str = setting("", "own range a,b of a negative's weight instead of the loss's, for instance 0,1")
+    baseline: float = setting(0.0, "c in A = R - c")
+    positive_share: Optional[float] = setting(None, "effective share of positives to reach by the baseline")
+    anna_karenina: bool = setting(False, "of each question keep the first correct completion and every wrong one")
+    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance -1,1")
+    ppo_clip: float = setting(0.2, "epsilon of ppo")
+    dpo_beta: float = setting(0.1, "beta of dpo")
+    mu: str = setting("checked", "where log mu comes from: the file, which must fit the starting weights (checked); "
+                      "the file, whoever wrote it (file); the starting weights, once (start)", ("checked", "file", "start"))
+    mu_tolerance: Optional[float] = setting(None, "largest |log pi/mu| before the first step with --mu checked "
+                                            "(default: 0.1 in float32, 2 in bfloat16)")
+    # the optimizer
+    optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"))
+    learning_rate: float = setting(5e-7, "size of a step; the paper's for Adafactor")
+    schedule: str = setting("constant", "of the learning rate", ("constant", "cosine"))
+    warmup: int = setting(0, "steps in which the rate rises from 0")
+    weight_decay: float = setting(0.0, "pull of the weights towards 0")
+    grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)")
+    epochs: int = setting(1, "passes over the file")
+    sequences: int = setting(64, "completions in an optimizer step, over all ranks")
+    micro_batch: int = setting(0, "completions in a forward pass (0: as many as --tokens-per-pass allows)")
+    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
+    precision: str = setting("float32", "of the arithmetic; the weights stay float32", ("float32", "bfloat16"))
+    gradient_checkpointing: bool = setting(False, "compute activations again in the backward pass: slower, less memory")
+    seed: int = setting(0, "of the order, the sampling and the embedded task")
+    # the run
+    checkpoint_every: int = setting(0, "steps between checkpoints (0: none)")
+    eval_every: int = setting(0, "steps between measurements on the task (0: before and after alone)")
+    # sampling, where --task is given
+    samples: int = setting(16, "completions of each question")
+    questions: int = setting(0, "training questions to sample from (0: all)")
+    test_questions: int = setting(0, "questions to measure on (0: all)")
+    temperature: float = setting(1.0, "of sampling")
+    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
+    max_new_tokens: int = setting(512, "longest completion")
+    batch_size: int = setting(256, "completions written at once")
+
+
+# What differs in the embedded job: a model of 0.14 million weights likes larger steps than one of 8 billion.
+EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=5e-4, epochs=2, eval_every=32, questions=512,
+                test_questions=250, max_new_tokens=40, positive_share=0.5, tokens_per_pass=4096, batch_size=512)
+
+
+class LogProbs(torch.nn.Module):
+    """The policy as DDP wants it: a module whose forward pass gives all that the loss needs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return topr.completion_logprobs(self.model, ids, mask)  # [batch, time]
+
+
+def train(settings, evaluate=None):
+    """One run over one rollout file; the trained policy is in settings.out. Returns the log, a dict a step.
+
+    evaluate(model) -> dict is called every settings.eval_every steps, before the first and after the last too.
+    """
+    device = start_ranks()
+    open_folder(settings)
+    seed_everything(settings.seed)
+    model, tokenizer = evaluation.load_model(settings.model, "float32", device)
+    data = read_data(settings, model, tokenizer)
+    run = {"settings": dataclasses.asdict(settings), "model": evaluation.fingerprint(model), "rollouts": data.fingerprint}
+    check_same_run(settings, run)
+    baseline, loss_function = make_loss(settings, data)
+    mu, source = make_mu(settings, model, tokenizer, data, run["model"])
+    steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
+    say(f"{data.path}: {len(data):,} completions, {(data.rewards > 0).mean():.1%} positive; {steps:,} steps of "
+        f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}")
+
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = LogProbs(model)
+    if world() > 1:
+        policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    optimizer = make_optimizer(settings, model)
+    log, first = resume(settings, model, optimizer, run)
+    stop = stop_wish()
+    bar = progress(total=steps, what=f"training ({settings.loss})")
+    bar.update(first)
+    for step in range(first, steps):
+        if evaluate and settings.eval_every and step % settings.eval_every == 0:
+            write_log(settings, log, {"step": step, **evaluate(model)})
+        start = time.time()
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, steps)
+        sequences = step_sequences(settings, data, step)  # rows of the file, of all ranks: N = len(sequences)
+        micro_batches, idle = share_out(settings, data, sequences)
+        parts = []
+        for number, rows in enumerate(micro_batches):
+            if world() > 1:  # set before the forward pass: ranks exchange gradients once, in the last backward pass
+                policy.require_backward_grad_sync = number == len(micro_batches) - 1
+            ids, mask, mu_logp, reward = collate(data, rows, tokenizer, mu, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                logp = policy(ids, mask)  # [batch, time]
+            loss, stats = loss_function(logp, mu_logp, reward, mask, count=len(sequences))
+            if idle:
+                loss = 0.0 * loss  # fewer sequences than ranks: this one only takes part in the exchange
+            else:
+                parts.append({"loss": loss.item(), **{name: value.tolist() for name, value in stats.items()}})
+            (loss * world()).backward()  # DDP takes the mean over ranks; the loss is a sum over them
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
+        everyone = gather((parts, bool(stop)))  # every rank's, so that all ranks see the same step
+        metrics = step_metrics([part for parts, _ in everyone for part in parts])
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
+            raise Problem(f"step {step}: the loss is {metrics['loss']}, the gradient norm {norm}; nothing was updated. "
+                          f"{last_checkpoint(settings)}. The rollouts of this step: {where(data, sequences)}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.time() - start
+        write_log(settings, log, {
+            "step": step, "epoch": step * settings.epochs // steps, **metrics, "gradient_norm": norm,
+            "learning_rate": optimizer.param_groups[0]["lr"], "sequences": len(sequences),
+            "tokens_per_second": data.lengths[sequences].sum() / seconds, "seconds": seconds, "peak_memory_gib": peak_memory()})
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", negatives=f"{metrics['negative_weight'] or 0:.2f}")
+        bar.update()
+        asked = any(asked for _, asked in everyone)
+        if asked or settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
+            save_checkpoint(settings, model, optimizer, run, step + 1)
+        if asked:
+            raise Problem(f"stopped by a signal after step {step}: the same command goes on from there")
+    bar.close()
+    if evaluate and settings.eval_every:
+        write_log(settings, log, {"step": steps, **evaluate(model)})
+    finish(settings, model, tokenizer, run)
+    return log
+
+
+# ---- the data of a run ----
+
+
+def read_data(settings, model, tokenizer):
+    """The rollout file, checked before any weight moves, with the units of the data: rows, or pairs of rows for DPO."""
+    text = model.config.get_text_config()
+    room = getattr(text, "max_position_embeddings", None) or math.inf
+
+    def check(row, at):
+        prompt_ids, completion_ids = token_ids(row, tokenizer)
+        if max(prompt_ids, default=0) >= text.vocab_size or max(completion_ids) >= text.vocab_size:
+            raise Problem(f"{at}: a token id beyond the model's vocabulary of {text.vocab_size}: "
+                          "was this file written with another model?")
+        if not prompt_ids:
+            raise Problem(f"{at}: the prompt has no tokens: the first completion token has nothing before it")
+        if len(prompt_ids) + len(completion_ids) > room:
+            raise Problem(f"{at}: {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the "
+                          f"model's {room}: remove the line")
+        return len(prompt_ids) + len(completion_ids)
+
+    data = RolloutFile(settings.rollouts, settings.map_rewards, check)
+    data.units = np.arange(len(data))[:, None]  # [units, 1]
+    rows = lambda: [{"row": row, "id": data.questions[row], "reward": data.rewards[row]} for row in data.units[:, 0]]
+    if settings.anna_karenina:
+        data.units = np.array([kept["row"] for kept in topr.anna_karenina(rows())])[:, None]
+        say(f"Anna Karenina sampling keeps {len(data.units):,} of {len(data):,} completions")
+    if settings.loss == "dpo":
+        pairs = topr.preference_pairs(rows())
+        if not pairs:
+            raise Problem(f"{data.path}: dpo needs questions with both a correct and a wrong completion; there is none")
+        data.units = data.units[np.array(pairs), 0]  # [units, 2]
+    data.units_per_step = max(1, settings.sequences // data.units.shape[1])
+    if data.repeated:
+        say(f"{data.path}: {data.repeated:,} completions stand there more than once; each counts")
+    rewards = data.rewards[data.units]
+    if (rewards == rewards.flat[0]).all():
+        say(f"{data.path}: all rewards are {rewards.flat[0]:g}")
+    return data
+
+
+def step_sequences(settings, data, step):
+    """The rows of an optimizer step, by the seed alone: the number of ranks changes nothing. The last may be fewer."""
+    steps_per_epoch = math.ceil(len(data.units) / data.units_per_step)
+    epoch, step = divmod(step, steps_per_epoch)
+    order = np.random.default_rng([settings.seed, epoch]).permutation(len(data.units))
+    chosen = order[step * data.units_per_step : (step + 1) * data.units_per_step]
+    return data.units[chosen].ravel()
+
+
+def share_out(settings, data, sequences):
+    """(this rank's micro-batches, whether it only looks on). Ranks and micro-batches get rows of similar length."""
+    units = sequences.reshape(-1, data.units.shape[1])
+    units = units[np.argsort(-data.lengths[units].max(1), kind="stable")]  # the longest first
+    mine = units[rank()::world()]
+    idle = len(mine) == 0
+    return batches(settings, data.lengths, units[:1] if idle else mine), idle
+
+
+def batches(settings, lengths, units):
+    """Splits units, the longest first, into arrays of rows for one forward pass each."""
+    parts, width = [], units.shape[1]
+    while len(units):
+        fit = settings.micro_batch or settings.tokens_per_pass // lengths[units[0]].max()
+        fit = max(1, fit // width)
+        parts.append(units[:fit].ravel())
+        units = units[fit:]
+    return parts
+
+
+def collate(data, rows, tokenizer, mu, device):
+    """Rows of the file as tensors: ids, mask, log mu [batch, time], reward [batch]."""
+    read = [data[row] for row in rows]
+    tokens = [token_ids(row, tokenizer) for row in read]
+    ids, mask = evaluation.pad([prompt + completion for prompt, completion in tokens], [len(prompt) for prompt, _ in tokens], device)
+    mu_logp = None
+    if mu:
+        values = torch.cat([torch.as_tensor(mu(number, row), dtype=torch.float32) for number, row in zip(rows, read)])
+        mu_logp = torch.zeros(ids.shape, device=device).masked_scatter(mask, values.to(device))  # [batch, time]
+    return ids, mask, mu_logp, torch.tensor([row["reward"] for row in read], device=device)
+
+
+def where(data, rows):
+    return f"{data.path}, lines {', '.join(str(data.lines[row]) for row in rows[:64])}"
+
+
+# ---- the loss, and log mu ----
+
+
+def make_loss(settings, data):
+    """(baseline, function of logp, mu_logp, reward, mask, count), from the settings."""
+    if settings.loss == "ppo":
+        return 0.0, lambda *batch, count: topr.ppo_loss(*batch, clip=settings.ppo_clip, count=count)
+    if settings.loss == "dpo":
+        return 0.0, lambda *batch, count: topr.dpo_loss(*batch, beta=settings.dpo_beta, count=count)
+    rewards, baseline, taper = data.rewards[data.units], settings.baseline, make_taper(settings)
+    if settings.positive_share is not None:
+        if settings.baseline or set(np.unique(rewards)) - {-1.0, 1.0}:
+            raise Problem("--positive-share needs rewards of +1 and -1 and no --baseline beside it")
+        try:
+            baseline = topr.baseline_for_share((rewards > 0).mean(), settings.positive_share)
+        except ValueError as error:
+            raise Problem(f"--positive-share {settings.positive_share}: {error}")
+    if set(np.unique(rewards)) <= {-1.0, 1.0} and abs(baseline) > 1:
+        raise Problem(f"--baseline {baseline}: between -1 and 1, or the sign of a reward would turn")
+    return baseline, lambda *batch, count: topr.topr_loss(*batch, taper=taper, baseline=baseline, count=count)
+
+
+def make_taper(settings):
+    """The loss's limits on the weights, or the user's own."""
+    try:
+        named = topr.TAPERS.get(settings.loss)
+        limits = lambda text, default: tuple(float(x) for x in text.split(",")) if text else default
+        return named and topr.Taper(limits(settings.pos_limits, named.pos), limits(settings.neg_limits, named.neg))
+    except ValueError as error:
+        raise Problem(f"--pos-limits, --neg-limits: {error}; two numbers are needed, for instance 0,1")
+
+
+def make_mu(settings, model, tokenizer, data, model_fingerprint):
+    """(function (row number, row) -> log mu of its completion tokens, where they come from). Fixed for the whole run.
+
+    Re-anchoring mu on the current weights would make every ratio 1 and turn TOPR into naive REINFORCE unnoticed.
+    """
+    taper = make_taper(settings)
+    held = data.has_logprobs.all()
+    if settings.mu != "start" and held:
+        from_file = lambda number, row: row["logprobs"]
+        if settings.mu == "checked":
+            check_fit(settings, model, tokenizer, data, from_file)
+        return from_file, "from the file"
+    if taper and not taper.needs_mu:
+        return None, "not needed"
+    if settings.mu == "file":
+        raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, but --mu file was asked for")
+    path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.fingerprint[:8]}-{settings.precision}.safetensors"
+    if not os.path.exists(path):
+        barrier()
+        compute_mu(settings, model, tokenizer, data, path)
+    stored = safe_open(path, "pt")
+    offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
+    return lambda number, row: values[offsets[number] : offsets[number + 1]], f"of the starting weights, in {path}"
+
+
+@torch.no_grad()
+def compute_mu(settings, model, tokenizer, data, path):
+    """log mu of every completion with the starting weights, once, kept beside the file."""
+    mine = np.argsort(-data.lengths, kind="stable")[rank()::world(), None]
+    logprobs = {}
+    for rows in progress(batches(settings, data.lengths, mine), what="log mu of the starting weights"):
+        logprobs.update(zip(rows.tolist(), policy_logprobs(settings, model, tokenizer, data, rows)))
+    everyone = {row: values for part in gather(logprobs) for row, values in part.items()}
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
+        offsets = np.cumsum([0] + [len(everyone[row]) for row in range(len(data))])
+        values = torch.cat([everyone[row] for row in range(len(data))])
+        with whole_file(path, "wb") as file:
+            file.write(save({"offsets": torch.as_tensor(offsets), "logprobs": values}))
+    barrier()
+
+
+@torch.no_grad()
+def policy_logprobs(settings, model, tokenizer, data, rows):
+    """log pi of each row's completion tokens, as a list of tensors."""
+    ids, mask, _, _ = collate(data, rows, tokenizer, None, model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        logp = topr.completion_logprobs(model, ids, mask)  # [batch, time]
+    return [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())]
+
+
+def check_fit(settings, model, tokenizer, data, mu):
+    """Refuses logprobs that the starting weights did not write: before the first step pi/mu must be 1."""
+    tolerance = settings.mu_tolerance or (2.0 if settings.precision == "bfloat16" else 0.1)
+    largest = 0.0
+    for rows in batches(settings, data.lengths, np.arange(min(64, len(data)))[:, None]):
+        for row, logp in zip(rows, policy_logprobs(settings, model, tokenizer, data, rows)):
+            largest = max(largest, abs((logp - torch.tensor(mu(row, data[row]))).sum().item()))
+    say(f"{data.path}: before the first step the largest |log pi/mu| of {min(64, len(data))} completions is {largest:.2g}")
+    if not largest <= tolerance:
+        raise Problem(
+            f"{data.path}: its logprobs do not fit {settings.model}: |log pi/mu| is {largest:.3g} before the first step, over "
+            f"the tolerance of {tolerance}. If another policy wrote the file on purpose: --mu file. If its logprobs are not "
+            "those of a plain softmax at temperature 1, or you do not know: --mu start computes them with the starting "
+            "weights. If the engine that wrote it computes less exactly: --mu-tolerance")
+
+
+# ---- the optimizer ----
+
+
+def make_optimizer(settings, model):
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    from transformers.optimization import Adafactor
+
+    return Adafactor(model.parameters(), settings.learning_rate, scale_parameter=False, relative_step=False,
+                     warmup_init=False, weight_decay=settings.weight_decay)
+
+
+def learning_rate(settings, step, steps):
+    warm = min(1.0, (step + 1) / (settings.warmup + 1))
+    if settings.schedule == "cosine":
+        warm *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    return settings.learning_rate * warm
+
+
+# ---- what is logged: exact over the whole step and all ranks ----
+
+
+def step_metrics(parts):
+    """The statistics of all sequences of the step as a dict; see the README for what each one tells."""
+    loss = sum(part["loss"] for part in parts)
+    d, weight, advantage = (np.array([value for part in parts for value in part[name]])
+                            for name in ("log_ratio", "weight", "advantage"))  # each [sequences]
+    negative, total = advantage < 0, np.abs(advantage).sum()
+    mean = lambda values: float(values.mean()) if len(values) else None
+    quantiles = dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), np.quantile(d, (0, 0.1, 0.5, 0.9, 1)).tolist()))
+    return {"loss": loss, "negative_weight": mean(weight[negative]), "negatives_liked": mean(d[negative] > 0),
+            "negatives_gone": mean(weight[negative] < 1e-3), "d_mean": mean(d), **quantiles,
+            "positive_share": float(np.abs(advantage[advantage > 0]).sum() / total) if total else None}
+
+
+def peak_memory():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write_log(settings, log, entry):
+    log.append({name: None if isinstance(value, float) and math.isnan(value) else value for name, value in entry.items()})
+    if rank() == 0:
+        with open(os.path.join(settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(log[-1], default=float) + "\n")
+
+
+# ---- the folder of a run: one run at a time, continued where it broke off ----
+
+
+def open_folder(settings):
+    """Makes the folder and holds its lock until the process ends."""
+    if os.path.realpath(settings.out) == os.path.realpath(settings.model):
+        raise Problem(f"--out {settings.out} is the starting model itself, and would be overwritten")
+    if rank() == 0:
+        try:
+            os.makedirs(settings.out, exist_ok=True)
+            global held_lock
+            held_lock = open(os.path.join(settings.out, ".lock"), "w")
+            fcntl.flock(held_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{settings.out}: another process is training in this folder")
+        except OSError as error:
+            raise Problem(f"{settings.out}: {error.strerror}")
+
+
+def check_same_run(settings, run):
+    """A folder belongs to one command: another one is refused, naming what differs."""
+    path = os.path.join(settings.out, "run.json")
+    if os.path.exists(path):
+        before, now = ({**r["settings"], "model": r["model"], "rollouts": r["rollouts"]} for r in (read_json(path), run))
+        free = ("out", "checkpoint_every", "eval_every", "batch_size", "rounds")  # nothing in the weights hangs on these
+        differ = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now
+                  if name not in free and before.get(name) != now[name]]
+        if differ:
+            raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another --out, or remove it")
+    barrier()
+    if rank() == 0:
+        write_json(path, run)
+
+
+def checkpoints(settings):
+    """Complete checkpoints, the newest last."""
+    return sorted(glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-" + "[0-9]" * 8)))
+
+
+def last_checkpoint(settings):
+    return f"The last checkpoint is {checkpoints(settings)[-1]}" if checkpoints(settings) else "There is no checkpoint"
+
+
+def save_checkpoint(settings, model, optimizer, run, step):
+    """Weights, optimizer, position and random state, written beside and renamed: complete or not there."""
+    random_states = gather(torch.get_rng_state())
+    if rank() == 0:
+        path = os.path.join(settings.out, f"checkpoint-{step:08}")
+        beside, older = path + ".part", checkpoints(settings)
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(beside)
+        torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, os.path.join(beside, "optimizer.pt"))
+        write_json(os.path.join(beside, "step.json"), {"step": step, **run})
+        for name in os.listdir(beside):
+            with open(os.path.join(beside, name), "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(beside, path)
+        for old in older:
+            shutil.rmtree(old)
+    barrier()
+
+
+def resume(settings, model, optimizer, run):
+    """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
+    log_path = os.path.join(settings.out, "log.jsonl")
+    if not checkpoints(settings):
+        barrier()
+        if rank() == 0:
+            open(log_path, "w").close()
+        return [], 0
+    path = checkpoints(settings)[-1]
+    step = read_json(os.path.join(path, "step.json"))["step"]
+    weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
+    model.load_state_dict(weights)
+    saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
+    with open(log_path, encoding="utf-8") as file:
+        log = [entry for entry in map(json.loads, file) if entry["step"] < step]
+    barrier()
+    if rank() == 0:
+        with whole_file(log_path) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in log)
+    say(f"{settings.out}: going on from step {step}")
+    return log, step
+
+
+def finish(settings, model, tokenizer, run):
+    """The trained policy as a directory that from_pretrained opens, and the checkpoints gone."""
+    if rank() == 0:
+        model.eval().save_pretrained(settings.out)
+        tokenizer.save_pretrained(settings.out)
+        write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
+        for path in checkpoints(settings):
+            shutil.rmtree(path)
+    barrier()
+
+
+def finished(settings):
+    path = os.path.join(settings.out, "run.json")
+    return os.path.exists(path) and read_json(path).get("finished")
+
+
+def stop_wish():
+    """A list that SIGTERM and Ctrl-C append to, so that the loop can end its step first."""
+    wish = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: wish.append(number))
+    return wish
+
+
+# ---- the whole job: a policy, its rollouts, training, and what came of it ----
+
+
+def main():
+    settings = parse(Settings, description=__doc__)
+    start_ranks()
+    if not settings.model:
+        if settings.rollouts:
+            raise Problem("--rollouts needs --model: the policy to train on them")
+        settings = parse(Settings, description=__doc__, **EMBEDDED)
+        folder = f"runs/apples-seed{settings.seed}"
+        settings.model, settings.out = base_policy(folder, settings.seed), settings.out or f"{folder}/{settings.loss}"
+    if not settings.rollouts and not settings.task:
+        raise Problem("nothing to learn from: --rollouts FILE.jsonl, or --task to sample from")
+    settings.out = settings.out or f"runs/{os.path.basename(settings.model.rstrip('/'))}-{settings.loss}"
+    job(settings)
+
+
+def job(settings):
+    """Rounds of sample-then-train, measured before and after when there is a task. Returns the results."""
+    start, policy, logs = time.time(), settings.model, []
+    before = measured(settings, policy) if settings.task else None
+    for number in range(1, settings.rounds + 1):
+        out = settings.out if number == settings.rounds else os.path.join(settings.out, f"round-{number}")
+        given = settings.rollouts if number == 1 else ""
+        this = dataclasses.replace(settings, model=policy, out=out, rollouts=given or sampled(settings, policy))
+        if finished(this):
+            say(f"{out}: trained before, reusing it")
+            logs.append(read_log(this))
+        else:
+            logs.append(train(this, evaluate=curve_point(settings) if settings.task else None))
+        policy = out
+    if not settings.task:
+        say(f"the trained policy is in {settings.out}")
+        return None
+    after = measured(settings, policy)
+    points = [(sum(len([e for e in log if "loss" in e]) for log in logs[:i]) + entry["step"], entry["pass@1"], entry["invalid"])
+              for i, log in enumerate(logs) for entry in log if "pass@1" in entry]
+    results = {"settings": dataclasses.asdict(settings), "before": before, "after": after, "seconds": time.time() - start,
+               "curve": [dict(zip(("step", "pass@1", "invalid"), point)) for point in points]}
+    if rank() == 0:
+        write_json(os.path.join(settings.out, "results.json"), results)
+        draw_curve(points, os.path.join(settings.out, "curve.png"), settings.loss)
+    names = [name for name, value in before.items() if isinstance(value, dict) and name in after]
+    spread = lambda value: f"{value['mean']:.3f} +-{value['high'] - value['mean']:.3f}"
+    say(text_curve(points))
+    say(table((f"{after['questions']} held-out questions", "before", "after", "change"),
+              [(name, spread(before[name]), spread(after[name]), f"{after[name]['mean'] - before[name]['mean']:+.3f}") for name in names]))
+    say(f"{time.time() - start:.0f} s; the trained policy, results.json and the log are in {settings.out}")
+    return results
+
+
+def base_policy(folder, seed):
+    """The embedded policy: a small Llama that imitates flawed demonstrations, trained by the loop above."""
+    out, start, file = f"{folder}/base", f"{folder}/random", f"{folder}/demonstrations.jsonl"
+    imitate = Settings(model=start, rollouts=file, out=out, loss="sft", optimizer="adamw", learning_rate=5e-3, warmup=50,
+                       schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
+    if finished(imitate):
+        say(f"{out}: the base policy is there, reusing it")
+        return out
+    say(f"{out}: making the base policy from flawed demonstrations")
+    if rank() == 0:
+        tokenizer = apples.make_tokenizer(apples.vocabulary())
+        tokenizer.save_pretrained(start)
+        apples.make_model(tokenizer, seed).save_pretrained(start)
+        write_rollouts(file, apples.demonstrations(1900 * 32, seed, tokenizer))
+    barrier()
+    train(imitate)
+    return out
+
+
+def sampling(settings, **changes):
+    """The part of the settings that eval.py needs."""
+    names = ("task", "samples", "questions", "temperature", "top_k", "max_new_tokens", "batch_size", "seed", "precision")
+    return evaluation.Settings(**{**{name: getattr(settings, name) for name in names}, **changes})
+
+
+def sampled(settings, policy):
+    """A rollout file that this policy wrote on the training questions; made once."""
+    path = os.path.join(os.path.dirname(policy), f"rollouts-of-{os.path.basename(policy)}.jsonl")
+    wish = sampling(settings, model=policy, split="train")
+    if not os.path.exists(path):
+        model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
+        questions = evaluation.load_questions(wish, tokenizer)
+        evaluation.sample_rollouts(model, tokenizer, questions, evaluation.grader(settings.task), wish, path)
+    else:
+        say(f"{path}: the rollouts are there, reusing them")
+    return path
+
+
+def measured(settings, policy):
+    """What eval.py measures on the test questions; kept beside the policy."""
+    path = os.path.join(policy, f"measures-{settings.task}.json")
+    wish = sampling(settings, model=policy, split="test", questions=settings.test_questions, seed=settings.seed + 1)
+    if os.path.exists(path) and read_json(path)["settings"] == dataclasses.asdict(wish):
+        return read_json(path)["measures"]
+    model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
+    measures = evaluation.evaluate(model, tokenizer, wish, what="measuring")
+    if rank() == 0 and os.path.isdir(policy):
+        write_json(path, {"settings": dataclasses.asdict(wish), "measures": measures})
+    return measures
+
+
+def curve_point(settings):
+    """model -> pass@1 and invalid on a few test questions, for the learning curve."""
+    wish = sampling(settings, split="test", questions=min(100, settings.test_questions or 100), samples=4,
+                    seed=settings.seed + 1, greedy=False)
+    _, tokenizer = evaluation.load_model(settings.model, settings.precision, "cpu")
+
+    def point(model):
+        measures = evaluation.evaluate(model.eval(), tokenizer, wish, what="measuring")
+        return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
+
+    return point
+
+
+def read_log(settings):
+    with open(os.path.join(settings.out, "log.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def text_curve(points, height=10):
+    """pass@1 (*) and invalid answers (o) against the step, drawn with letters."""
+    rows = [[" "] * (6 * len(points)) for _ in range(height + 1)]
+    for column, (_, accuracy, invalid) in enumerate(points):
+        rows[height - round(invalid * height)][6 * column + 2] = "o"
+        rows[height - round(accuracy * height)][6 * column + 2] = "*"
+    lines = [f"{1 - i / height:4.1f} |" + "".join(row) for i, row in enumerate(rows)]
+    return "\n".join(["pass@1 (*) and invalid answers (o) against the step", *lines, "     +" + "-" * (6 * len(points)),
+                      "step  " + "".join(f"{step:<6}" for step, _, _ in points)])
+
+
+def draw_curve(points, path, title):
+    """The same as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, accuracy, invalid = zip(*points)
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot(steps, accuracy, "o-", color="tab:blue", label="pass@1")
+    axes.plot(steps, invalid, "s--", color="tab:red", label="invalid answers")
+    axes.set(xlabel="optimizer step", ylabel="share of completions", title=title, ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run_main(main)
