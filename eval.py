@@ -362,12 +362,11 @@ def pass_at_k(n, right, k):
 def majority_at_k(answers, right, k, rng, draws):
     """How often the most frequent valid answer among k drawn completions is right; a tie counts its share."""
     score, draws = 0.0, draws if k < len(answers) else 1
+    answers = [True if yes else answer for yes, answer in zip(right, answers)]  # 18 and 18.00 are one answer where right
     for _ in range(draws):
-        drawn = [i for i in rng.sample(range(len(answers)), k) if answers[i] is not None]
-        votes = collections.Counter(answers[i] for i in drawn)
-        winners = {answer for answer, count in votes.items() if count == max(votes.values())}
-        correct = {answers[i] for i in drawn if right[i]}
-        score += len(winners & correct) / max(1, len(winners))
+        votes = collections.Counter(answer for answer in rng.sample(answers, k) if answer is not None)
+        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        score += (True in winners) / max(1, len(winners))
     return score / draws
 
 

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -6,3 +7,51 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are tiny; threa
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+
+def shell(*command, cwd=None, **environment):
+    """Runs a command in the repository; its output is in .stdout, errors included."""
+    return subprocess.run([str(part) for part in command], cwd=cwd or ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **environment})
+
+
+def torchrun(ranks, *command, **environment):
+    return shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *command,
+                 **environment)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A directory with the embedded task's tokenizer and a two-layer model that has seen a few demonstrations."""
+    import train
+    from data import apples
+    from data.rollouts import write_rollouts
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = apples.make_tokenizer(apples.vocabulary())
+    tokenizer.save_pretrained(folder / "random")
+    apples.make_model(tokenizer, seed=3, width=32, layers=2).save_pretrained(folder / "random")
+    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3, tokenizer))
+    train.train(train.Settings(model=str(folder / "random"), rollouts=str(folder / "demonstrations.jsonl"), loss="sft",
+                               out=str(folder / "policy"), optimizer="adamw", learning_rate=1e-2, sequences=32))
+    return str(folder / "policy")
+
+
+@pytest.fixture(scope="session")
+def rollouts(tiny, tmp_path_factory):
+    """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, some rewards set to +1."""
+    import eval as evaluation
+    from data.rollouts import write_rollouts
+
+    path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
+    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    settings = evaluation.Settings(model=tiny, questions=10, samples=5, max_new_tokens=30, split="train")
+    questions = evaluation.load_questions(settings, tokenizer)
+    rows = evaluation.sample_rollouts(model, tokenizer, questions, lambda question, text: (text[-3:], -1.0), settings, str(path))
+    for number, row in enumerate(rows):
+        row["reward"] = 1.0 if number % 3 == 0 else -1.0
+    write_rollouts(path, rows)
+    return str(path)

@@ -1,0 +1,216 @@
+"""The training loop by its own command line, at tiny size."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import topr
+import train
+from conftest import ROOT, shell, torchrun
+from data.common import Problem
+from data.rollouts import read_rollouts, write_rollouts
+
+RUN = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", "12", "--epochs", "2"]  # 5 steps an epoch, the last of 2
+
+
+def trained(tiny, rollouts, out, *options, ranks=0):
+    """Runs the command; returns (weights, log, first gradient)."""
+    gradient = f"{out}-gradient.pt"
+    code = (
+        "import sys, torch, train\n"
+        "own, seen = torch.nn.utils.clip_grad_norm_, []\n"
+        "def record(parameters, limit):\n"
+        "    parameters = list(parameters)\n"
+        "    if not seen and train.rank() == 0:\n"
+        f"        torch.save([p.grad.clone() for p in parameters], {str(gradient)!r})\n"
+        "    seen.append(1)\n"
+        "    return own(parameters, limit)\n"
+        "torch.nn.utils.clip_grad_norm_ = record\n"
+        "train.run_main(train.main)\n")
+    script = out.parent / f"{out.name}.py"
+    script.write_text(code)
+    command = [script, "--model", tiny, "--rollouts", rollouts, "--out", out, *RUN, *options]
+    result = torchrun(ranks, *command) if ranks else shell(sys.executable, *command)
+    assert result.returncode == 0, result.stdout
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    return load_file(out / "model.safetensors"), log, torch.load(gradient)
+
+
+def furthest(a, b):
+    pairs = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollouts, tmp_path):
+    """The most reported bug of the field: a normaliser that changes with micro-batch, rank or padding."""
+    weights, log, gradient = trained(tiny, rollouts, tmp_path / "one", "--micro-batch", 12)
+    assert [entry["sequences"] for entry in log] == [12, 12, 12, 12, 2] * 2
+    start = load_file(f"{tiny}/model.safetensors")
+    assert furthest(weights, start) > 1e-3
+    for name, ranks, options in (("micro1", 0, ["--micro-batch", 1]), ("micro3", 0, ["--micro-batch", 3]),
+                                 ("ranks2", 2, ["--micro-batch", 3]), ("ranks3", 3, ["--micro-batch", 12])):
+        other_weights, other_log, other_gradient = trained(tiny, rollouts, tmp_path / name, *options, ranks=ranks)
+        assert furthest(gradient, other_gradient) < 1e-6, name
+        assert furthest(weights, other_weights) < 1e-4, name
+        for entry, other in zip(log[5:], other_log[5:]):  # the metrics too are of the whole step and all ranks
+            for key in ("loss", "gradient_norm", "negative_weight", "negatives_liked", "d_mean", "d_min", "d_90", "positive_share"):
+                assert other[key] == pytest.approx(entry[key], abs=2e-4), (name, key)
+
+
+def test_left_padding_gives_the_same_gradient(tiny, rollouts):
+    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    rows = read_rollouts(rollouts)[:6]
+    gradients = []
+    for left in (False, True):
+        longest = max(len(row["prompt_ids"] + row["completion_ids"]) for row in rows) + 3
+        place = lambda values, fill: ([fill] * (longest - len(values)) + values) if left else values + [fill] * (longest - len(values))
+        tokens = [row["prompt_ids"] + row["completion_ids"] for row in rows]
+        ids = torch.tensor([place(t, 5) for t in tokens])
+        attention = torch.tensor([place([1] * len(t), 0) for t in tokens])
+        mask = torch.tensor([place([0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]), 0) for row in rows]).bool()
+        mu = torch.zeros(ids.shape).masked_scatter(mask, torch.tensor([x for row in rows for x in row["logprobs"]]))
+        logp = topr.completion_logprobs(model, ids, mask, attention_mask=attention)
+        loss, stats = topr.topr_loss(logp, mu, torch.tensor([row["reward"] for row in rows]), mask)
+        assert stats["log_ratio"].abs().max() < 1e-4
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert furthest(*gradients) < 1e-6
+
+
+def settings(tiny, rollouts, out, **changes):
+    return train.Settings(**{**dict(model=tiny, rollouts=str(rollouts), out=str(out), optimizer="adamw", learning_rate=1e-3,
+                                    sequences=12), **changes})
+
+
+def test_before_the_first_step_every_weight_is_one(tiny, rollouts, tmp_path, capsys):
+    """"Old" log-probs that are not the sampler's: d at step 0 shows it."""
+    log = train.train(settings(tiny, rollouts, tmp_path / "out"))
+    assert abs(log[0]["negative_weight"] - 1) < 1e-3 and max(-log[0]["d_min"], log[0]["d_max"]) < 1e-3
+    assert "largest |log pi/mu|" in capsys.readouterr().out
+    assert log[-1]["d_min"] < -0.01  # mu stays where it was: the policy moves away from it
+
+
+def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
+    rows = read_rollouts(rollouts)
+    for row in rows:
+        row["logprobs"] = [value / 2 for value in row["logprobs"]]  # as if sampled at another temperature
+    write_rollouts(tmp_path / "bad.jsonl", rows)
+    before = load_file(f"{tiny}/model.safetensors")
+    with pytest.raises(Problem, match=r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start.*--mu-tolerance"):
+        train.train(settings(tiny, tmp_path / "bad.jsonl", tmp_path / "out"))
+    assert furthest(before, load_file(f"{tiny}/model.safetensors")) == 0
+    for mu in ("file", "start"):
+        train.train(settings(tiny, tmp_path / "bad.jsonl", tmp_path / mu, mu=mu))
+
+
+def test_mu_is_computed_once_and_stays(tiny, rollouts, tmp_path):
+    """Re-anchoring mu on the current weights turns TOPR into naive REINFORCE unnoticed."""
+    rows = [{name: row[name] for name in ("id", "prompt", "completion", "reward")} for row in read_rollouts(rollouts)]
+    write_rollouts(tmp_path / "plain.jsonl", rows)
+    log = train.train(settings(tiny, tmp_path / "plain.jsonl", tmp_path / "out", epochs=2))
+    (kept,) = tmp_path.glob("plain.jsonl.mu-*")
+    assert abs(log[0]["d_mean"]) < 1e-4 and log[-1]["d_min"] < -0.01
+    stamp = kept.read_bytes()
+    again = train.train(settings(tiny, tmp_path / "plain.jsonl", tmp_path / "again", epochs=2))
+    assert kept.read_bytes() == stamp and again[-1]["loss"] == log[-1]["loss"]
+    train.train(settings(str(tmp_path / "out"), tmp_path / "plain.jsonl", tmp_path / "further"))  # another start, another mu
+    assert len(list(tmp_path.glob("plain.jsonl.mu-*"))) == 2 and kept.read_bytes() == stamp
+
+
+def test_a_file_made_by_hand(tiny, tmp_path):
+    """Four fields, graded rewards, no ids, no logprobs."""
+    lines = [dict(id=str(i), prompt="Tom has 3 apples . He finds 2 . How many ?", completion=f"The answer is {5 + i % 2} .",
+                  reward=-0.3 if i % 2 else 2.5) for i in range(6)]
+    (tmp_path / "hand.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = train.train(settings(tiny, tmp_path / "hand.jsonl", tmp_path / "out", sequences=3))
+    assert len(log) == 2 and all(math.isfinite(entry["loss"]) for entry in log)
+
+
+def test_rewards_of_zero_and_one_are_refused(tiny, tmp_path):
+    lines = [dict(id=str(i), prompt="How many ?", completion="The answer is 5 .", reward=i % 2) for i in range(4)]
+    (tmp_path / "zero.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(Problem, match="--map-rewards"):
+        train.train(settings(tiny, tmp_path / "zero.jsonl", tmp_path / "out"))
+    log = train.train(settings(tiny, tmp_path / "zero.jsonl", tmp_path / "out", map_rewards="-1,1"))
+    assert log[0]["positive_share"] == 0.5
+
+
+@pytest.mark.parametrize("loss", [*topr.TAPERS, "ppo", "dpo"])
+def test_every_loss_trains(tiny, rollouts, tmp_path, loss):
+    log = train.train(settings(tiny, rollouts, tmp_path / loss, loss=loss))
+    assert log and all(math.isfinite(entry["loss"]) for entry in log)
+
+
+def test_options_of_the_data_and_the_loss(tiny, rollouts, tmp_path, capsys):
+    rewards = [row["reward"] for row in read_rollouts(rollouts)]
+    log = train.train(settings(tiny, rollouts, tmp_path / "share", positive_share=0.1, sequences=len(rewards)))
+    assert log[0]["positive_share"] == pytest.approx(0.1)
+    log = train.train(settings(tiny, rollouts, tmp_path / "anna", anna_karenina=True, sequences=100))
+    assert log[0]["sequences"] == len(topr.anna_karenina(read_rollouts(rollouts)))
+    log = train.train(settings(tiny, rollouts, tmp_path / "limits", neg_limits="0.5,0.5"))
+    assert log[-1]["negative_weight"] == pytest.approx(0.5)
+    for changes, words in ((dict(baseline=2.0), "--baseline"), (dict(neg_limits="1,0"), "neg limits"),
+                           (dict(positive_share=1.5), "--positive-share"), (dict(map_rewards="-1,1"), "only 0 and 1")):
+        with pytest.raises(Problem, match=words):
+            train.train(settings(tiny, rollouts, tmp_path / words.strip("-"), **changes))
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkeypatch):
+    """Resume that restores the weights and not the optimizer, the position or the random state."""
+    whole = settings(tiny, rollouts, tmp_path / "whole", epochs=2, optimizer="adafactor", checkpoint_every=2)
+    log = train.train(whole)
+    broken = settings(tiny, rollouts, tmp_path / "broken", epochs=2, optimizer="adafactor", checkpoint_every=2)
+    calls = []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return own(*arguments)
+
+    own = train.collate
+    monkeypatch.setattr(train, "collate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(broken)
+    assert [path.endswith("checkpoint-00000004") for path in train.checkpoints(broken)] == [True]
+    train.held_lock.close()
+    monkeypatch.setattr(train, "collate", own)
+    with pytest.raises(Problem, match="learning_rate was 0.001 and is 0.002"):
+        train.train(settings(tiny, rollouts, tmp_path / "broken", epochs=2, optimizer="adafactor", learning_rate=2e-3))
+    train.held_lock.close()
+    again = train.train(broken)
+    assert furthest(load_file(tmp_path / "whole/model.safetensors"), load_file(tmp_path / "broken/model.safetensors")) == 0
+    volatile = ("seconds", "tokens_per_second", "peak_memory_gib")
+    assert [{k: v for k, v in e.items() if k not in volatile} for e in again] == \
+           [{k: v for k, v in e.items() if k not in volatile} for e in log]
+    assert len(open(tmp_path / "broken/log.jsonl").readlines()) == len(log)
+
+
+def test_a_non_finite_step_stops_the_run(tiny, rollouts, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(Problem, match="step 0: .*gradient norm nan.*lines [0-9]+, "):
+        train.train(settings(tiny, rollouts, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_and_mistyped_options(script):
+    result = shell(sys.executable, ROOT / script, "--help")
+    assert result.returncode == 0 and "--model" in result.stdout
+    for option in ("--modle", "--mod"):
+        result = shell(sys.executable, ROOT / script, option, "x")
+        assert result.returncode == 2 and "unrecognized arguments" in result.stdout
+
+
+def test_user_errors_are_one_line(tiny, rollouts, tmp_path):
+    for command, words in ((["--model", tiny, "--rollouts", "nowhere.jsonl"], "nowhere.jsonl"),
+                           (["--model", tmp_path / "nothing", "--rollouts", rollouts], "cannot be loaded"),
+                           (["--rollouts", rollouts], "--model"), (["--model", tiny], "--rollouts")):
+        result = shell(sys.executable, ROOT / "train.py", *command, "--out", tmp_path / "out")
+        assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
+        assert len(result.stdout.strip().splitlines()) == 1, result.stdout
