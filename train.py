@@ -583,7 +583,7 @@ def base_policy(folder, seed):
         tokenizer = apples.make_tokenizer(apples.vocabulary())
         tokenizer.save_pretrained(start)
         apples.make_model(tokenizer, seed).save_pretrained(start)
-        write_rollouts(file, apples.demonstrations(1900 * 32, seed, tokenizer))
+        write_rollouts(file, apples.demonstrations(1000 * 32, seed, tokenizer))
     barrier()
     train(imitate)
     return out

@@ -2,6 +2,7 @@
 
     python data/maths.py gsm8k
     python data/maths.py math --train FILE     a file that you have, instead of the download
+    python data/maths.py solutions FILE OUT    OpenAI's graded GSM8K solutions of real models, as a rollout file
 
 Writes train.jsonl and test.jsonl into data/gsm8k or data/math, a row for each question: id, question, gold,
 solution, and for MATH level and subject. The test set of MATH is MATH-500.
@@ -49,6 +50,8 @@ class Settings:
 
 def main(argv=None):
     name, *options = (sys.argv[1:] if argv is None else argv) or [""]
+    if name == "solutions" and len(options) == 2:
+        return write_solutions(*options)
     if name not in SAME and name not in ("-h", "--help"):
         raise Problem("which one? python data/maths.py gsm8k, or python data/maths.py math")
     settings = parse(Settings, options if name in SAME else [name], "python data/maths.py gsm8k|math [options]")
@@ -70,6 +73,20 @@ def prepare(name, split, source, out):
     with whole_file(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     say(f"{path}: {len(rows)} questions" + (f" ({count} are published)" if len(rows) != count else ""))
+
+
+def write_solutions(source, out):
+    """Rows of question, gold, model, solution and is_correct become rollouts; their answers follow "A:"."""
+    rows = read_local(Path(source))
+    try:
+        rollouts = [{"id": f"gsm8k-test-{row['idx'] + 1:04}", "prompt": row["question"], "completion": row["solution"],
+                     "reward": 1.0 if row["is_correct"] else -1.0, "gold": row["gold"], "model": row["model"],
+                     "answer": read_answer(row["solution"], "A:")} for row in rows]
+    except (KeyError, TypeError) as error:
+        raise Problem(f"{source}: not a file of graded solutions: {error} is missing or of another type")
+    with whole_file(out) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rollouts)
+    say(f"{out}: {len(rollouts)} solutions, {sum(row['reward'] > 0 for row in rollouts)} of them right")
 
 
 def fetch(url, checksum, split):

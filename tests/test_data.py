@@ -1,0 +1,126 @@
+"""The rollout file and the embedded task."""
+
+import json
+import random
+
+import pytest
+
+from data import apples
+from data.common import Problem, table, whole_file
+from data.rollouts import RolloutFile, prompt_tokens, read_rollouts, token_ids, write_rollouts
+
+GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
+
+
+def written(path, *lines):
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps({**GOOD, **line}).encode() + b"\n" for line in lines))
+    return str(path)
+
+
+def test_round_trip_keeps_every_field(tmp_path):
+    rows = [{**GOOD, "prompt_ids": [1, 2], "completion_ids": [3, 2], "logprobs": [-0.5, -1e-8], "gold": None, "mine": {"x": ["ü\u2028"]}},
+            {**GOOD, "completion": "line\nbreak \x00 and \"quotes\"", "reward": -0.3}]
+    write_rollouts(tmp_path / "r.jsonl", rows)
+    assert read_rollouts(tmp_path / "r.jsonl") == rows
+
+
+def test_rows_are_read_when_needed_and_blank_lines_do_not_count(tmp_path):
+    path = written(tmp_path / "r.jsonl", {"id": "a"}, b"\n", {"id": "b", "reward": -1}, b"  \r\n", {"id": "c"})
+    file = RolloutFile(path)
+    assert [file[i]["id"] for i in (2, 0, 1)] == ["c", "a", "b"]
+    assert file.lines.tolist() == [1, 3, 5] and file.rewards.tolist() == [1, -1, 1]
+
+
+@pytest.mark.parametrize("line, words", [
+    (b"{broken\n", "not a JSON object"), (b'{"id": "q", "prom', "torn"), (b"[1]\n", "not a JSON object"),
+    (b'{"id": "\xff"}\n', "not UTF-8"), ({"reward": None}, '"reward" is missing'), ({"reward": "1"}, "not a number"),
+    ({"reward": True}, "not a number"), ({"reward": float("nan")}, "NaN"), ({"reward": 10**400}, "too large"),
+    ({"id": 7}, '"id" is not a string'), ({"completion": ""}, "completion is empty"), ({"prompt": None}, '"prompt" is not a string'),
+    ({"completion_ids": [1, -2]}, "whole numbers"), ({"completion_ids": [1.5]}, "whole numbers"), ({"completion_ids": []}, "is empty"),
+    ({"prompt_ids": "12"}, "a str, not a list"), ({"logprobs": [-1]}, 'without "completion_ids"'),
+    ({"completion_ids": [5, 2], "logprobs": [-1]}, "1 logprobs for 2"), ({"completion_ids": [5], "logprobs": [0.5]}, "logprob 0 is 0.5"),
+    ({"completion_ids": [5], "logprobs": [None]}, "logprob 0 is None"), ({"sampling": "t=1"}, "a str, not a dict"),
+])
+def test_bad_lines_are_named(tmp_path, line, words):
+    path = written(tmp_path / "r.jsonl", {}, {}, line)
+    with pytest.raises(Problem) as error:
+        RolloutFile(path)
+    assert str(error.value).startswith(f"{path}:3: ") and words in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_up_to_ten_bad_lines_at_once(tmp_path):
+    path = written(tmp_path / "r.jsonl", *[{"reward": "no"}] * 25)
+    with pytest.raises(Problem) as error:
+        RolloutFile(path)
+    assert len(str(error.value).splitlines()) == 10
+
+
+def test_files_that_are_none(tmp_path):
+    for path, words in ((tmp_path, "directory"), (tmp_path / "none", "No such file"), (written(tmp_path / "empty"), "no rollouts")):
+        with pytest.raises(Problem, match=words):
+            RolloutFile(str(path))
+    with pytest.raises(Problem, match="byte order mark"):
+        RolloutFile(written(tmp_path / "bom", b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"))
+    with pytest.raises(Problem, match="byte"):
+        RolloutFile(written(tmp_path / "long", b"x" * (64 * 2**20 + 5)))
+
+
+def test_half_a_file_never_appears(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with whole_file(tmp_path / "new.jsonl") as file:
+            file.write("something")
+            1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return apples.make_tokenizer(apples.vocabulary())
+
+
+def test_ids_from_text_are_the_samplers(tokenizer):
+    """The end token is learned when it was sampled, absent when the completion was cut, and never doubled."""
+    row = {**GOOD, "prompt": "Tom has 12 apples . How many ?", "completion": "The answer is 12 ."}
+    prompt_ids, completion_ids = token_ids(row, tokenizer)
+    assert prompt_ids[0] == tokenizer.bos_token_id and prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert completion_ids[-1] == tokenizer.eos_token_id and len(completion_ids) == 6
+    assert token_ids({**row, "finish": "length"}, tokenizer)[1] == completion_ids[:-1]
+    assert token_ids({**row, "completion": "The answer is 12 .</s>"}, tokenizer)[1] == completion_ids
+    assert token_ids({**row, "prompt_ids": [9], "completion_ids": [8]}, tokenizer) == ([9], [8])
+    assert prompt_tokens("<s>Tom has 12 apples", tokenizer) == prompt_tokens("Tom has 12 apples", tokenizer)
+
+
+def test_every_word_is_one_token(tokenizer):
+    rng = random.Random(0)
+    for problem in apples.make_problems(200, 1, "train"):
+        text = problem["question"] + " " + apples.demonstrate(problem, rng, apples.HABITS)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_questions_for_testing_are_never_trained_on():
+    train = {problem["question"] for seed in range(3) for problem in apples.make_problems(3000, seed, "train")}
+    test = {problem["question"] for seed in range(3) for problem in apples.make_problems(1000, seed, "test")}
+    assert not train & test
+    problems = apples.make_problems(500, 0, "test")
+    assert len({problem["question"] for problem in problems}) == len({problem["id"] for problem in problems}) == 500
+    assert problems[:100] == apples.make_problems(100, 0, "test")
+
+
+def test_solutions_without_bad_habits_are_right():
+    for problem in apples.make_problems(300, 2, "train"):
+        answer, reward = apples.grade(apples.demonstrate(problem, random.Random(0), {}), problem["gold"])
+        assert reward == 1.0 and answer == problem["gold"]
+
+
+def test_demonstrations_are_deliberately_imperfect(tokenizer):
+    rows = apples.demonstrations(3000, 0, tokenizer)
+    gold = {problem["id"]: problem["gold"] for problem in apples.make_problems(3000, 0, "train")}
+    graded = [apples.grade(row["completion"], gold[row["id"]]) for row in rows]
+    right, invalid = sum(r > 0 for _, r in graded) / 3000, sum(a is None for a, _ in graded) / 3000
+    assert 0.3 < right < 0.5 and 0.12 < invalid < 0.25
+
+
+def test_table():
+    assert table(("name", "mean"), [("pass@1", 0.5), ("n", 12)]) == "name     mean\n-------------\npass@1  0.500\nn          12"
