@@ -60,6 +60,8 @@ def load_model(name, precision, device):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, precision), use_safetensors=True)
     except Exception as error:  # transformers raises many kinds; for the user they are all the same
         raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}")
+    if model.num_parameters() < 5e6:
+        torch.set_num_threads(1)  # so little work is done sooner by one thread than by several that wait for each other
     return model.to(device).eval(), tokenizer
 
 
@@ -217,10 +219,9 @@ def pad(sequences, prompt_lengths, device):
 
 
 def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling"):
-    """Rollout rows for all questions, on every rank; also as the file `out` when it is named.
+    """Rollout rows that the model writes for all questions, on every rank; also as the file `out` when it is named.
 
     questions: dicts with "id", "prompt" and what grade(question, completion) -> (answer, reward) needs.
-    Each finished question is kept at once in OUT.part-*, so that a run that was broken off goes on from there.
     """
     ends = end_tokens(model, tokenizer)
     prompts = [prompt_tokens(question["prompt"], tokenizer) for question in questions]
@@ -229,33 +230,48 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
         if len(prompt) + settings.max_new_tokens > room:
             raise Problem(f"question {question['id']!r}: {len(prompt)} prompt tokens and {settings.max_new_tokens} new ones do "
                           f"not fit the model's {room}: lower --max-new-tokens or leave the question out")
-    stored = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-              "max_new_tokens": settings.max_new_tokens, "seed": settings.seed, "model": settings.model}
-    key = short_hash(json.dumps([stored, settings.samples, settings.precision, fingerprint(model),
-                                 [[q["id"], q["prompt"]] for q in questions]])) % 16**8
-    parts = f"{out}.part-{key:08x}-"
+
+    def write(todo):
+        uniforms = lambda t: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(
+            short_hash(f"{settings.seed}\0{questions[todo[t]]['id']}\0{questions[todo[t]]['prompt']}")))
+        for t, completions in generate(model, [prompts[q] for q in todo], uniforms, ends, settings):
+            logprobs = score(model, prompts[todo[t]], completions) if out else [None] * settings.samples
+            yield todo[t], [{
+                "completion": tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=True),
+                "finish": "stop" if tokens[-1] in ends else "length", "prompt_ids": prompts[todo[t]], "completion_ids": tokens,
+                **({"logprobs": log_mu} if out else {})} for tokens, log_mu in zip(completions, logprobs)]
+
+    longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
+    return collect(write, questions, longest_first, grade, {**settings_of_sampling(settings), "weights": fingerprint(model)},
+                   settings.samples, out, what)
+
+
+def settings_of_sampling(settings):
+    return {name: getattr(settings, name) for name in ("model", "temperature", "top_k", "top_p", "max_new_tokens", "seed")}
+
+
+def collect(write, questions, order, grade, sampling, samples, out, what):
+    """Shares the questions out over the ranks, grades what write(todo) yields, joins it in the order of the questions.
+
+    Each finished question is kept at once in OUT.part-*, so that a run that was broken off goes on from there.
+    """
+    wanted = [sampling, samples, [[question["id"], question["prompt"]] for question in questions]]
+    parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
     rows = read_parts(parts) if out else {}  # question number -> rows
     barrier()  # nobody writes before all have read
     if rows:
         say(f"{out}: {len(rows)} of {len(questions)} questions were finished before, going on with the rest")
-    todo = [q for q in sorted(range(len(questions)), key=lambda q: -len(prompts[q])) if q not in rows][rank()::world()]
+    todo = [q for q in order if q not in rows][rank()::world()]
     file = open(f"{parts}{rank()}-{os.getpid()}", "a", encoding="utf-8") if out else None
-    uniforms = lambda t: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(
-        short_hash(f"{settings.seed}\0{questions[todo[t]]['id']}\0{questions[todo[t]]['prompt']}")))
-    with progress(total=len(todo), what=what) as bar:
-        for t, completions in generate(model, [prompts[q] for q in todo], uniforms, ends, settings):
-            question, prompt = questions[todo[t]], prompts[todo[t]]
-            rows[todo[t]] = []
-            for tokens, logprobs in zip(completions, score(model, prompt, completions) if out else completions):
-                stopped = tokens[-1] in ends
-                text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
-                answer, reward = grade(question, text)
-                rows[todo[t]].append({
-                    "id": question["id"], "prompt": question["prompt"], "completion": text, "reward": reward,
-                    "prompt_ids": prompt, "completion_ids": tokens, "logprobs": logprobs, "answer": answer,
-                    "gold": question.get("gold"), "finish": "stop" if stopped else "length", "sampling": stored})
+    with progress(total=len(todo), what=what, unit="question") as bar:
+        for q, completions in write(todo):
+            question, rows[q] = questions[q], []
+            for completion in completions:
+                answer, reward = grade(question, completion["completion"])
+                rows[q].append({"id": question["id"], "prompt": question["prompt"], "completion": completion["completion"],
+                                "reward": reward, "answer": answer, "gold": question.get("gold"), **completion, "sampling": sampling})
             if file:
-                file.write(json.dumps([todo[t], rows[todo[t]]]) + "\n")
+                file.write(json.dumps([q, rows[q]]) + "\n")
                 file.flush()
             bar.update()
     for part in gather({q: rows[q] for q in todo}):

@@ -83,8 +83,8 @@ class Settings:
 
 
 # What differs in the embedded job: a model of 0.14 million weights likes larger steps than one of 8 billion.
-EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=5e-4, epochs=2, eval_every=32, questions=512,
-                test_questions=250, max_new_tokens=40, positive_share=0.5, tokens_per_pass=4096, batch_size=512)
+EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, eval_every=16, questions=512, test_questions=250,
+                max_new_tokens=40, tokens_per_pass=4096, batch_size=512)
 
 
 class LogProbs(torch.nn.Module):
@@ -162,7 +162,7 @@ def train(settings, evaluate=None):
             "step": step, "epoch": step * settings.epochs // steps, **metrics, "gradient_norm": norm,
             "learning_rate": optimizer.param_groups[0]["lr"], "sequences": len(sequences),
             "tokens_per_second": data.lengths[sequences].sum() / seconds, "seconds": seconds, "peak_memory_gib": peak_memory()})
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", negatives=f"{metrics['negative_weight'] or 0:.2f}")
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", negatives=f"{metrics['negative_weight'] or 0:.2f}", refresh=False)
         bar.update()
         asked = any(asked for _, asked in everyone)
         if asked or settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:

@@ -105,7 +105,7 @@ def say(*words):
         sys.stdout.flush()
 
 
-def progress(items=None, total=None, what="", unit="it"):
+def progress(items=None, total=None, what="", unit="step"):
     """A progress bar with the time left, on the first rank; quiet lines when the output is a file."""
     interval = 0.2 if sys.stderr.isatty() else 10  # seconds
     return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank() != 0,

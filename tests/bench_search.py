@@ -2,8 +2,8 @@
 
     python tests/bench_search.py [--data DIR] [--documents 1000000] [--pairs 7]
 
-Both engines get the same lists of words and run one after the other, in pairs: the ratio of each pair is taken before
-the median, so that a machine which slows down slows both. Ratios above 1 say that this engine is the quicker one.
+Both engines get the same lists of words and run one after the other, in pairs: the ratio of each pair is taken
+before the median, so that a machine which slows down slows both. Above 1 this engine is the quicker one.
 """
 
 import contextlib
@@ -45,7 +45,8 @@ def compare(mine, theirs, pairs):
     mine(), theirs()  # caches, and what numba compiles
     times = [(seconds(mine), seconds(theirs)) for _ in range(pairs)]
     ratios = [other / own for own, other in times]
-    return [*(statistics.median(column) for column in zip(*times)), statistics.median(ratios), min(ratios), max(ratios)]
+    medians = [statistics.median(column) for column in (*zip(*times), ratios)]
+    return [*medians, min(ratios), max(ratios)]
 
 
 def beside_bm25s(settings):
@@ -71,8 +72,8 @@ def beside_bm25s(settings):
         backends["numba"] = bm25s_index("numba")
     same_scores(index, backends["numpy"], queries)
 
-    rows = [[f"index {len(corpus)} documents", *compare(lambda: engine.index_documents(corpus), bm25s_index,
-                                                        settings.pairs)]]
+    times = compare(lambda: engine.index_documents(corpus), bm25s_index, settings.pairs)
+    rows = [[f"index {len(corpus)} documents", *times]]
     for k in (10, 100, 1000):
         for backend, other in backends.items():
             rows.append([f"{len(queries)} queries, k={k}, bm25s with {backend}", *compare(
@@ -105,7 +106,8 @@ def make_corpus(path, documents, words=60, vocabulary=500_000):
         for start in progress(range(0, documents, 1000), what="making documents up"):
             drawn = np.searchsorted(chances, rng.random((min(1000, documents - start), words)) * chances[-1])
             for number, row in enumerate(drawn.tolist(), start):
-                file.write(json.dumps({"_id": f"d{number}", "title": "", "text": " ".join(spelt[n] for n in row)}) + "\n")
+                document = {"_id": f"d{number}", "title": "", "text": " ".join(spelt[n] for n in row)}
+                file.write(json.dumps(document) + "\n")
 
 
 def index_stage(folder):
@@ -123,8 +125,8 @@ def open_stage(folder):
     queries = [f"w{n:x} w{n * 7:x} w{n * 50:x} w0 w1 w5" for n in range(1, 101)]
     first = seconds(lambda: engine.search(index, queries[0]))
     many = seconds(lambda: engine.search_many(index, queries)) / len(queries)
-    say(f"opening: {opened:.4f} s (limit 1), {checked:.2f} s with the check that the corpus is still the same; first "
-        f"search {first * 1000:.0f} ms, then {many * 1000:.1f} ms each; peak memory {peak():.2f} GiB")
+    say(f"opening: {opened:.4f} s (limit 1), {checked:.4f} s with a look whether the corpus is still the same; "
+        f"first search {first * 1000:.0f} ms, then {many * 1000:.1f} ms each; peak memory {peak():.2f} GiB")
 
 
 def peak():
