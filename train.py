@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer
 
 import eval as evaluation
 import topr
@@ -70,7 +71,7 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "compute activations again in the backward pass: slower, less memory")
     seed: int = setting(0, "of the order, the sampling and the embedded task")
     # the run
-    checkpoint_every: int = setting(0, "steps between checkpoints (0: none)")
+    checkpoint_every: int = setting(100, "steps between checkpoints (0: none)")
     eval_every: int = setting(0, "steps between measurements on the task (0: before and after alone)")
     # sampling, where --task is given
     samples: int = setting(16, "completions of each question")
@@ -83,8 +84,8 @@ class Settings:
 
 
 # What differs in the embedded job: a model of 0.14 million weights likes larger steps than one of 8 billion.
-EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, eval_every=16, questions=512, test_questions=250,
-                max_new_tokens=40, tokens_per_pass=4096, batch_size=512)
+EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, schedule="cosine", epochs=2, eval_every=32,
+                questions=512, test_questions=250, max_new_tokens=40, tokens_per_pass=4096, batch_size=512)
 
 
 class LogProbs(torch.nn.Module):
@@ -108,10 +109,10 @@ def train(settings, evaluate=None):
     seed_everything(settings.seed)
     model, tokenizer = evaluation.load_model(settings.model, "float32", device)
     data = read_data(settings, model, tokenizer)
-    run = {"settings": dataclasses.asdict(settings), "model": evaluation.fingerprint(model), "rollouts": data.fingerprint}
+    run = {"settings": dataclasses.asdict(settings), "model_weights": evaluation.fingerprint(model), "file": data.fingerprint}
     check_same_run(settings, run)
     baseline, loss_function = make_loss(settings, data)
-    mu, source = make_mu(settings, model, tokenizer, data, run["model"])
+    mu, source = make_mu(settings, model, tokenizer, data, run["model_weights"])
     steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
     say(f"{data.path}: {len(data):,} completions, {(data.rewards > 0).mean():.1%} positive; {steps:,} steps of "
         f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}")
@@ -122,13 +123,15 @@ def train(settings, evaluate=None):
     if world() > 1:
         policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
     optimizer = make_optimizer(settings, model)
-    log, first = resume(settings, model, optimizer, run)
+    if rank() == 0:
+        write_json(os.path.join(settings.out, "run.json"), run)
+    log, first = resume(settings, model, optimizer)
     stop = stop_wish()
     bar = progress(total=steps, what=f"training ({settings.loss})")
     bar.update(first)
     for step in range(first, steps):
         if evaluate and settings.eval_every and step % settings.eval_every == 0:
-            write_log(settings, log, {"step": step, **evaluate(model)})
+            write_log(settings, log, {"step": step, "measured": evaluate(model)})
         start = time.time()
         model.train()
         for group in optimizer.param_groups:
@@ -171,7 +174,7 @@ def train(settings, evaluate=None):
             raise Problem(f"stopped by a signal after step {step}: the same command goes on from there")
     bar.close()
     if evaluate and settings.eval_every:
-        write_log(settings, log, {"step": steps, **evaluate(model)})
+        write_log(settings, log, {"step": steps, "measured": evaluate(model)})
     finish(settings, model, tokenizer, run)
     return log
 
@@ -427,18 +430,16 @@ def open_folder(settings):
 
 
 def check_same_run(settings, run):
-    """A folder belongs to one command: another one is refused, naming what differs."""
+    """What was trained in a folder belongs to one command: another one is refused, naming what differs."""
     path = os.path.join(settings.out, "run.json")
-    if os.path.exists(path):
-        before, now = ({**r["settings"], "model": r["model"], "rollouts": r["rollouts"]} for r in (read_json(path), run))
+    if os.path.exists(path) and (checkpoints(settings) or finished(settings)):
+        flat = lambda record: {**record["settings"], **{name: record[name] for name in ("model_weights", "file") if name in record}}
+        before, now = flat(read_json(path)), flat(run)
         free = ("out", "checkpoint_every", "eval_every", "batch_size", "rounds")  # nothing in the weights hangs on these
         differ = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now
                   if name not in free and before.get(name) != now[name]]
         if differ:
             raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another --out, or remove it")
-    barrier()
-    if rank() == 0:
-        write_json(path, run)
 
 
 def checkpoints(settings):
@@ -469,7 +470,7 @@ def save_checkpoint(settings, model, optimizer, run, step):
     barrier()
 
 
-def resume(settings, model, optimizer, run):
+def resume(settings, model, optimizer):
     """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
     log_path = os.path.join(settings.out, "log.jsonl")
     if not checkpoints(settings):
@@ -502,6 +503,7 @@ def finish(settings, model, tokenizer, run):
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
         for path in checkpoints(settings):
             shutil.rmtree(path)
+        held_lock.close()
     barrier()
 
 
@@ -522,7 +524,7 @@ def stop_wish():
 
 
 def main():
-    settings = parse(Settings, description=__doc__)
+    settings, start = parse(Settings, description=__doc__), time.time()
     start_ranks()
     if not settings.model:
         if settings.rollouts:
@@ -530,44 +532,60 @@ def main():
         settings = parse(Settings, description=__doc__, **EMBEDDED)
         folder = f"runs/apples-seed{settings.seed}"
         settings.model, settings.out = base_policy(folder, settings.seed), settings.out or f"{folder}/{settings.loss}"
+        name = f"rollouts-{settings.questions}x{settings.samples}.jsonl"  # the losses share it
+        settings.rollouts = sampled(settings, settings.model, os.path.join(folder, name))
     if not settings.rollouts and not settings.task:
         raise Problem("nothing to learn from: --rollouts FILE.jsonl, or --task to sample from")
     settings.out = settings.out or f"runs/{os.path.basename(settings.model.rstrip('/'))}-{settings.loss}"
-    job(settings)
+    job(settings, start)
 
 
-def job(settings):
+def job(settings, start=None):
     """Rounds of sample-then-train, measured before and after when there is a task. Returns the results."""
-    start, policy, logs = time.time(), settings.model, []
-    before = measured(settings, policy) if settings.task else None
+    start, policy, logs = start or time.time(), settings.model, []
+    before = measured(settings, policy, "before") if settings.task else None
     for number in range(1, settings.rounds + 1):
-        out = settings.out if number == settings.rounds else os.path.join(settings.out, f"round-{number}")
-        given = settings.rollouts if number == 1 else ""
-        this = dataclasses.replace(settings, model=policy, out=out, rollouts=given or sampled(settings, policy))
+        last = number == settings.rounds
+        this = dataclasses.replace(settings, model=policy, out=settings.out if last else f"{settings.out}/round-{number}")
+        if number > 1 or not settings.rollouts:
+            this.rollouts = sampled(settings, policy, f"{settings.out}/rollouts-{number}.jsonl")
         if finished(this):
-            say(f"{out}: trained before, reusing it")
+            say(f"{this.out}: trained before, reusing it")
+            check_same_run(this, {"settings": dataclasses.asdict(this)})
             logs.append(read_log(this))
         else:
             logs.append(train(this, evaluate=curve_point(settings) if settings.task else None))
-        policy = out
+        policy = this.out
     if not settings.task:
         say(f"the trained policy is in {settings.out}")
         return None
-    after = measured(settings, policy)
-    points = [(sum(len([e for e in log if "loss" in e]) for log in logs[:i]) + entry["step"], entry["pass@1"], entry["invalid"])
-              for i, log in enumerate(logs) for entry in log if "pass@1" in entry]
-    results = {"settings": dataclasses.asdict(settings), "before": before, "after": after, "seconds": time.time() - start,
-               "curve": [dict(zip(("step", "pass@1", "invalid"), point)) for point in points]}
-    if rank() == 0:
-        write_json(os.path.join(settings.out, "results.json"), results)
-        draw_curve(points, os.path.join(settings.out, "curve.png"), settings.loss)
+    results = {"settings": dataclasses.asdict(settings), "before": before, "after": measured(settings, policy, "after"),
+               "curve": curve(logs), "seconds": time.time() - start}
+    show(settings, results)
+    return results
+
+
+def curve(logs):
+    """The measurements along all rounds, one dict each, with the steps counted through."""
+    points, done = [], 0
+    for log in logs:
+        points += [{"step": done + entry["step"], **entry["measured"]} for entry in log if "measured" in entry]
+        done += sum("loss" in entry for entry in log)
+    return points
+
+
+def show(settings, results):
+    """The curve, the table of before and after, and both as files."""
+    before, after = results["before"], results["after"]
     names = [name for name, value in before.items() if isinstance(value, dict) and name in after]
     spread = lambda value: f"{value['mean']:.3f} +-{value['high'] - value['mean']:.3f}"
-    say(text_curve(points))
+    say(text_curve(results["curve"]))
     say(table((f"{after['questions']} held-out questions", "before", "after", "change"),
               [(name, spread(before[name]), spread(after[name]), f"{after[name]['mean'] - before[name]['mean']:+.3f}") for name in names]))
-    say(f"{time.time() - start:.0f} s; the trained policy, results.json and the log are in {settings.out}")
-    return results
+    say(f"{results['seconds']:.0f} s; the trained policy, results.json and the log are in {settings.out}")
+    if rank() == 0:
+        write_json(os.path.join(settings.out, "results.json"), results)
+        draw_curve(results["curve"], os.path.join(settings.out, "curve.png"), settings.loss)
 
 
 def base_policy(folder, seed):
@@ -595,29 +613,35 @@ def sampling(settings, **changes):
     return evaluation.Settings(**{**{name: getattr(settings, name) for name in names}, **changes})
 
 
-def sampled(settings, policy):
-    """A rollout file that this policy wrote on the training questions; made once."""
-    path = os.path.join(os.path.dirname(policy), f"rollouts-of-{os.path.basename(policy)}.jsonl")
-    wish = sampling(settings, model=policy, split="train")
-    if not os.path.exists(path):
-        model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
-        questions = evaluation.load_questions(wish, tokenizer)
-        evaluation.sample_rollouts(model, tokenizer, questions, evaluation.grader(settings.task), wish, path)
-    else:
+def sampled(settings, policy, path):
+    """The rollout file that this policy writes on the training questions; made once."""
+    model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
+    if os.path.exists(path):
+        row = RolloutFile(path, what="checking")[0]
+        if row.get("sampling", {}).get("weights") != evaluation.fingerprint(model):
+            raise Problem(f"{path} was written by other weights than those of {policy}: remove it, or use another --out")
         say(f"{path}: the rollouts are there, reusing them")
+        return path
+    wish = sampling(settings, model=policy, split="train")
+    questions = evaluation.load_questions(wish, tokenizer)
+    evaluation.sample_rollouts(model, tokenizer, questions, evaluation.grader(settings.task), wish, path)
     return path
 
 
-def measured(settings, policy):
-    """What eval.py measures on the test questions; kept beside the policy."""
-    path = os.path.join(policy, f"measures-{settings.task}.json")
-    wish = sampling(settings, model=policy, split="test", questions=settings.test_questions, seed=settings.seed + 1)
-    if os.path.exists(path) and read_json(path)["settings"] == dataclasses.asdict(wish):
-        return read_json(path)["measures"]
+def measured(settings, policy, name):
+    """What eval.py measures on the test questions; kept in the run's folder."""
+    path = os.path.join(settings.out, f"{name}.json")
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
-    measures = evaluation.evaluate(model, tokenizer, wish, what="measuring")
-    if rank() == 0 and os.path.isdir(policy):
-        write_json(path, {"settings": dataclasses.asdict(wish), "measures": measures})
+    wish = sampling(settings, model=policy, split="test", questions=settings.test_questions, seed=settings.seed + 1)
+    what = {"settings": dataclasses.asdict(wish), "weights": evaluation.fingerprint(model)}
+    if os.path.exists(path):
+        kept = read_json(path)
+        if {key: kept.get(key) for key in what} == what:
+            return kept["measures"]
+    measures = evaluation.evaluate(model, tokenizer, wish, what=f"measuring {name}")
+    barrier()
+    if rank() == 0:
+        write_json(path, {**what, "measures": measures})
     return measures
 
 
@@ -625,7 +649,7 @@ def curve_point(settings):
     """model -> pass@1 and invalid on a few test questions, for the learning curve."""
     wish = sampling(settings, split="test", questions=min(100, settings.test_questions or 100), samples=4,
                     seed=settings.seed + 1, greedy=False)
-    _, tokenizer = evaluation.load_model(settings.model, settings.precision, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
 
     def point(model):
         measures = evaluation.evaluate(model.eval(), tokenizer, wish, what="measuring")
@@ -642,12 +666,12 @@ def read_log(settings):
 def text_curve(points, height=10):
     """pass@1 (*) and invalid answers (o) against the step, drawn with letters."""
     rows = [[" "] * (6 * len(points)) for _ in range(height + 1)]
-    for column, (_, accuracy, invalid) in enumerate(points):
-        rows[height - round(invalid * height)][6 * column + 2] = "o"
-        rows[height - round(accuracy * height)][6 * column + 2] = "*"
+    for column, point in enumerate(points):
+        for name, letter in (("invalid", "o"), ("pass@1", "*")):
+            rows[height - round(point[name] * height)][6 * column + 2] = letter
     lines = [f"{1 - i / height:4.1f} |" + "".join(row) for i, row in enumerate(rows)]
     return "\n".join(["pass@1 (*) and invalid answers (o) against the step", *lines, "     +" + "-" * (6 * len(points)),
-                      "step  " + "".join(f"{step:<6}" for step, _, _ in points)])
+                      "step  " + "".join(f"{point['step']:<6}" for point in points)])
 
 
 def draw_curve(points, path, title):
@@ -659,10 +683,9 @@ def draw_curve(points, path, title):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps, accuracy, invalid = zip(*points)
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.plot(steps, accuracy, "o-", color="tab:blue", label="pass@1")
-    axes.plot(steps, invalid, "s--", color="tab:red", label="invalid answers")
+    for name, style in (("pass@1", "o-"), ("invalid", "s--")):
+        axes.plot([point["step"] for point in points], [point[name] for point in points], style, label=name)
     axes.set(xlabel="optimizer step", ylabel="share of completions", title=title, ylim=(0, 1))
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
