@@ -109,7 +109,7 @@ def progress(items=None, total=None, what="", unit="step"):
     """A progress bar with the time left, on the first rank; quiet lines when the output is a file."""
     interval = 0.2 if sys.stderr.isatty() else 10  # seconds
     return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank() != 0,
-                mininterval=interval, dynamic_ncols=True)
+                mininterval=interval, dynamic_ncols=True, leave=None)  # an inner bar goes when it is done
 
 
 def seed_everything(seed):
