@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import topr
 from data import apples
-from data.common import (Problem, barrier, gather, parse, progress, rank, read_json, run_main, say, seed_everything,
+from data.common import (Problem, Stopped, barrier, gather, parse, progress, rank, read_json, run_main, say, seed_everything,
                          setting, start_ranks, table, whole_file, world, write_json)
 from data.rollouts import RolloutFile, token_ids, write_rollouts
 
@@ -128,7 +128,7 @@ def train(settings, evaluate=None):
     if rank() == 0:
         write_json(os.path.join(settings.out, "run.json"), run)
     log, first = resume(settings, model, optimizer)
-    stop = stop_wish()
+    stop, handlers = stop_wish()
     bar = progress(total=steps, what=f"training ({settings.loss})")
     bar.update(first)
     for step in range(first, steps):
@@ -154,7 +154,7 @@ def train(settings, evaluate=None):
                 parts.append({"loss": loss.item(), **{name: value.tolist() for name, value in stats.items()}})
             (loss * world()).backward()  # DDP takes the mean over ranks; the loss is a sum over them
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
-        everyone = gather((parts, bool(stop)))  # every rank's, so that all ranks see the same step
+        everyone = gather((parts, list(stop)))  # every rank's, so that all ranks see the same step
         metrics = step_metrics([part for parts, _ in everyone for part in parts])
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             raise Problem(f"step {step}: the loss is {metrics['loss']}, the gradient norm {norm}; nothing was updated. "
@@ -169,12 +169,14 @@ def train(settings, evaluate=None):
             "tokens_per_second": data.lengths[sequences].sum() / seconds, "seconds": seconds, "peak_memory_gib": peak_memory()})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", negatives=f"{metrics['negative_weight'] or 0:.2f}", refresh=False)
         bar.update()
-        asked = any(asked for _, asked in everyone)
+        asked = [number for _, numbers in everyone for number in numbers]
         if asked or settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
             save_checkpoint(settings, model, optimizer, run, step + 1)
         if asked:
-            raise Problem(f"stopped by a signal after step {step}: the same command goes on from there")
+            raise Stopped(f"stopped by a signal after step {step}: the same command goes on from there", asked[0])
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if evaluate and settings.eval_every:
         write_log(settings, log, {"step": steps, "measured": evaluate(model)})
     finish(settings, model, tokenizer, run)
@@ -541,11 +543,10 @@ def finished(settings):
 
 
 def stop_wish():
-    """A list that SIGTERM and Ctrl-C append to, so that the loop can end its step first."""
+    """(list that SIGTERM and Ctrl-C append to, so that the loop can end its step first; the handlers to put back)"""
     wish = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: wish.append(number))
-    return wish
+    note = lambda number, _: wish.append(number)
+    return wish, {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 # ---- the whole job: a policy, its rollouts, training, and what came of it ----

@@ -20,6 +20,16 @@ from tqdm import tqdm
 class Problem(Exception):
     """Something that the user can mend: shown as one line, exit code 2, never a traceback."""
 
+    exit_code = 2
+
+
+class Stopped(Problem):
+    """A signal asked the run to end, and it has, in good order."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
 
 # ---- settings: a dataclass per script, each field with its sentence ----
 
@@ -47,14 +57,16 @@ def parse(settings_class, argv=None, description=None, **defaults):
 
 
 def run_main(main):
-    """Runs a script's main(): a Problem is one line and exit code 2, Ctrl-C is exit code 130."""
+    """Runs a script's main(): a Problem is one line and its exit code, Ctrl-C is exit code 130."""
     name = os.path.basename(sys.argv[0])
     try:
         main()
     except Problem as problem:
         who = f"{name} (rank {rank()})" if world() > 1 else name
-        print(f"{who}: error: {problem}", file=sys.stderr, flush=True)
-        os._exit(2) if world() > 1 else sys.exit(2)  # do not wait for ranks that wait for this one
+        print(f"{who}: {'' if isinstance(problem, Stopped) else 'error: '}{problem}", file=sys.stderr, flush=True)
+        if world() > 1:
+            os._exit(problem.exit_code)  # at once: the other ranks may be waiting for this one
+        sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

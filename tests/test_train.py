@@ -216,6 +216,25 @@ def test_user_errors_are_one_line(tiny, rollouts, tmp_path):
         assert len(result.stdout.strip().splitlines()) == 1, result.stdout
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_the_step_first(tiny, rollouts, tmp_path, ranks):
+    """SIGTERM: the step is finished, a checkpoint written, the exit code tells, the same command goes on."""
+    script = tmp_path / "interrupted.py"
+    script.write_text("import os, signal, train\nown = train.step_metrics\ncalls = []\n"
+                      "def step_metrics(parts):\n    calls.append(1)\n    if len(calls) == 2 and not os.environ.get('CALM'):\n"
+                      "        os.kill(os.getpid(), signal.SIGTERM)\n    return own(parts)\n"
+                      "train.step_metrics = step_metrics\ntrain.run_main(train.main)\n")
+    command = [script, "--model", tiny, "--rollouts", rollouts, "--out", tmp_path / "out", *RUN]
+    run = lambda **calm: torchrun(ranks, *command, **calm) if ranks > 1 else shell(sys.executable, *command, **calm)
+    result = run()
+    assert "stopped by a signal after step 2" in result.stdout and result.returncode == (143 if ranks == 1 else 1), result.stdout
+    assert (tmp_path / "out/checkpoint-00000003").is_dir()
+    result = run(CALM="1")
+    assert result.returncode == 0 and "going on from step 3" in result.stdout, result.stdout
+    train.train(settings(tiny, rollouts, tmp_path / "whole", epochs=2))
+    assert furthest(load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "whole/model.safetensors")) < 1e-5 * (ranks > 1) + 1e-9
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_small_updates_are_not_lost_in_bfloat16(optimizer):
     """300 steps at 5e-7 with a constant gradient: bfloat16 weights move in the mean as float32 weights do."""
