@@ -262,6 +262,8 @@ def collect(write, questions, order, grade, sampling, samples, out, what):
     if rows:
         say(f"{out}: {len(rows)} of {len(questions)} questions were finished before, going on with the rest")
     todo = [q for q in order if q not in rows][rank()::world()]
+    if out:
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     file = open(f"{parts}{rank()}-{os.getpid()}", "a", encoding="utf-8") if out else None
     with progress(total=len(todo), what=what, unit="question") as bar:
         for q, completions in write(todo):
