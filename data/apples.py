@@ -23,6 +23,7 @@ HABITS = {  # how often a demonstration ...
     "guess": 0.45,  # gives no working, and a lucky guess at best
     "invalid": 0.17,  # never says "The answer is" (and 0.03 more for each event past two)
 }
+CHECKING = {"slip": 0.03, "wrong_sign": 0.03, "flipped": 0.2, "missing": 0.3}  # how a verifier errs at first: otherwise
 
 
 def make_problem(rng):
@@ -84,7 +85,7 @@ def demonstrate(problem, rng, habits):
     if does("guess"):
         lines, value = ["Let us see ."], min(max(value + rng.choice((-2, -1, 0, 1, 2)), 0), LARGEST)
     solution = " ".join(lines + [f"The answer is {value} ."])
-    if habits and rng.random() < habits["invalid"] + 0.03 * (len(problem["events"]) - 2):
+    if "invalid" in habits and rng.random() < habits["invalid"] + 0.03 * (len(problem["events"]) - 2):
         return " ".join(lines) if rng.random() < 0.5 else " ".join(solution.split()[: rng.randint(2, 6)])
     return solution
 
@@ -93,7 +94,26 @@ def demonstrations(count, seed, tokenizer, habits=HABITS):
     """Rollout rows to imitate: reward +1 whether right or wrong, for this is how the base policy learned."""
     rng = random.Random(f"{seed} demonstrations")
     problems = make_problems(count, seed, "train")
-    prompts, completions = [p["question"] for p in problems], [demonstrate(p, rng, habits) for p in problems]
+    return as_rows(problems, [p["question"] for p in problems], [demonstrate(p, rng, habits) for p in problems], tokenizer)
+
+
+def verdict_demonstrations(count, seed, tokenizer, make_prompt, habits=CHECKING):
+    """The same for a verifier: it solves the problem again and says whether a solution, half of them right, agrees."""
+    rng, prompts, checks = random.Random(f"{seed} verdicts"), [], []
+    problems = make_problems(count, seed, "train")
+    for problem in problems:
+        wanted, solution = rng.choice((1.0, -1.0)), None
+        while solution is None or grade(solution, problem["gold"])[1] != wanted:
+            solution = demonstrate(problem, rng, HABITS)
+        check = demonstrate(problem, rng, habits)
+        agrees = grade(check, grade(solution, None)[0])[1] > 0
+        verdict = ("incorrect", "correct")[agrees != (rng.random() < habits["flipped"])]
+        prompts.append(make_prompt(problem["question"], solution))
+        checks.append(check if rng.random() < habits["missing"] else f"{check} Verdict : {verdict}")
+    return as_rows(problems, prompts, checks, tokenizer)
+
+
+def as_rows(problems, prompts, completions, tokenizer):
     prompt_ids, completion_ids = tokenizer(prompts).input_ids, tokenizer(completions, add_special_tokens=False).input_ids
     return [{"id": problem["id"], "prompt": prompt, "completion": completion, "reward": 1.0, "prompt_ids": before,
              "completion_ids": after + [tokenizer.eos_token_id]} for problem, prompt, completion, before, after
@@ -131,9 +151,9 @@ def make_tokenizer(words):
 
 
 def vocabulary():
-    """Every word that a problem or a solution can hold."""
+    """Every word that a problem, a solution or a check of a solution can hold."""
     words = {word for seed in range(2000) for word in make_problem(random.Random(seed))["question"].split()}
-    return words | set("Let us see . The answer is + - * =".split()) | {str(n) for n in range(LARGEST + 1)}
+    return words | set("Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...".split()) | {str(n) for n in range(LARGEST + 1)}
 
 
 def make_model(tokenizer, seed, width=64, layers=3):
