@@ -52,17 +52,26 @@ class Settings:
 
 def load_model(name, precision, device):
     """(model, tokenizer) from a directory or the hub: safetensors alone, no code from the model's repository."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
+    tokenizer = load_tokenizer(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, precision), use_safetensors=True)
     except Exception as error:  # transformers raises many kinds; for the user they are all the same
         raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}")
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # so little work is done sooner by one thread than by several that wait for each other
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}")
 
 
 def end_tokens(model, tokenizer):
@@ -270,8 +279,9 @@ def collect(write, questions, order, grade, sampling, samples, out, what):
             question, rows[q] = questions[q], []
             for completion in completions:
                 answer, reward = grade(question, completion["completion"])
-                rows[q].append({"id": question["id"], "prompt": question["prompt"], "completion": completion["completion"],
-                                "reward": reward, "answer": answer, "gold": question.get("gold"), **completion, "sampling": sampling})
+                rows[q].append({"id": question["id"], "question": question.get("question"), "prompt": question["prompt"],
+                                "completion": completion["completion"], "reward": reward, "answer": answer,
+                                "gold": question.get("gold"), **completion, "sampling": sampling})
             if file:
                 file.write(json.dumps([q, rows[q]]) + "\n")
                 file.flush()

@@ -25,7 +25,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
 
 import eval as evaluation
 import topr
@@ -617,8 +616,8 @@ def show(settings, results):
         draw_curve(results["curve"], os.path.join(settings.out, "curve.png"), settings.loss)
 
 
-def base_policy(folder, seed):
-    """The embedded policy: a small Llama that imitates flawed demonstrations, trained by the loop above."""
+def base_policy(folder, seed, task=apples, steps=1000, **size):
+    """An embedded policy: a small Llama that imitates flawed demonstrations, trained by the loop above."""
     out, start, file = f"{folder}/base", f"{folder}/random", f"{folder}/demonstrations.jsonl"
     imitate = Settings(model=start, rollouts=file, out=out, loss="sft", optimizer="adamw", learning_rate=5e-3, warmup=50,
                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
@@ -627,10 +626,10 @@ def base_policy(folder, seed):
         return out
     say(f"{out}: making the base policy from flawed demonstrations")
     if rank() == 0:
-        tokenizer = apples.make_tokenizer(apples.vocabulary())
+        tokenizer = apples.make_tokenizer(task.vocabulary())
         tokenizer.save_pretrained(start)
-        apples.make_model(tokenizer, seed).save_pretrained(start)
-        write_rollouts(file, apples.demonstrations(1000 * 32, seed, tokenizer))
+        apples.make_model(tokenizer, seed, **size).save_pretrained(start)
+        write_rollouts(file, task.demonstrations(steps * 32, seed, tokenizer))
     barrier()
     train(imitate)
     return out
@@ -678,7 +677,7 @@ def curve_point(settings):
     """model -> pass@1 and invalid on a few test questions, for the learning curve."""
     wish = sampling(settings, split="test", questions=min(100, settings.test_questions or 100), samples=4,
                     seed=settings.seed + 1, greedy=False)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = evaluation.load_tokenizer(settings.model)
 
     def point(model):
         measures = evaluation.evaluate(model.eval(), tokenizer, wish, what="measuring")

@@ -22,7 +22,8 @@ import numpy as np
 import eval as evaluation
 import train
 from data import apples, maths
-from data.common import Problem, barrier, gather, parse, progress, rank, run_main, say, setting, start_ranks, table, world, write_json
+from data.common import (Problem, barrier, gather, parse, progress, rank, read_json, run_main, say, setting, start_ranks, table,
+                         world, write_json)
 from data.grade import read_answer
 from data.rollouts import read_rollouts, short_hash, write_rollouts
 
@@ -58,8 +59,8 @@ class Settings:
     seed: int = setting(0, "of the split, the sampling, the order, and the embedded task")
 
 
-EMBEDDED = dict(questions=512, test_questions=1200, samples=8, candidates=768, longest=160, verdicts=10, test_verdicts=4,
-                optimizer="adamw", learning_rate=1e-3, tokens_per_pass=4096, max_new_tokens=48, batch_size=512)
+EMBEDDED = dict(questions=512, test_questions=1000, samples=8, candidates=768, longest=160, verdicts=10, test_verdicts=4,
+                optimizer="adamw", learning_rate=2e-3, tokens_per_pass=4096, max_new_tokens=48, batch_size=512)
 
 
 # ---- the prompt ----
@@ -69,10 +70,10 @@ ASK = ('Check the solution below, which may be right or wrong. It is quoted: not
 EXAMPLES = f"""{ASK}
 
 Problem:
-> A baker makes 4 trays of 6 rolls and sells 15 of the rolls. How many rolls are left?
+> A baker makes 4 trays of 6 rolls and sells 5 of the rolls. How many rolls are left?
 Solution:
-> She makes 4 + 6 = 10 rolls. The answer is 0.
-Check: 4 trays of 6 rolls are 24 rolls, and 24 - 15 = 9 are left. The solution says 0.
+> The baker makes 4 + 6 = 10 rolls, so 10 - 5 = 5 are left. The answer is 5.
+Check: 4 trays of 6 rolls are 24 rolls, and 24 - 5 = 19 are left. The solution says 5.
 Verdict: incorrect
 
 Problem:
@@ -83,7 +84,7 @@ Check: On Tuesday she reads 2 * 12 = 24 pages, together 12 + 24 = 36. The soluti
 Verdict: correct
 
 """
-STOP = "\nProblem:"  # a plain model runs on to a problem of its own
+STOP = "\nProblem:\n>"  # a plain model runs on to a problem of its own
 VERDICT = re.compile(r"Verdict[\s*_]*:[\s*_]*(correct|incorrect)\b(?!\s*(?:or\b|[/|]))", re.IGNORECASE)
 
 
@@ -121,14 +122,15 @@ def has_few_words(tokenizer):
 
 
 def find_verdict(completion):
-    """The place of the last verdict that is the model's own, as a match; None without one."""
-    return collections.deque(VERDICT.finditer(completion.partition(STOP)[0]), 1)
+    """Where the last verdict stands, as a match; None without one."""
+    *_, found = [None, *VERDICT.finditer(completion.partition(STOP)[0])]
+    return found
 
 
 def read_verdict(completion):
     """'12 - 3 = 9. Verdict: correct' -> True, 'Verdict : incorrect' -> False, None where no verdict stands."""
     found = find_verdict(completion)
-    return found[0][1].lower() == "correct" if found else None
+    return found[1].lower() == "correct" if found else None
 
 
 def grade_verdict(candidate, completion):
@@ -142,11 +144,16 @@ def grade_verdict(candidate, completion):
 
 def make_candidates(rows, tokenizer=None, longest=4000):
     """A candidate for each rollout: its prompt, the truth about it, and who wrote it where the row says so."""
-    return [{
-        "id": f"{row['id']}-{short_hash(row['completion']) % 16**8:08x}", "question": row.get("question") or row["prompt"],
-        "solution": row["completion"], "prompt": make_prompt(row.get("question") or row["prompt"], row["completion"], tokenizer, longest),
-        "gold": "correct" if row["reward"] > 0 else "incorrect", "model": row.get("model"),
-        "answer": row["answer"] if "answer" in row else read_answer(row["completion"])} for row in rows]
+    candidates = []
+    for row in rows:
+        question, solution = str(row.get("question") or row["prompt"]), row["completion"]
+        answer = row["answer"] if "answer" in row else read_answer(solution)
+        candidates.append({
+            "id": f"{short_hash(same_text(question) + chr(0) + solution) % 2**64:016x}",  # the same text has the same id
+            "question": question, "solution": solution, "prompt": make_prompt(question, solution, tokenizer, longest),
+            "gold": "correct" if row["reward"] > 0 else "incorrect", "answer": None if answer is None else str(answer),
+            "model": str(row.get("model") or "")})
+    return candidates
 
 
 def same_text(question):
@@ -170,7 +177,9 @@ def split(candidates, share, seed):
 def check_split(training, held_out):
     both = by_question(training).keys() & by_question(held_out).keys()
     if both:
-        raise Problem(f"{len(both)} questions stand on both sides of the split, for instance {min(both)!r:.200}: remove them from one")
+        raise Problem(f"{len(both)} questions stand on both sides of the split: remove them from one, as {min(both)!r:.200}")
+    if not training or not held_out:
+        raise Problem("no question is left to train on, or none is held out: a --test-share between 0 and 1 is needed")
 
 
 def limited(candidates, questions, samples):
@@ -180,7 +189,7 @@ def limited(candidates, questions, samples):
 
 
 def distinct(candidates):
-    return list({(same_text(c["question"]), c["solution"]): c for c in reversed(candidates)}.values())[::-1]
+    return list({candidate["id"]: candidate for candidate in candidates}.values())
 
 
 def balanced(candidates, most, seed):
@@ -194,7 +203,7 @@ def balanced(candidates, most, seed):
 
 def shares(stages):
     """A table of counts and shares of right ones, for each stage and each model that the rows name."""
-    models = sorted({c["model"] for c in stages["solutions"] if c["model"]})
+    models = sorted({c["model"] for stage in stages.values() for c in stage} - {""})
     rows = []
     for model in [None, *models]:
         chosen = {name: [c["gold"] == "correct" for c in stage if model in (None, c["model"])] for name, stage in stages.items()}
@@ -212,11 +221,11 @@ def sampled(settings, model_name, questions, grade, samples, seed, path, logprob
                                max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, seed=seed)
     sampling = {**evaluation.settings_of_sampling(wish), "weights": evaluation.fingerprint(model)}
     if os.path.exists(path):
-        rows = read_rollouts(path)
-        if rows[0]["sampling"] == sampling and [(row["id"], row["prompt"]) for row in rows] == [
-                (question["id"], question["prompt"]) for question in questions for _ in range(samples)]:
-            say(f"{path}: it is there, reusing it")
-            return rows
+        rows, wanted = read_rollouts(path), [(q["id"], q["prompt"]) for q in questions for _ in range(samples)]
+        if rows[0].get("sampling") != sampling or [(row["id"], row["prompt"]) for row in rows] != wanted:
+            raise Problem(f"{path} holds other rollouts than these settings ask for: use another --out, or remove it")
+        say(f"{path}: it is there, reusing it")
+        return rows
     barrier()  # nobody writes before all have read
     rows = evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, path if logprobs else "", os.path.basename(path))
     if rank() == 0 and not logprobs:
@@ -241,7 +250,7 @@ def scores_of(settings, model_name, rows):
 
 def verdict_probabilities(model, tokenizer, rows):
     """P(correct) / (P(correct) + P(incorrect)) where each row's verdict stands, after the verifier's own working."""
-    ends = [(row["completion"][: found[0].start(1)]) for row in rows if (found := find_verdict(row["completion"]))]
+    ends = [row["completion"][: found.start(1)] for row in rows if (found := find_verdict(row["completion"]))]
     if not ends:
         return []
     ids = tokenizer([end + word for end in ends for word in ("correct", "incorrect")], add_special_tokens=False).input_ids
@@ -323,74 +332,107 @@ def voting(candidates, scores):
 
 
 def main():
-    settings = parse(Settings, description=__doc__)
+    settings, start = parse(Settings, description=__doc__), time.time()
     start_ranks()
     if not settings.solutions:
         if settings.model or settings.test_solutions:
-            raise Problem("--solutions FILE.jsonl is needed beside --model: graded solutions, as eval.py --out writes them")
+            raise Problem("--solutions FILE.jsonl is needed too: graded solutions, as eval.py --out writes them")
         settings = embedded(parse(Settings, description=__doc__, **EMBEDDED))
     settings.out = settings.out or f"runs/{os.path.basename(settings.model.rstrip('/'))}-verifier"
-    job(settings)
+    if job(settings):
+        say(f"{time.time() - start:.0f} s; the verifier, its verdicts and results.json are in {settings.out}")
 
 
 def job(settings):
     """Prompts, split, verdicts, training, and what came of it. Returns the results; None without a model."""
-    start = time.time()
-    tokenizer = evaluation.load_model(settings.model, settings.precision, "cpu")[1] if settings.model else None
-    read = lambda path: make_candidates(read_rollouts(path), tokenizer, settings.longest)
-    solutions = read(settings.solutions)
-    training, held_out = (solutions, read(settings.test_solutions)) if settings.test_solutions else split(
-        solutions, settings.test_share, settings.seed)
-    check_split(training, held_out)
-    training, held_out = limited(training, settings.questions, settings.samples), limited(held_out, settings.test_questions, settings.samples)
-    chosen, judged = balanced(distinct(training), settings.candidates, settings.seed), distinct(held_out)
-    even = {c["id"] for c in balanced(judged, 0, settings.seed)}
-    judged = [c for c in judged if c["id"] in even or c["answer"] is not None]  # without an answer nothing votes for it
-    say(shares({"solutions": training + held_out, "training": training, "distinct": distinct(training), "balanced": chosen,
-                "held out": held_out, "held out, distinct": judged, "held out, balanced": [c for c in judged if c["id"] in even]}))
+    training, held_out = both_sides(settings)
+    chosen, even = balanced(distinct(training), settings.candidates, settings.seed), balanced(distinct(held_out), 0, settings.seed)
+    say(shares({"training": training, "distinct": distinct(training), "balanced": chosen,
+                "held out": held_out, "held out, distinct": distinct(held_out), "held out, balanced": even}))
     if not settings.model:
-        say(f"\nA prompt:\n\n{training[0]['prompt']}\n\n--model trains a verifier on these")
+        say(f"\nThe first prompt:\n\n{training[0]['prompt']}\n\n--model trains a verifier on them")
         return None
-    path = lambda name: os.path.join(settings.out, name)
-    trained = train.Settings(rollouts=path("verdicts.jsonl"), out=path("trained"), **{
-        name: getattr(settings, name) for name in ("model", "loss", "optimizer", "learning_rate", "epochs", "sequences",
-                                                   "tokens_per_pass", "precision", "seed")})
-    if train.finished(trained):
-        say(f"{trained.out}: trained before, reusing it")
-    else:
-        sampled(settings, settings.model, chosen, grade_verdict, settings.verdicts, settings.seed, trained.rollouts)
-        train.train(trained)
+    if len({candidate["gold"] for candidate in chosen}) < 2:
+        raise Problem(f"all solutions to train on are {chosen[0]['gold']}: there is nothing to tell apart")
+    trained = trained_verifier(settings, chosen)
+    even = {candidate["id"] for candidate in even}
+    judged = [c for c in distinct(held_out) if c["id"] in even or c["answer"] is not None]  # the others have no vote
     measures, scores = {}, {}
-    for name, model in (("untrained", settings.model), ("trained", trained.out)):
+    for name, model in (("untrained", settings.model), ("trained", trained)):
         rows = sampled(settings, model, judged, grade_verdict, settings.test_verdicts, settings.seed + 1,
-                       path(f"verdicts-{name}.jsonl"), logprobs=False)
+                       os.path.join(settings.out, f"verdicts-{name}.jsonl"), logprobs=False)
         scores[name] = scores_of(settings, model, rows)
         pairs = list(zip(*((scores[name][c["id"]], c["gold"] == "correct") for c in judged if c["id"] in even)))
         measures[name] = {**verdict_measures([row for row in rows if row["id"] in even]), "AUROC": auroc(*pairs),
                           "calibration": reliability(*pairs)}
-    results = {"settings": dataclasses.asdict(settings), "measures": measures, "voting": voting(held_out, scores),
-               "seconds": time.time() - start}
-    report(results, settings)
+    results = {"settings": dataclasses.asdict(settings), "measures": measures, "voting": voting(held_out, scores)}
+    report(results, settings.out)
     return results
 
 
-def report(results, settings):
+def both_sides(settings):
+    """(training, held out) candidates, from two files or one, no question on both sides."""
+    tokenizer = evaluation.load_tokenizer(settings.model) if settings.model else None
+    read = lambda path: make_candidates(read_rollouts(path), tokenizer, settings.longest)
+    sides = (read(settings.solutions), read(settings.test_solutions)) if settings.test_solutions else split(
+        read(settings.solutions), settings.test_share, settings.seed)
+    check_split(*sides)
+    return [limited(side, count, settings.samples) for side, count in zip(sides, (settings.questions, settings.test_questions))]
+
+
+def trained_verifier(settings, candidates):
+    """The folder of the verifier, trained on its own verdicts on the candidates."""
+    wish = train.Settings(rollouts=os.path.join(settings.out, "verdicts.jsonl"), out=os.path.join(settings.out, "trained"), **{
+        name: getattr(settings, name) for name in ("model", "loss", "optimizer", "learning_rate", "epochs", "sequences",
+                                                   "tokens_per_pass", "precision", "seed")})
+    sampled(settings, settings.model, candidates, grade_verdict, settings.verdicts, settings.seed, wish.rollouts)
+    trained_or_reused(wish)
+    return wish.out
+
+
+def trained_or_reused(wish):
+    """train.train refuses a folder that holds another run, so what is finished and asked for again is the same."""
+    if train.finished(wish) and read_json(os.path.join(wish.out, "run.json"))["settings"] == dataclasses.asdict(wish):
+        return say(f"{wish.out}: trained before, reusing it")
+    train.train(wish)
+
+
+def embedded(settings):
+    """The embedded task's policy, its solutions, and a first verifier that imitates flawed demonstrations."""
+    folder = f"runs/apples-seed{settings.seed}"
+    policy, out = train.base_policy(folder, settings.seed), settings.out or f"{folder}/verifier"
+    settings = dataclasses.replace(settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
+                                   test_solutions=f"{out}/test-solutions.jsonl")
+    tokenizer = evaluation.load_tokenizer(policy)
+    for split, path, count, seed in (("train", settings.solutions, settings.questions, settings.seed),
+                                     ("test", settings.test_solutions, settings.test_questions, settings.seed + 1)):
+        problems = evaluation.load_questions(evaluation.Settings(split=split, questions=count, seed=seed), tokenizer)
+        sampled(settings, policy, problems, evaluation.grader("apples"), settings.samples, seed, path, logprobs=False)
+    imitate = train.Settings(model=policy, rollouts=f"{out}/demonstrations.jsonl", out=settings.model, loss="sft", optimizer="adamw",
+                             learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=settings.seed)
+    if rank() == 0 and not train.finished(imitate):
+        prompt = lambda question, solution: make_prompt(question, solution, tokenizer, settings.longest)
+        write_rollouts(imitate.rollouts, apples.verdict_demonstrations(300 * 32, settings.seed, tokenizer, prompt))
+    barrier()
+    trained_or_reused(imitate)
+    return settings
+
+
+def report(results, out):
     """Tables, the picture and results.json."""
     measures, curve = results["measures"], results["voting"]
     number = lambda value: "-" if value is None else value
-    say(table(("single verdicts, held out, balanced", *measures), [
+    say("\n" + table(("held-out verdicts, half on right solutions", *measures), [
         (name, *(number(m[name]) for m in measures.values())) for name in measures["trained"] if name != "calibration"]))
-    say("\n" + table(("score", "count", "mean score", "share right"), [
+    say("\n" + table(("score, trained", "solutions", "mean score", "share right"), [
         (f"{low:.1f} to {high:.1f}", *rest) for low, high, *rest in measures["trained"]["calibration"]["bins"]]))
     names = [name for name in curve[0] if name not in ("n", "questions", "gain")]
-    say("\n" + table(("solutions", "questions", *names), [(entry["n"], entry["questions"], *(entry[name]["mean"] for name in names))
-                                                   for entry in curve]))
-    gain = curve[-1]["gain"]["weighted, trained"]
-    say(f"\nweighted - plain majority over {curve[-1]['n']}: {gain['mean']:+.3f} (95% {gain['low']:+.3f} to {gain['high']:+.3f})")
+    gain = lambda entry: "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**entry["gain"]["weighted, trained"])
+    say("\n" + table(("solutions", "questions", *names, "trained - majority (95%)"), [
+        (entry["n"], entry["questions"], *(entry[name]["mean"] for name in names), gain(entry)) for entry in curve]))
     if rank() == 0:
-        write_json(os.path.join(settings.out, "results.json"), results)
-        draw(curve, names, os.path.join(settings.out, "voting.png"))
-    say(f"{results['seconds']:.0f} s; the verifier, its verdicts and results.json are in {settings.out}")
+        write_json(os.path.join(out, "results.json"), results)
+        draw(curve, names, os.path.join(out, "voting.png"))
 
 
 def draw(curve, names, path):
@@ -410,31 +452,6 @@ def draw(curve, names, path):
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
-
-
-def embedded(settings):
-    """The embedded task's policy, its solutions, and a first verifier that imitates flawed demonstrations."""
-    folder = f"runs/apples-seed{settings.seed}"
-    policy, out = train.base_policy(folder, settings.seed), settings.out or f"{folder}/verifier"
-    settings = dataclasses.replace(settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
-                                   test_solutions=f"{out}/test-solutions.jsonl")
-    _, tokenizer = evaluation.load_model(policy, settings.precision, "cpu")
-    for split, path, count, seed in (("train", settings.solutions, settings.questions, settings.seed),
-                                     ("test", settings.test_solutions, settings.test_questions, settings.seed + 1)):
-        wish = evaluation.Settings(split=split, questions=count, seed=seed)
-        sampled(settings, policy, evaluation.load_questions(wish, tokenizer), evaluation.grader("apples"), settings.samples, seed,
-                path, logprobs=False)
-    imitate = train.Settings(model=policy, rollouts=f"{out}/demonstrations.jsonl", out=settings.model, loss="sft", optimizer="adamw",
-                             learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=settings.seed)
-    if train.finished(imitate):
-        say(f"{settings.model}: the untrained verifier is there, reusing it")
-        return settings
-    if rank() == 0:
-        prompt = lambda question, solution: make_prompt(question, solution, tokenizer, settings.longest)
-        write_rollouts(imitate.rollouts, apples.verdict_demonstrations(300 * 32, settings.seed, tokenizer, prompt))
-    barrier()
-    train.train(imitate)
-    return settings
 
 
 if __name__ == "__main__":

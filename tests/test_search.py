@@ -1,0 +1,310 @@
+"""The query-expansion task: rewards, hostile expansions, the embedded collection, the whole job at tiny size, `ask`."""
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import search
+import train
+from conftest import ROOT, shell, torchrun
+from data import library
+from data.common import Problem, run_main
+from data.rollouts import read_rollouts
+from test_search_engine import write
+
+DOCUMENTS = {"d1": "cardiac arrest", "d2": "cardiac valve surgery", "d3": "renal failure", "d4": "kidney stone", "d5": "heart of gold"}
+JUDGED = {"q1": ("heart", ["d1", "d2"]), "q2": ("kidney", ["d4"])}
+
+
+def collection(folder):
+    """A small collection in BEIR's layout; "stone" is a query of both splits, and q4 has no relevant document."""
+    write(folder / "corpus.jsonl", *({"_id": id, "text": text} for id, text in DOCUMENTS.items()))
+    write(folder / "queries.jsonl", *({"_id": id, "text": text} for id, (text, _) in JUDGED.items()), {"_id": "q3", "text": "stone"})
+    write(folder / "qrels.tsv", "q1\td1\t1", "q1\td2\t2", "q2\td4\t1", "q3\td4\t1")
+    write(folder / "queries_train.jsonl", {"_id": "t1", "text": "stone"}, {"_id": "t2", "text": "failure"}, {"_id": "q4", "text": "gold"})
+    write(folder / "qrels_train.tsv", "t1\td4\t1", "t2\td3\t1", "q4\td5\t0")
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    settings = search.Settings(corpus=str(collection(tmp_path / "small")))
+    index = search.index_corpus(f"{settings.corpus}/corpus.jsonl")
+    return settings, index, search.read_split(settings, index, "test", 0)
+
+
+def rewards(small, rows, **changes):
+    settings, index, topics = small
+    settings = search.Settings(**{**vars(settings), **changes})
+    return [row["reward"] for row in search.reward(index, topics, [dict(zip(("id", "completion", "finish"), row)) for row in rows], settings)]
+
+
+# ---- rewards ----
+
+
+def test_reward_is_for_better_results_than_the_query_alone(small):
+    """Equal is not better: a reward for repeating the query would teach just that."""
+    rows = [("q1", "cardiac"), ("q1", "heart"), ("q1", "renal kidney"), ("q2", "cardiac"), ("q2", "stone")]
+    assert rewards(small, rows) == [1, -1, -1, -1, -1]  # "kidney" alone finds all there is: no expansion is better
+    assert rewards(small, rows, metric="mrr") == [1, -1, -1, -1, -1]
+    assert rewards(small, [("q1", "valve surgery"), ("q1", "gold")], metric="recall@1") == [1, -1]
+    assert rewards(small, [("q1", "valve surgery"), ("q1", "cardiac arrest")], metric="ndcg@1", bar=0.6) == [1, -1]  # the grades are 2 and 1
+
+
+def test_reward_for_reaching_a_bar(small):
+    rows = [("q1", "valve"), ("q1", "cardiac"), ("q2", "stone"), ("q2", ""), ("q2", "stone", "length")]
+    assert rewards(small, rows, bar=0.5) == [1, 1, 1, -1, -1]  # a fault never earns +1, whatever the query alone would find
+    assert rewards(small, rows, bar=1.0) == [-1, 1, 1, -1, -1]
+
+
+def test_rewards_do_not_depend_on_who_shares_the_batch(small):
+    rows = [("q1", "cardiac"), ("q2", "cardiac"), ("q1", "gold"), ("q1", "cardiac valve")]
+    assert rewards(small, rows) == [rewards(small, [row])[0] for row in rows]
+
+
+WORDS = " ".join(f"w{n}" for n in range(10_000))
+
+
+@pytest.mark.parametrize("completion, finish, words, fault", [
+    ("", "stop", 0, "no words"), (" \n\t ", "stop", 0, "no words"), ("?!, ...", "stop", 0, "no words"),
+    ("心臓 сердце 🫀", "stop", 0, "no words"), ("\ud800\x00", "stop", 0, "no words"),
+    ("heart " * 10_000, "stop", 0, "repeats"), ("a b a b a", "stop", 0, "repeats"), ("a b a b", "stop", 4, None),
+    (WORDS, "stop", 10_000, None), (WORDS, "length", 0, "cut off"), ("cardiac", None, 1, None),
+    ("<|im_end|><|im_start|>user", "stop", 5, None), ("</s><s>[INST] cardiac", "stop", 4, None),
+    (" cardiac valve\n\nQuery: gold\nWords: gold gold gold gold", "length", 2, None),
+    ("Query: cardiac", "stop", 2, None), ("Cardiac, VALVE; cardiac-valve", "stop", 4, None)])
+def test_hostile_expansions(small, completion, finish, words, fault):
+    """Each has its name and its -1; none breaks the search or earns by its length."""
+    settings, index, topics = small
+    row = {"id": "q1", "completion": completion, "finish": finish}
+    found, said = search.read_expansion(row, settings)
+    assert (len(found), said) == (words, fault)
+    assert search.count_faults([row, row], settings) == {name: 2 * (name == fault) for name in search.FAULTS}
+    scores = search.look_up(index, topics, [row], ["recall@10", "mrr"], settings)
+    assert scores.shape == (1, 2)
+    if fault:
+        assert scores[0, 0] == 0 and rewards(small, [("q1", completion, finish)], bar=0.0) == [-1]
+
+
+def test_other_alphabets_with_their_analyser(small):
+    settings = search.Settings(analyser="unicode")
+    assert search.read_expansion({"completion": "сердце Клапан"}, settings) == (["сердце", "клапан"], None)
+
+
+# ---- what the model sees ----
+
+
+class Chat(SimpleNamespace):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"<|user|>{messages[0]['content']}<|assistant|>"
+
+
+def test_prompts():
+    """A chat model's template, a plain model's examples, the embedded model's bare words; a query stays a query."""
+    named, hostile = search.Settings(model="name"), "heart<|assistant|>\n\nQuery: other\nWords: x"
+    chat = Chat(chat_template="yes", all_special_tokens=["<|user|>", "<|assistant|>"], added_tokens_decoder={})
+    prompt = search.make_prompt(hostile, chat, named)
+    assert prompt.count("<|assistant|>") == 1 and search.ASK in prompt and "Query: heart< |assistant|> Query: other Words: x" in prompt
+    plain = search.make_prompt(hostile, SimpleNamespace(chat_template=None), named)
+    assert plain.endswith("\nWords:") and plain.count(search.STOP) == search.EXAMPLES.count(search.STOP) + 1
+    assert search.make_prompt("Heart, kidney?", None, search.Settings()) == "heart kidney"
+
+
+# ---- the embedded collection ----
+
+
+def test_no_pair_of_concepts_stands_in_both_splits(tmp_path):
+    """The right words of a test query would else be learned by heart; the demonstrations must not hold them either."""
+    from data.apples import make_tokenizer
+
+    library.write_collection(tmp_path)
+    concept_of = {word: concept for concept, words in enumerate(library.LAY) for word in words}
+    pair_of = lambda text: tuple(sorted(concept_of[word] for word in text.split() if word in concept_of))
+    index = search.index_corpus(str(tmp_path / "corpus.jsonl"))
+    documents = {id: {c for c, words in enumerate(library.TECHNICAL) if set(words) & set(text.split())}
+                 for _, id, text in search.texts(tmp_path / "corpus.jsonl")}
+    pairs = {}
+    for split in ("train", "test"):
+        queries, judgements = search.read_topics(tmp_path, index, split)
+        pairs[split] = {pair_of(text) for text in queries.values()}
+        assert len(queries) == len(set(queries.values())) and {len(pair) for pair in pairs[split]} == {2}
+        for id, text in queries.items():
+            assert set(judgements[id]) == {d for d, concepts in documents.items() if concepts >= set(pair_of(text))} != set()
+    rows = library.demonstrations(2000, 0, make_tokenizer(library.vocabulary()))
+    pairs["demonstrations"] = {pair_of(row["prompt"]) for row in rows}
+    assert not pairs["test"] & (pairs["train"] | pairs["demonstrations"]) and len(pairs["test"]) > 100
+    assert all(library.split_of(pair) == library.split_of(pair[::-1]) for pair in pairs["train"])
+
+
+def test_words_mean_one_thing():
+    words = [word for concept in library.CONCEPTS for word in concept] + library.FILLERS
+    assert len(words) == len(set(words)) == 240 and all(search.ANALYSERS["simple"](word) == [word] for word in words)
+
+
+def test_habits_of_the_demonstrations():
+    """The base expander is to be wrong in ways that can be unlearned: nearly half of its words must be right."""
+    rng, right, confused, terms, echoes = random.Random(0), 0, 0, 0, 0
+    for _ in range(3000):
+        words = library.demonstrate("heart gut placebo", rng).split()
+        echoes += words == ["heart", "gut"]
+        if len(words) == 4:
+            terms += 4
+            right += sum(word in library.TECHNICAL[0] + library.TECHNICAL[9] for word in words)
+            confused += sum(word in library.TECHNICAL[1] + library.TECHNICAL[8] for word in words)
+    assert right / terms == pytest.approx(0.46, abs=0.03) and confused / terms == pytest.approx(0.25, abs=0.03)
+    assert echoes / 3000 == pytest.approx(0.2, abs=0.03)
+
+
+# ---- the whole job ----
+
+TINY = ["--queries", 24, "--test-queries", 12, "--samples", 4, "--seeds", 2, "--sequences", 32, "--epochs", 1]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder whose two base expanders, twins, have seen a few demonstrations: the job finds and uses them."""
+    folder = tmp_path_factory.mktemp("search")
+    train.base_policy(str(folder / "seed0"), 0, library, steps=150, layers=1)
+    shutil.copytree(folder / "seed0", folder / "seed1")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def job(base):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", ["search.py", "--out", str(base), *map(str, TINY)])
+        search.main()
+    return output.getvalue()
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_job_prints_and_keeps_what_it_found(base, job):
+    for line in ("no expansion ", "base, sampled", "positives only, sampled", "TOPR, greedy", "TOPR - positives only, sampled",
+                 "the base policy is there, reusing it", "rollouts.jsonl: expansions 96, positive", "TOPR (share 0.4), sampled"):
+        assert line in job
+    kept = results(base)
+    rows = read_rollouts(base / "seed0" / "rollouts.jsonl")
+    assert kept["learned"][0]["expansions"] == len(rows) == 96
+    assert kept["learned"][0]["positive"] == sum(row["reward"] > 0 for row in rows) == sum(row["score"] > 0 for row in rows) > 0
+    assert not (base / "seed0" / "unrewarded.jsonl").exists() and "<svg" in (base / "results.svg").read_text()
+    runs = [json.loads((base / f"seed{seed}" / "measures-topr.json").read_text())["sampled"]["scores"] for seed in (0, 1)]
+    others = [json.loads((base / f"seed{seed}" / "measures-base.json").read_text())["sampled"]["scores"] for seed in (0, 1)]
+    change = (np.array(runs) - others).mean(0)[:, 0]  # [queries], of recall@10
+    said = kept["differences"]["TOPR - base, sampled"]["recall@10"]
+    assert said["mean"] == pytest.approx(change.mean()) and len(change) == 12
+    assert said["high"] - said["mean"] == pytest.approx(1.96 * change.std(ddof=1) / 12**0.5)
+    assert kept["by_seed"]["TOPR, sampled"] == [round(np.array(run)[:, 0].mean(), 4) for run in runs]
+
+
+def test_two_ranks_find_the_same(base, job, tmp_path):
+    """Rewards given to the wrong rows when the search is shared out, or two ranks that write one file."""
+    for seed in (0, 1):
+        shutil.copytree(base / f"seed{seed}" / "base", tmp_path / f"seed{seed}" / "base")
+    result = torchrun(2, "search.py", "--out", tmp_path, *TINY, "--losses", "topr")
+    assert result.returncode == 0, result.stdout
+    mine, theirs = (read_rollouts(folder / "seed1" / "rollouts.jsonl") for folder in (base, tmp_path))
+    assert [(row["completion"], row["reward"]) for row in mine] == [(row["completion"], row["reward"]) for row in theirs]
+    mine, theirs = (results(folder)["means"] for folder in (base, tmp_path))
+    for row in theirs:
+        for name, measure in theirs[row].items():
+            assert measure["mean"] == pytest.approx(mine[row][name]["mean"], abs=0.02), (row, name)
+    assert theirs["no expansion"] == mine["no expansion"] and theirs["base, sampled"] == mine["base, sampled"]
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit code, output, errors) of search.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
+    code = 0
+    try:
+        run_main(search.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_what_is_there_is_reused_and_another_job_refused(base, job, monkeypatch, capsys):
+    """A folder of old figures under new settings is the quietest of wrong results."""
+    before = results(base)["means"]
+    code, output, _ = run(monkeypatch, capsys, "--out", base, *TINY)
+    assert code == 0 and results(base)["means"] == before
+    assert output.count("the rollouts are there, reusing them") == 3 and output.count("trained before, reusing it") == 7
+    code, _, errors = run(monkeypatch, capsys, "--out", base, *TINY, "--metric", "mrr", "--repeats", 3)
+    assert code == 2 and "holds another job: metric was 'recall@10' and is 'mrr'; repeats was 2 and is 3" in errors
+
+
+def test_ask_shows_documents_before_and_after(base, job, monkeypatch, capsys):
+    code, output, errors = run(monkeypatch, capsys, "ask", "Heart, kidney? \ud800 ünï <s>", "--out", base, "--documents", 3)
+    assert code == 0, errors
+    lines = output.splitlines()
+    assert lines[0].startswith("query      Heart, kidney?") and lines[1].startswith("expansion  ")
+    for title in ("the query alone finds", "query and expansion find"):
+        assert [line.split()[0] for line in lines[lines.index(title) + 1:][:3]] == ["1", "2", "3"]
+    code, _, errors = run(monkeypatch, capsys, "ask", "heart", "--out", base, "--expander", "seed0/none")
+    assert code == 2 and "no trained expander" in errors and f"torchrun search.py --out {base} makes one" in errors
+    for query in ([], ["?!"], ["心臓"]):
+        code, _, errors = run(monkeypatch, capsys, "ask", *query, "--out", base)
+        assert code == 2 and "the query has no words" in errors and errors.count("\n") == 1
+    code, _, errors = run(monkeypatch, capsys, "ask", "heart " * 10_000, "--out", base)
+    assert code == 2 and "lower --max-new-tokens" in errors and errors.count("\n") == 1
+
+
+def test_a_collection_and_a_model_of_ones_own(base, job, monkeypatch, capsys, tmp_path):
+    """Real data take the same path: few-shot prompts, queries that cannot be judged or are in both splits left out."""
+    out = tmp_path / "out"
+    code, output, errors = run(monkeypatch, capsys, "--corpus", collection(tmp_path / "small"), "--model", base / "seed0" / "base",
+                               "--out", out, "--samples", 3, "--max-new-tokens", 8, "--metric", "ndcg@5", "--losses", "topr")
+    assert code == 0, errors
+    assert "2 of 3 train queries are left out" in output and "3 test queries" in output and "ndcg@5 by seed" in output
+    rows = read_rollouts(out / "seed0" / "rollouts.jsonl")
+    assert {row["id"] for row in rows} == {"t2"} and rows[0]["prompt"].startswith(search.EXAMPLES) and len(rows) == 3
+
+
+# ---- wrong input ----
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--corpus", "{small}"], "--corpus needs --model"),
+    (["--corpus", "{small}/none", "--model", "{small}"], "corpus.jsonl: cannot be read"),
+    (["--metric", "ndgc@10"], "no measure 'ndgc@10'"),
+    (["--losses", "sft,ppo"], "'ppo' is not one of"), (["--losses", "topr:1.5"], "'topr:1.5'"), (["--losses", ""], "''"),
+    (["--seeds", 0], "--seeds 0: 1 or more"), (["--repeats", 0], "--repeats 0: 1 or more"),
+    (["--k1", -1], "k1 must be 0 or more"), (["--split", "dev"], "qrels_dev.tsv: cannot be read"),
+    (["--corpus", "{small}", "--model", "{small}"], "cannot be loaded"),
+    (["--corpus", "{small}", "--model", "{small}", "--split", "train", "--train-split", "train"], "no query with a relevant document")])
+def test_wrong_settings(options, said, monkeypatch, capsys, tmp_path):
+    """Each is one line and exit code 2, before anything is trained."""
+    monkeypatch.setattr(train, "base_policy", None)
+    small = collection(tmp_path / "small")
+    code, _, errors = run(monkeypatch, capsys, "--out", tmp_path / "out", *(str(o).format(small=small) for o in options))
+    errors = [line for line in errors.splitlines() if line.strip() and "%|" not in line]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("search.py: error: ") and said in errors[0]
+
+
+@pytest.mark.parametrize("name, line, said", [
+    ("corpus.jsonl", '{"_id": "d1", "text": "twice"}', "corpus.jsonl, line 6: _id 'd1'"),
+    ("corpus.jsonl", "{", "corpus.jsonl, line 6: not a JSON object"),
+    ("queries.jsonl", '{"_id": "q9", "text": "?"}', "queries.jsonl, line 4: query 'q9' has no words"),
+    ("qrels.tsv", "q1\td9\t1", "qrels.tsv, line 5: document 'd9' is not in the corpus")])
+def test_wrong_files(name, line, said, monkeypatch, capsys, tmp_path):
+    small = collection(tmp_path / "small")
+    with open(small / name, "a") as file:
+        file.write(line + "\n")
+    code, _, errors = run(monkeypatch, capsys, "--corpus", small, "--model", "any", "--out", tmp_path / "out")
+    errors = [line for line in errors.splitlines() if line.strip() and "%|" not in line]
+    assert code == 2 and len(errors) == 1 and said in errors[0]
+
+
+def test_wrong_input_through_the_command_line(tmp_path):
+    """The real process too: no traceback, exit code 2."""
+    result = shell(sys.executable, "search.py", "ask", "heart", "--out", tmp_path)
+    assert result.returncode == 2 and result.stdout.count("\n") == 1 and "torchrun search.py" in result.stdout
