@@ -188,24 +188,6 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_job_prints_and_keeps_what_it_found(base, job):
-    for line in ("no expansion ", "base, sampled", "positives only, sampled", "TOPR, greedy", "TOPR - positives only, sampled",
-                 "the base policy is there, reusing it", "rollouts.jsonl: expansions 96, positive", "TOPR (share 0.4), sampled"):
-        assert line in job
-    kept = results(base)
-    rows = read_rollouts(base / "seed0" / "rollouts.jsonl")
-    assert kept["learned"][0]["expansions"] == len(rows) == 96
-    assert kept["learned"][0]["positive"] == sum(row["reward"] > 0 for row in rows) == sum(row["score"] > 0 for row in rows) > 0
-    assert not (base / "seed0" / "unrewarded.jsonl").exists() and "<svg" in (base / "results.svg").read_text()
-    runs = [json.loads((base / f"seed{seed}" / "measures-topr.json").read_text())["sampled"]["scores"] for seed in (0, 1)]
-    others = [json.loads((base / f"seed{seed}" / "measures-base.json").read_text())["sampled"]["scores"] for seed in (0, 1)]
-    change = (np.array(runs) - others).mean(0)[:, 0]  # [queries], of recall@10
-    said = kept["differences"]["TOPR - base, sampled"]["recall@10"]
-    assert said["mean"] == pytest.approx(change.mean()) and len(change) == 12
-    assert said["high"] - said["mean"] == pytest.approx(1.96 * change.std(ddof=1) / 12**0.5)
-    assert kept["by_seed"]["TOPR, sampled"] == [round(np.array(run)[:, 0].mean(), 4) for run in runs]
-
-
 def test_two_ranks_find_the_same(base, job, tmp_path):
     """Rewards given to the wrong rows when the search is shared out, or two ranks that write one file."""
     for seed in (0, 1):
@@ -240,22 +222,6 @@ def test_what_is_there_is_reused_and_another_job_refused(base, job, monkeypatch,
     assert output.count("the rollouts are there, reusing them") == 3 and output.count("trained before, reusing it") == 7
     code, _, errors = run(monkeypatch, capsys, "--out", base, *TINY, "--metric", "mrr", "--repeats", 3)
     assert code == 2 and "holds another job: metric was 'recall@10' and is 'mrr'; repeats was 2 and is 3" in errors
-
-
-def test_ask_shows_documents_before_and_after(base, job, monkeypatch, capsys):
-    code, output, errors = run(monkeypatch, capsys, "ask", "Heart, kidney? \ud800 ünï <s>", "--out", base, "--documents", 3)
-    assert code == 0, errors
-    lines = output.splitlines()
-    assert lines[0].startswith("query      Heart, kidney?") and lines[1].startswith("expansion  ")
-    for title in ("the query alone finds", "query and expansion find"):
-        assert [line.split()[0] for line in lines[lines.index(title) + 1:][:3]] == ["1", "2", "3"]
-    code, _, errors = run(monkeypatch, capsys, "ask", "heart", "--out", base, "--expander", "seed0/none")
-    assert code == 2 and "no trained expander" in errors and f"torchrun search.py --out {base} makes one" in errors
-    for query in ([], ["?!"], ["心臓"]):
-        code, _, errors = run(monkeypatch, capsys, "ask", *query, "--out", base)
-        assert code == 2 and "the query has no words" in errors and errors.count("\n") == 1
-    code, _, errors = run(monkeypatch, capsys, "ask", "heart " * 10_000, "--out", base)
-    assert code == 2 and "lower --max-new-tokens" in errors and errors.count("\n") == 1
 
 
 def test_a_collection_and_a_model_of_ones_own(base, job, monkeypatch, capsys, tmp_path):
