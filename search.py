@@ -560,7 +560,8 @@ def part_of(settings_class, settings, **changes):
 def expand(settings, policy, topics, seed, out="", **changes):
     """Rollout rows that a policy writes for the queries, with a reward of -1 that holds the place of the real one."""
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
-    questions = [{"id": id, "prompt": make_prompt(text, tokenizer, settings)} for id, (text, _) in topics.items()]
+    questions = [{"id": id, "question": text, "prompt": make_prompt(text, tokenizer, settings)}
+                 for id, (text, _) in topics.items()]
     sampling = part_of(evaluation.Settings, settings, model=policy, seed=seed, **changes)
     return evaluation.sample_rollouts(model, tokenizer, questions, lambda *_: (None, -1.0), sampling, out)
 
@@ -684,7 +685,9 @@ def ask(argv):
     found = [document_ids(index, numbers) for numbers, _ in search_many(index, [words, words + added], wish.documents)]
     text_of = {id: text for _, id, text in texts(f"{settings.corpus}/corpus.jsonl") if id in {*found[0], *found[1]}}
     for title, ids in zip(("the query alone finds", "query and expansion find"), found):
-        say(f"\n{title}", *(f"\n{rank:3}  {id:8}  {' '.join(text_of[id].split()):.100}" for rank, id in enumerate(ids, 1)))
+        say(f"\n{title}")
+        for number, id in enumerate(ids, 1):
+            say(f"{number:3}  {id:8}  {' '.join(text_of[id].split()):.100}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def make_documents(rng, count=1000):
         words = rng.sample(FILLERS, 10)
         for concept in concepts:
             words += rng.choices(TECHNICAL[concept], k=rng.randint(2, 4))
-            words += rng.choice(LAY[concept]).split() if rng.random() < 0.1 else []
+            words += [rng.choice(LAY[concept])] if rng.random() < 0.1 else []
         if rng.random() < 0.5:  # an everyday word that is not what the document is about
             words.append(rng.choice(LAY[rng.choice([c for c in range(len(CONCEPTS)) if c not in concepts])]))
         rng.shuffle(words)
@@ -105,7 +105,7 @@ def write_collection(folder, seed=0, counts={"train": 512, "test": 250}):
     """corpus.jsonl, and for each split its queries and judgements: relevant are the documents with both concepts."""
     rng = random.Random(f"{seed} library")
     documents = make_documents(rng)
-    write_lines(folder, "corpus.jsonl", ({"_id": f"d{n}", "title": "", "text": text} for n, (_, text) in enumerate(documents)))
+    write_lines(folder, "corpus.jsonl", ({"_id": f"d{n}", "text": text} for n, (_, text) in enumerate(documents)))
     pairs = {pair: [n for n, (concepts, _) in enumerate(documents) if concepts >= set(pair)]
              for pair in combinations(range(len(CONCEPTS)), 2)}
     for split, tail in (("train", "_train"), ("test", "")):

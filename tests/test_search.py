@@ -19,16 +19,19 @@ from data.common import Problem, run_main
 from data.rollouts import read_rollouts
 from test_search_engine import write
 
-DOCUMENTS = {"d1": "cardiac arrest", "d2": "cardiac valve surgery", "d3": "renal failure", "d4": "kidney stone", "d5": "heart of gold"}
+DOCUMENTS = {"d1": "cardiac arrest", "d2": "cardiac valve surgery", "d3": "renal failure", "d4": "kidney stone",
+             "d5": "heart of gold"}
 JUDGED = {"q1": ("heart", ["d1", "d2"]), "q2": ("kidney", ["d4"])}
 
 
 def collection(folder):
     """A small collection in BEIR's layout; "stone" is a query of both splits, and q4 has no relevant document."""
     write(folder / "corpus.jsonl", *({"_id": id, "text": text} for id, text in DOCUMENTS.items()))
-    write(folder / "queries.jsonl", *({"_id": id, "text": text} for id, (text, _) in JUDGED.items()), {"_id": "q3", "text": "stone"})
+    write(folder / "queries.jsonl", *({"_id": id, "text": text} for id, (text, _) in JUDGED.items()),
+          {"_id": "q3", "text": "stone"})
     write(folder / "qrels.tsv", "q1\td1\t1", "q1\td2\t2", "q2\td4\t1", "q3\td4\t1")
-    write(folder / "queries_train.jsonl", {"_id": "t1", "text": "stone"}, {"_id": "t2", "text": "failure"}, {"_id": "q4", "text": "gold"})
+    write(folder / "queries_train.jsonl", {"_id": "t1", "text": "stone"}, {"_id": "t2", "text": "failure"},
+          {"_id": "q4", "text": "gold"})
     write(folder / "qrels_train.tsv", "t1\td4\t1", "t2\td3\t1", "q4\td5\t0")
     return folder
 
@@ -43,7 +46,8 @@ def small(tmp_path):
 def rewards(small, rows, **changes):
     settings, index, topics = small
     settings = search.Settings(**{**vars(settings), **changes})
-    return [row["reward"] for row in search.reward(index, topics, [dict(zip(("id", "completion", "finish"), row)) for row in rows], settings)]
+    rows = [dict(zip(("id", "completion", "finish"), row)) for row in rows]
+    return [row["reward"] for row in search.reward(index, topics, rows, settings)]
 
 
 # ---- rewards ----
@@ -164,7 +168,8 @@ def test_habits_of_the_demonstrations():
 
 # ---- the whole job ----
 
-TINY = ["--queries", 24, "--test-queries", 12, "--samples", 4, "--seeds", 2, "--sequences", 32, "--epochs", 1]
+TINY = ["--queries", 24, "--test-queries", 12, "--samples", 4, "--sequences", 32, "--epochs", 1, "--bar", 0.2]
+WHOLE = ["--seeds", 2, "--losses", "sft,topr,topr:0.4"]
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +184,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def job(base):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.setattr(sys, "argv", ["search.py", "--out", str(base), *map(str, TINY)])
+        patch.setattr(sys, "argv", ["search.py", "--out", str(base), *map(str, [*WHOLE, *TINY])])
         search.main()
     return output.getvalue()
 
@@ -188,19 +193,37 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def test_the_job_prints_and_keeps_what_it_found(base, job):
+    for line in ("no expansion ", "base, sampled", "positives only, sampled", "TOPR, greedy", "TOPR - positives only, sampled",
+                 "the base policy is there, reusing it", "rollouts.jsonl: expansions 96, positive", "TOPR (share 0.4), sampled"):
+        assert line in job
+    kept = results(base)
+    rows = read_rollouts(base / "seed0" / "rollouts.jsonl")
+    assert kept["learned"][0]["expansions"] == len(rows) == 96
+    assert kept["learned"][0]["positive"] == sum(row["reward"] > 0 for row in rows) > 0
+    assert all((row["reward"] > 0) == (row["score"] >= 0.2) for row in rows if row["answer"])
+    assert not (base / "seed0" / "unrewarded.jsonl").exists() and "<svg" in (base / "results.svg").read_text()
+    runs, others = ([json.loads((base / f"seed{seed}/measures-{name}.json").read_text())["sampled"]["scores"] for seed in (0, 1)]
+                    for name in ("topr", "base"))
+    change = (np.array(runs) - others).mean(0)[:, 0]  # [queries], of recall@10
+    said = kept["differences"]["TOPR - base, sampled"]["recall@10"]
+    assert said["mean"] == pytest.approx(change.mean()) and len(change) == 12
+    assert said["high"] - said["mean"] == pytest.approx(1.96 * change.std(ddof=1) / 12**0.5)
+    assert kept["by_seed"]["TOPR, sampled"] == [round(np.array(run)[:, 0].mean(), 4) for run in runs]
+
+
 def test_two_ranks_find_the_same(base, job, tmp_path):
     """Rewards given to the wrong rows when the search is shared out, or two ranks that write one file."""
-    for seed in (0, 1):
-        shutil.copytree(base / f"seed{seed}" / "base", tmp_path / f"seed{seed}" / "base")
-    result = torchrun(2, "search.py", "--out", tmp_path, *TINY, "--losses", "topr")
+    shutil.copytree(base / "seed0" / "base", tmp_path / "seed0" / "base")
+    result = torchrun(2, "search.py", "--out", tmp_path, *TINY, "--seeds", 1, "--losses", "topr")
     assert result.returncode == 0, result.stdout
-    mine, theirs = (read_rollouts(folder / "seed1" / "rollouts.jsonl") for folder in (base, tmp_path))
+    mine, theirs = (read_rollouts(folder / "seed0" / "rollouts.jsonl") for folder in (base, tmp_path))
     assert [(row["completion"], row["reward"]) for row in mine] == [(row["completion"], row["reward"]) for row in theirs]
-    mine, theirs = (results(folder)["means"] for folder in (base, tmp_path))
-    for row in theirs:
-        for name, measure in theirs[row].items():
-            assert measure["mean"] == pytest.approx(mine[row][name]["mean"], abs=0.02), (row, name)
-    assert theirs["no expansion"] == mine["no expansion"] and theirs["base, sampled"] == mine["base, sampled"]
+    for name, tolerance in (("base", 0), ("topr", 0.02)):
+        mine, theirs = (json.loads((folder / f"seed0/measures-{name}.json").read_text()) for folder in (base, tmp_path))
+        for kind in search.KINDS:
+            means = [np.mean(measures[kind]["scores"], 0) for measures in (mine, theirs)]
+            assert np.abs(means[0] - means[1]).max() <= tolerance, (name, kind)
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -217,18 +240,34 @@ def run(monkeypatch, capsys, *arguments):
 def test_what_is_there_is_reused_and_another_job_refused(base, job, monkeypatch, capsys):
     """A folder of old figures under new settings is the quietest of wrong results."""
     before = results(base)["means"]
-    code, output, _ = run(monkeypatch, capsys, "--out", base, *TINY)
+    code, output, _ = run(monkeypatch, capsys, "--out", base, *WHOLE, *TINY)
     assert code == 0 and results(base)["means"] == before
-    assert output.count("the rollouts are there, reusing them") == 3 and output.count("trained before, reusing it") == 7
+    assert output.count("the rollouts are there, reusing them") == 2 and output.count("trained before, reusing it") == 6
     code, _, errors = run(monkeypatch, capsys, "--out", base, *TINY, "--metric", "mrr", "--repeats", 3)
     assert code == 2 and "holds another job: metric was 'recall@10' and is 'mrr'; repeats was 2 and is 3" in errors
+
+
+def test_ask_shows_documents_before_and_after(base, job, monkeypatch, capsys):
+    code, output, errors = run(monkeypatch, capsys, "ask", "Heart, kidney? \ud800 ünï <s>", "--out", base, "--documents", 3)
+    assert code == 0, errors
+    lines = output.splitlines()
+    assert lines[0].startswith("query      Heart, kidney?") and lines[1].startswith("expansion  ")
+    for title in ("the query alone finds", "query and expansion find"):
+        assert [line.split()[0] for line in lines[lines.index(title) + 1:][:3]] == ["1", "2", "3"]
+    code, _, errors = run(monkeypatch, capsys, "ask", "heart", "--out", base, "--expander", "seed0/none")
+    assert code == 2 and "no trained expander" in errors and f"torchrun search.py --out {base} makes one" in errors
+    for query in ([], ["?!"], ["心臓"]):
+        code, _, errors = run(monkeypatch, capsys, "ask", *query, "--out", base)
+        assert code == 2 and "the query has no words" in errors and errors.count("\n") == 1
+    code, _, errors = run(monkeypatch, capsys, "ask", "heart " * 10_000, "--out", base)
+    assert code == 2 and "lower --max-new-tokens" in errors and errors.count("\n") == 1
 
 
 def test_a_collection_and_a_model_of_ones_own(base, job, monkeypatch, capsys, tmp_path):
     """Real data take the same path: few-shot prompts, queries that cannot be judged or are in both splits left out."""
     out = tmp_path / "out"
-    code, output, errors = run(monkeypatch, capsys, "--corpus", collection(tmp_path / "small"), "--model", base / "seed0" / "base",
-                               "--out", out, "--samples", 3, "--max-new-tokens", 8, "--metric", "ndcg@5", "--losses", "topr")
+    code, output, errors = run(monkeypatch, capsys, "--corpus", collection(tmp_path / "small"), "--out", out,
+                               "--model", base / "seed0" / "base", "--samples", 3, "--max-new-tokens", 8, "--metric", "ndcg@5", "--losses", "topr")
     assert code == 0, errors
     assert "2 of 3 train queries are left out" in output and "3 test queries" in output and "ndcg@5 by seed" in output
     rows = read_rollouts(out / "seed0" / "rollouts.jsonl")
