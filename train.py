@@ -70,6 +70,8 @@ class Settings:
     weights: str = setting("float32", "of the weights; bfloat16 halves the memory and is rounded at random, so that small "
                            "updates are not lost", ("float32", "bfloat16"))
     gradient_checkpointing: bool = setting(False, "compute activations again in the backward pass: slower, less memory")
+    shard: bool = setting(False, "a part of every weight, gradient and optimizer state on each rank (FSDP2), for a model "
+                          "beyond one card")
     seed: int = setting(0, "of the order, the sampling and the embedded task")
     # the run
     checkpoint_every: int = setting(100, "steps between checkpoints (0: none)")
@@ -90,7 +92,7 @@ EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, schedule="
 
 
 class LogProbs(torch.nn.Module):
-    """The policy as DDP wants it: a module whose forward pass gives all that the loss needs."""
+    """The policy as DDP and FSDP want it: a module whose forward pass gives all that the loss needs."""
 
     def __init__(self, model):
         super().__init__()
@@ -108,20 +110,22 @@ def train(settings, evaluate=None):
     device = start_ranks()
     open_folder(settings)
     seed_everything(settings.seed)
-    model, tokenizer = evaluation.load_model(settings.model, settings.weights, device)
+    model, tokenizer = evaluation.load_model(settings.model, settings.weights, "cpu" if settings.shard else device)
     data = read_data(settings, model, tokenizer)
     run = {"settings": dataclasses.asdict(settings), "model_weights": evaluation.fingerprint(model), "file": data.fingerprint}
     check_same_run(settings, run)
     baseline, loss_function = make_loss(settings, data)
-    mu, source = make_mu(settings, model, tokenizer, data, run["model_weights"])
+    policy = LogProbs(model)
+    if settings.shard:
+        shard(policy, device)
+    mu, source = make_mu(settings, policy, tokenizer, data, run["model_weights"])
     steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
     say(f"{data.path}: {len(data):,} completions, {(data.rewards > 0).mean():.1%} positive; {steps:,} steps of "
         f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}")
 
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = LogProbs(model)
-    if world() > 1:
+    if world() > 1 and not settings.shard:
         policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
     optimizer = make_optimizer(settings, model)
     if rank() == 0:
@@ -138,21 +142,22 @@ def train(settings, evaluate=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
         sequences = step_sequences(settings, data, step)  # rows of the file, of all ranks: N = len(sequences)
-        micro_batches, idle = share_out(settings, data, sequences)
+        micro_batches, real = share_out(settings, data, sequences.reshape(-1, data.units.shape[1]))
         parts = []
         for number, rows in enumerate(micro_batches):
-            if world() > 1:  # set before the forward pass: ranks exchange gradients once, in the last backward pass
-                policy.require_backward_grad_sync = number == len(micro_batches) - 1
+            # DDP exchanges gradients once, in the last backward pass (to be set before the forward pass); FSDP after each,
+            # or every rank would have to hold the whole gradient.
+            policy.require_backward_grad_sync = number == len(micro_batches) - 1
             ids, mask, mu_logp, reward = collate(data, rows, tokenizer, mu, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 logp = policy(ids, mask)  # [batch, time]
             loss, stats = loss_function(logp, mu_logp, reward, mask, count=len(sequences))
-            if idle:
-                loss = 0.0 * loss  # fewer sequences than ranks: this one only takes part in the exchange
+            if number >= real:
+                loss = 0.0 * loss  # this rank has no more sequences: it only takes part in the exchange
             else:
                 parts.append({"loss": loss.item(), **{name: value.tolist() for name, value in stats.items()}})
-            (loss * world()).backward()  # DDP takes the mean over ranks; the loss is a sum over them
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
+            (loss * world()).backward()  # DDP and FSDP take the mean over ranks; the loss is a sum over them
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)).item()
         everyone = gather((parts, list(stop)))  # every rank's, so that all ranks see the same step
         metrics = step_metrics([part for parts, _ in everyone for part in parts])
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
@@ -231,13 +236,15 @@ def step_sequences(settings, data, step):
     return data.units[chosen].ravel()
 
 
-def share_out(settings, data, sequences):
-    """(this rank's micro-batches, whether it only looks on). Ranks and micro-batches get rows of similar length."""
-    units = sequences.reshape(-1, data.units.shape[1])
+def share_out(settings, data, units):
+    """(this rank's micro-batches, how many of them count). Ranks and micro-batches get rows of similar length.
+
+    The others are there to keep step with the other ranks: DDP needs one forward pass from each, FSDP the same number.
+    """
     units = units[np.argsort(-data.lengths[units].max(1), kind="stable")]  # the longest first
-    mine = units[rank()::world()]
-    idle = len(mine) == 0
-    return batches(settings, data.lengths, units[:1] if idle else mine), idle
+    shares = [batches(settings, data.lengths, units[number::world()]) for number in range(world())]
+    mine, most = shares[rank()], max(map(len, shares)) if settings.shard else 1
+    return mine + [units[-1]] * (most - len(mine)), len(mine)
 
 
 def batches(settings, lengths, units):
@@ -299,7 +306,7 @@ def make_taper(settings):
         raise Problem(f"--pos-limits, --neg-limits: {error}; two numbers are needed, for instance 0,1")
 
 
-def make_mu(settings, model, tokenizer, data, model_fingerprint):
+def make_mu(settings, policy, tokenizer, data, model_fingerprint):
     """(function (row number, row) -> log mu of its completion tokens, where they come from). Fixed for the whole run.
 
     Re-anchoring mu on the current weights would make every ratio 1 and turn TOPR into naive REINFORCE unnoticed.
@@ -309,7 +316,7 @@ def make_mu(settings, model, tokenizer, data, model_fingerprint):
     if settings.mu != "start" and held:
         from_file = lambda number, row: row["logprobs"]
         if settings.mu == "checked":
-            check_fit(settings, model, tokenizer, data, from_file)
+            check_fit(settings, policy, tokenizer, data, from_file)
         return from_file, "from the file"
     if taper and not taper.needs_mu:
         return None, "not needed"
@@ -318,19 +325,19 @@ def make_mu(settings, model, tokenizer, data, model_fingerprint):
     path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.fingerprint[:8]}-{settings.precision}.safetensors"
     if not os.path.exists(path):
         barrier()
-        compute_mu(settings, model, tokenizer, data, path)
+        compute_mu(settings, policy, tokenizer, data, path)
     stored = safe_open(path, "pt")
     offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
     return lambda number, row: values[offsets[number] : offsets[number + 1]], f"of the starting weights, in {path}"
 
 
 @torch.no_grad()
-def compute_mu(settings, model, tokenizer, data, path):
+def compute_mu(settings, policy, tokenizer, data, path):
     """log mu of every completion with the starting weights, once, kept beside the file."""
-    mine = np.argsort(-data.lengths, kind="stable")[rank()::world(), None]
+    mine, _ = share_out(settings, data, np.arange(len(data))[:, None])
     logprobs = {}
-    for rows in progress(batches(settings, data.lengths, mine), what="log mu of the starting weights"):
-        logprobs.update(zip(rows.tolist(), policy_logprobs(settings, model, tokenizer, data, rows)))
+    for rows in progress(mine, what="log mu of the starting weights"):
+        logprobs.update(zip(rows.tolist(), policy_logprobs(settings, policy, tokenizer, data, rows)))
     everyone = {row: values for part in gather(logprobs) for row, values in part.items()}
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
         offsets = np.cumsum([0] + [len(everyone[row]) for row in range(len(data))])
@@ -341,20 +348,21 @@ def compute_mu(settings, model, tokenizer, data, path):
 
 
 @torch.no_grad()
-def policy_logprobs(settings, model, tokenizer, data, rows):
+def policy_logprobs(settings, policy, tokenizer, data, rows):
     """log pi of each row's completion tokens, as a list of tensors."""
-    ids, mask, _, _ = collate(data, rows, tokenizer, None, model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        logp = topr.completion_logprobs(model, ids, mask)  # [batch, time]
+    device = next(policy.parameters()).device
+    ids, mask, _, _ = collate(data, rows, tokenizer, None, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        logp = policy(ids, mask)  # [batch, time]
     return [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())]
 
 
-def check_fit(settings, model, tokenizer, data, mu):
+def check_fit(settings, policy, tokenizer, data, mu):
     """Refuses logprobs that the starting weights did not write: before the first step pi/mu must be 1."""
     tolerance = settings.mu_tolerance or (2.0 if settings.precision == "bfloat16" else 0.1)
     largest = 0.0
     for rows in batches(settings, data.lengths, np.arange(min(64, len(data)))[:, None]):
-        for row, logp in zip(rows, policy_logprobs(settings, model, tokenizer, data, rows)):
+        for row, logp in zip(rows, policy_logprobs(settings, policy, tokenizer, data, rows)):
             largest = max(largest, abs((logp - torch.tensor(mu(row, data[row]))).sum().item()))
     say(f"{data.path}: before the first step the largest |log pi/mu| of {min(64, len(data))} completions is {largest:.2g}")
     if not largest <= tolerance:
@@ -373,8 +381,13 @@ def make_optimizer(settings, model):
         return torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     from transformers.optimization import Adafactor
 
-    return Adafactor(model.parameters(), settings.learning_rate, scale_parameter=False, relative_step=False,
-                     warmup_init=False, weight_decay=settings.weight_decay)
+    optimizer = Adafactor(model.parameters(), settings.learning_rate, scale_parameter=False, relative_step=False,
+                          warmup_init=False, weight_decay=settings.weight_decay)
+    for p in model.parameters():
+        if sharded(p) and p.ndim > 1:  # its own would be plain zeros, which do not mix with shards
+            zeros = torch.zeros_like(p, dtype=torch.float32)
+            optimizer.state[p] = {"step": 0, "RMS": 0, "exp_avg_sq_row": mean_over(zeros, -1), "exp_avg_sq_col": mean_over(zeros, -2)}
+    return optimizer
 
 
 @torch.no_grad()
@@ -387,20 +400,21 @@ def update(settings, optimizer, step):
     """
     if settings.weights == "float32":
         return optimizer.step()
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [p.grad for p in parameters]
-    random = torch.Generator(parameters[0].device).manual_seed(settings.seed * 1_000_003 + step)  # the same on every rank
+    (group,) = optimizer.param_groups
+    parameters, shard = group["params"], rank() if settings.shard else 0  # under DDP the same draws on every rank
+    random = torch.Generator(parameters[0].device).manual_seed((settings.seed * 1_000_003 + step) * 10_007 + shard)
     for p in parameters:
-        p.grad = None
-    for p, gradient in zip(parameters, gradients):
-        short = p.data
-        p.data = short.float()
-        p.grad = gradient.float()
-        optimizer.step()  # of this tensor: no other has a gradient now
-        bits = p.data.view(torch.int32)
+        if p.grad is None:
+            continue
+        wide = p.detach().float()
+        wide.grad, p.grad = p.grad.float(), None
+        group["params"], optimizer.state[wide] = [wide], optimizer.state.pop(p, {})
+        optimizer.step()
+        optimizer.state[p] = optimizer.state.pop(wide)
+        bits = local(wide).view(torch.int32)
         bits += torch.randint(2**16, bits.shape, generator=random, dtype=torch.int32, device=bits.device)
-        short.copy_((bits & -(2**16)).view(torch.float32))  # cuts off what bfloat16 does not hold
-        p.grad, p.data = None, short
+        local(p).copy_((bits & -(2**16)).view(torch.float32))  # cuts off what bfloat16 does not hold
+    group["params"] = parameters
 
 
 def learning_rate(settings, step, steps):
@@ -408,6 +422,69 @@ def learning_rate(settings, step, steps):
     if settings.schedule == "cosine":
         warm *= 0.5 * (1 + math.cos(math.pi * step / steps))
     return settings.learning_rate * warm
+
+
+# ---- shards: what --shard does, and what it is put together from again ----
+
+
+def shard(policy, device):
+    """Leaves a part of every weight on each rank; each layer is put together while it runs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, kinds = init_device_mesh(device.type, (world(),)), policy.model._no_split_modules or ()
+    layers = [module for module in policy.modules() if type(module).__name__ in kinds]
+    for module in (*reversed(layers), policy):  # inner ones first; the policy itself holds what is in no layer
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """The tensor put together from its shards: every rank must ask for it."""
+    return tensor.full_tensor() if sharded(tensor) else tensor
+
+
+def local(tensor):
+    """This rank's shard, in place."""
+    return tensor.to_local() if sharded(tensor) else tensor
+
+
+def mean_over(tensor, axis):
+    """The mean of a sharded tensor, whole on every rank where it runs over what is shared out."""
+    from torch.distributed.tensor import Replicate
+
+    mean = tensor.mean(axis)
+    return mean.redistribute(placements=[Replicate() if part.is_partial() else part for part in mean.placements])
+
+
+def whole_weights(model):
+    """What save_pretrained writes on the first rank; None where it can see for itself."""
+    weights = model.state_dict(keep_vars=True)
+    return on_first_rank(weights) if any(map(sharded, weights.values())) else None
+
+
+def on_first_rank(tensors):
+    """The same dict with sharded tensors put together, one after the other, in the first rank's own memory."""
+    made = {}  # a tied weight has two names and is written once
+    for tensor in tensors.values():
+        if sharded(tensor) and id(tensor) not in made:
+            full = tensor.full_tensor()
+            made[id(tensor)] = full.detach().cpu() if rank() == 0 else None
+    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
+
+
+def laid_out(value, like):
+    """A whole value of a checkpoint as `like` is: on its device, or this rank's shard of it."""
+    if not torch.is_tensor(value) or value.dim() == 0:
+        return value
+    if not sharded(like):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 # ---- what is logged: exact over the whole step and all ranks ----
@@ -464,7 +541,7 @@ def check_same_run(settings, run):
     if os.path.exists(path) and (checkpoints(settings) or finished(settings)):
         flat = lambda record: {**record["settings"], **{name: record[name] for name in ("model_weights", "file") if name in record}}
         before, now = flat(read_json(path)), flat(run)
-        free = ("out", "checkpoint_every", "eval_every", "batch_size", "rounds")  # nothing in the weights hangs on these
+        free = ("out", "checkpoint_every", "eval_every", "batch_size", "rounds", "shard")  # nothing in the weights hangs on these
         differ = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now
                   if name not in free and before.get(name) != now[name]]
         if differ:
@@ -482,13 +559,14 @@ def last_checkpoint(settings):
 
 def save_checkpoint(settings, model, optimizer, run, step):
     """Weights, optimizer, position and random state, written beside and renamed: complete or not there."""
-    random_states = gather(torch.get_rng_state())
+    random_states, weights, moments = gather(torch.get_rng_state()), whole_weights(model), optimizer.state_dict()["state"]
+    moments = {number: on_first_rank(state) for number, state in moments.items()}
     if rank() == 0:
         path = os.path.join(settings.out, f"checkpoint-{step:08}")
         beside, older = path + ".part", checkpoints(settings)
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside)
-        torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, os.path.join(beside, "optimizer.pt"))
+        model.save_pretrained(beside, state_dict=weights)
+        torch.save({"optimizer": moments, "random": random_states}, os.path.join(beside, "optimizer.pt"))
         write_json(os.path.join(beside, "step.json"), {"step": step, **run})
         for name in os.listdir(beside):
             with open(os.path.join(beside, name), "rb") as file:
@@ -510,9 +588,13 @@ def resume(settings, model, optimizer):
     path = checkpoints(settings)[-1]
     step = read_json(os.path.join(path, "step.json"))["step"]
     weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
-    model.load_state_dict(weights)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(laid_out(weights[name], tensor))
     saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(saved["optimizer"])
+    parameters = list(model.parameters())
+    for number, state in saved["optimizer"].items():  # (load_state_dict would round it to the type of the weights)
+        p, own = parameters[number], optimizer.state[parameters[number]]
+        optimizer.state[p] = {name: laid_out(value, own.get(name, p)) for name, value in state.items()}
     torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
     with open(log_path, encoding="utf-8") as file:
         log = [entry for entry in map(json.loads, file) if entry["step"] < step]
@@ -526,8 +608,9 @@ def resume(settings, model, optimizer):
 
 def finish(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens, and the checkpoints gone."""
+    weights = whole_weights(model)
     if rank() == 0:
-        model.eval().save_pretrained(settings.out)
+        model.eval().save_pretrained(settings.out, state_dict=weights)
         tokenizer.save_pretrained(settings.out)
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
         for path in checkpoints(settings):
@@ -571,6 +654,10 @@ def main():
 def job(settings, start=None):
     """Rounds of sample-then-train, measured before and after when there is a task. Returns the results."""
     start, policy, logs = start or time.time(), settings.model, []
+    if settings.shard and world() == 1:
+        raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py --shard ...")
+    if settings.shard and settings.task and settings.eval_every:
+        raise Problem("--shard draws no curve, for no card holds the model that is being trained: leave --eval-every out, or 0")
     before = measured(settings, policy, "before") if settings.task else None
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
