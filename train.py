@@ -122,6 +122,7 @@ def train(settings, evaluate=None):
     steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
     say(f"{data.path}: {len(data):,} completions, {(data.rewards > 0).mean():.1%} positive; {steps:,} steps of "
         f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}")
+    say_memory(settings, model, data)
 
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -507,6 +508,52 @@ def peak_memory():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(settings, model, tokens, ranks=1):
+    """The bytes that a card holds at most, by part, with so many tokens in the largest forward pass.
+
+    Weights, gradients and optimizer state are exact; DDP adds nothing, its buckets are the gradients. Activations are
+    those of Llama's layer (norms, grouped attention that never holds [time, time], gated MLP): for others an estimate.
+    """
+    config, shapes = model.config.get_text_config(), [p.shape for p in model.parameters()]
+    count, largest = sum(map(math.prod, shapes)), max(map(math.prod, shapes))
+    size = 2 if settings.weights == "bfloat16" else 4  # of a weight, a gradient and what runs along the layers
+    mixed = settings.precision == "bfloat16" and size == 4
+    moments = lambda s: math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:]) if len(s) > 1 else math.prod(s)
+    state = 2 * count if settings.optimizer == "adamw" else sum(map(moments, shapes))
+    steady = {"weights": size * count, "gradients": size * count, "optimizer": 4 * state}
+
+    width, vocab, layers, heads = config.hidden_size, config.vocab_size, config.num_hidden_layers, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or width // heads
+    attention = 2 * head * (heads + (getattr(config, "num_key_value_heads", None) or heads))  # queries, output; keys, values
+    gated = getattr(config, "intermediate_size", None) or 4 * width
+    norms = 26 if mixed else 16 if size == 2 else 24  # bytes: of each of two the input, in float32, and what comes out
+    inside = tokens * (norms * width + (2 if mixed else size) * (attention + 4 * gated))  # gate, its silu, up, product
+    again = settings.gradient_checkpointing  # then only what goes into a layer is kept, and each runs again with gradients
+    parts = {"activations": layers * tokens * width * size if again else layers * inside,
+             "a layer again": inside + 2 * tokens * gated * (2 if mixed else size) if again else 0,
+             "logits": 12 * vocab * min(tokens, max(1, 2**26 // vocab)) + 2 * vocab * width * size,  # a chunk; head's gradients
+             "copies": 2 * count if mixed else 0}  # autocast keeps the weights in bfloat16 during the forward pass
+    if settings.shard:
+        steady = {name: value // ranks for name, value in steady.items()}
+        outside = vocab * width * (1 if config.tie_word_embeddings else 2)
+        steady["put together"] = 2 * size * (outside + 2 * (count - outside) // layers)  # two layers, with their gradients
+    update = (16 * largest if size == 2 else 8 * largest if settings.optimizer == "adafactor" else 4 * count)
+    update //= ranks if settings.shard else 1
+    passes = parts["activations"] + max(parts["a layer again"], parts["logits"] + parts["copies"])
+    return {**steady, **parts, "update": update, "at most": sum(steady.values()) + max(passes, update)}
+
+
+def say_memory(settings, model, data):
+    """Before the first step: what it will need, where that is anything to speak of."""
+    longest, share = data.lengths.max(), math.ceil(settings.sequences / world())
+    tokens = max(settings.tokens_per_pass, longest)
+    needs = memory(settings, model, min(tokens, (settings.micro_batch or share) * longest), world())
+    if needs["at most"] > 2**30:
+        card = f" of the card's {torch.cuda.mem_get_info()[1] / 2**30:.1f}" if torch.cuda.is_available() else ""
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needs.items() if size)
+        say(f"memory in GiB: {parts}{card}")
 
 
 def write_log(settings, log, entry):
