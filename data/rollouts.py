@@ -3,18 +3,26 @@
     {"id": "q7", "prompt": "2 + 2 ?", "completion": "The answer is 4.", "reward": 1.0}
 
 id, prompt, completion and reward must be there; see README.md in this folder for the optional fields.
+
+    python data/rollouts.py export FILE OUT            prompt, completion, label (true, false), as TRL's KTO trainer reads them
+    python data/rollouts.py export FILE OUT --pairs    prompt, chosen, rejected, as its DPO trainer does
 """
 
 import array
+import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 
-from data.common import Problem, progress, whole_file
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script: find the package data
+from data.common import Problem, parse, progress, run_main, say, setting, whole_file
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer one is a damaged file, not a completion
 OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "finish": str, "sampling": dict}
@@ -201,3 +209,49 @@ def start_token(tokenizer):
     """The token that this tokenizer puts before every text, or None."""
     start = tokenizer.bos_token_id
     return start if start is not None and tokenizer("").input_ids[:1] == [start] else None
+
+
+# ---- for other tools ----
+
+
+@dataclasses.dataclass
+class ExportSettings:
+    pairs: bool = setting(False, "prompt, chosen, rejected instead of prompt, completion, label")
+    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance -1,1")
+
+
+def main():
+    options = [word for word in sys.argv[1:] if word.startswith("-")]
+    settings = parse(ExportSettings, options, "python data/rollouts.py export FILE OUT [options]")
+    words = [word for word in sys.argv[1:] if word not in options]
+    if len(words) != 3 or words[0] != "export":
+        raise Problem("what is to be done? python data/rollouts.py export FILE OUT, or with --pairs")
+    export(RolloutFile(words[1], settings.map_rewards), words[2], settings.pairs)
+
+
+def export(file, out, pairs=False):
+    """A file of the few columns that other trainers want, each of one type in every row."""
+    labelled = lambda row: {"prompt": row["prompt"], "completion": row["completion"], "label": row["reward"] > 0}
+    rows = as_pairs(file) if pairs else map(labelled, map(file.__getitem__, range(len(file))))
+    written = 0
+    with whole_file(out) as lines:
+        for row in rows:
+            lines.write(to_line(row))
+            written += 1
+    say(f"{out}: {written:,} rows")
+
+
+def as_pairs(file):
+    """Each question's correct and wrong completions of the same prompt, each used once at most."""
+    from topr import preference_pairs
+
+    families = [short_hash(f"{row['id']}\0{row['prompt']}") for row in map(file.__getitem__, range(len(file)))]
+    pairs = preference_pairs({"id": family, "reward": reward} for family, reward in zip(families, file.rewards))
+    if not pairs:
+        raise Problem(f"{file.path}: no question has both a correct and a wrong completion: there are no pairs")
+    for better, worse in pairs:
+        yield {"prompt": file[better]["prompt"], "chosen": file[better]["completion"], "rejected": file[worse]["completion"]}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -2,12 +2,14 @@
 
 import json
 import random
+import sys
 
 import pytest
 
+from conftest import ROOT, shell
 from data import apples
 from data.common import Problem, table, whole_file
-from data.rollouts import RolloutFile, prompt_tokens, read_rollouts, token_ids, write_rollouts
+from data.rollouts import RolloutFile, export, prompt_tokens, read_rollouts, token_ids, write_rollouts
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
 
@@ -124,3 +126,35 @@ def test_demonstrations_are_deliberately_imperfect(tokenizer):
 
 def test_table():
     assert table(("name", "mean"), [("pass@1", 0.5), ("n", 12)]) == "name     mean\n-------------\npass@1  0.500\nn          12"
+
+
+def test_export_for_other_trainers(tmp_path):
+    """Columns of one type in every row: prompt, completion, label; or pairs of one question and one prompt."""
+    path = written(tmp_path / "r.jsonl", {"id": "a", "completion": "4"}, {"id": "a", "completion": "5", "reward": -1, "answer": "5"},
+                   {"id": "a", "completion": "6", "reward": -0.5}, {"id": "b", "completion": "7", "reward": -1},
+                   {"id": "c", "completion": "8"}, {"id": "c", "completion": "9", "reward": -1, "prompt": "another"})
+    run = lambda *options: shell(sys.executable, ROOT / "data/rollouts.py", *options)
+    read = lambda name: [json.loads(line) for line in open(tmp_path / name)]
+    assert run("export", path, tmp_path / "labels.jsonl").returncode == 0
+    assert read("labels.jsonl")[:2] == [{"prompt": "2 + 2 ?", "completion": "4", "label": True},
+                                        {"prompt": "2 + 2 ?", "completion": "5", "label": False}]
+    assert len(read("labels.jsonl")) == 6
+    assert run("export", path, tmp_path / "pairs.jsonl", "--pairs").returncode == 0
+    assert read("pairs.jsonl") == [{"prompt": "2 + 2 ?", "chosen": "4", "rejected": "5"}]
+    none = written(tmp_path / "none.jsonl", {"id": "a"}, {"id": "b", "reward": -1})
+    for options, words in ((("export", none, tmp_path / "x", "--pairs"), "there are no pairs"), (("export", path), "what is to be done?"),
+                           (("export", tmp_path / "nothing", tmp_path / "x"), "cannot be read")):
+        result = run(*options)
+        assert result.returncode == 2 and words in result.stdout.splitlines()[-1], result.stdout
+    assert not (tmp_path / "x").exists()
+
+
+def test_datasets_reads_both(tmp_path):
+    """Null answers and null settings of the sampling beside others; skips where `datasets` is not installed."""
+    datasets = pytest.importorskip("datasets")
+    path = written(tmp_path / "r.jsonl", {"answer": None, "sampling": {"top_k": None, "seed": 1}},
+                   {"answer": "5", "reward": -1, "sampling": {"top_k": 5, "seed": None}, "prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.5]})
+    export(RolloutFile(path), tmp_path / "labels.jsonl")
+    load = lambda name: datasets.load_dataset("json", data_files=str(tmp_path / name), split="train", cache_dir=str(tmp_path / "cache"))
+    assert load("r.jsonl")["answer"][:] == [None, "5"] and load("r.jsonl")[1]["sampling"] == {"top_k": 5, "seed": None}
+    assert load("labels.jsonl").features["label"].dtype == "bool"
