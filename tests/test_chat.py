@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
+import train
 from conftest import ROOT, shell
 from data import maths
 from data.rollouts import read_rollouts, token_ids
+from test_maths import need
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -33,7 +36,7 @@ def chat(tmp_path_factory):
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.3, eos_token_id=ends[0], pad_token_id=ends[0]))
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.6, top_p=0.9)
     model.save_pretrained(folder)
     return folder
 
@@ -73,6 +76,42 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stdout
     trained, tokenizer = evaluation.load_model(str(tmp_path / "out"), "float32", "cpu")
     assert tokenizer.chat_template == TEMPLATE and evaluation.end_tokens(trained, tokenizer) == ends
+    assert (tmp_path / "out/chat_template.jinja").read_text() == TEMPLATE
+    assert same_generation(chat, tmp_path / "out")
     measures = evaluation.measure(evaluation.sample_rollouts(
         trained, tokenizer, evaluation.load_questions(settings, tokenizer), evaluation.grader("gsm8k"), settings))
     assert measures["completions"] == 36
+
+
+def same_generation(one, other):
+    """Are all settings of generation the same?"""
+    read = lambda folder: json.loads(Path(folder, "generation_config.json").read_text())
+    return {**read(one), "transformers_version": ""} == {**read(other), "transformers_version": ""}
+
+
+def test_odd_generation_settings_are_handed_on(chat, tmp_path):
+    """Many published models name a temperature and do not sample, which transformers calls invalid: the run still ends well."""
+    model, tokenizer = evaluation.load_model(chat, "float32", "cpu")
+    model.save_pretrained(tmp_path / "odd")
+    tokenizer.save_pretrained(tmp_path / "odd")
+    odd = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": evaluation.end_tokens(model, tokenizer)}
+    (tmp_path / "odd/generation_config.json").write_text(json.dumps(odd))
+    (tmp_path / "r.jsonl").write_text(json.dumps(dict(id="q", prompt="How many?", completion="The answer is 5.", reward=1)) + "\n")
+    train.train(train.Settings(model=str(tmp_path / "odd"), rollouts=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out")))
+    assert same_generation(tmp_path / "odd", tmp_path / "out")
+
+
+def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
+    """Real questions, with a model that knows nothing: sampled, graded, trained on, sampled and measured again."""
+    questions, test = need("gsm8k/train.jsonl", "gsm8k/test.jsonl")
+    maths.main(["gsm8k", "--train", questions, "--test", test, "--out", str(tmp_path)])
+    monkeypatch.setattr(maths, "HERE", tmp_path)
+    results = train.job(train.Settings(
+        model=chat, task="gsm8k", out=str(tmp_path / "out"), questions=4, samples=4, test_questions=4, max_new_tokens=24,
+        learning_rate=1e-3, sequences=8, rounds=2, eval_every=1))
+    assert results["before"]["questions"] == results["after"]["questions"] == 4 and len(results["curve"]) == 6
+    rows = read_rollouts(tmp_path / "out/rollouts-2.jsonl")
+    assert len(rows) == 16 and rows[0]["id"].startswith("gsm8k-train") and all(row["gold"] for row in rows)
+    assert rows[0]["prompt"].startswith("<|im_start|>user") and {row["reward"] for row in rows} <= {-1.0, 1.0}
+    weights = {row["sampling"]["weights"] for row in rows + read_rollouts(tmp_path / "out/rollouts-1.jsonl")}
+    assert len(weights) == 2  # the second round was written by the policy of the first
