@@ -688,6 +688,7 @@ def main():
         if settings.rollouts:
             raise Problem("--rollouts needs --model: the policy to train on them")
         settings = parse(Settings, description=__doc__, **EMBEDDED)
+        check_shard(settings)
         folder = f"runs/apples-seed{settings.seed}"
         settings.model, settings.out = base_policy(folder, settings.seed), settings.out or f"{folder}/{settings.loss}"
         name = f"rollouts-{settings.questions}x{settings.samples}.jsonl"  # the losses share it
@@ -701,10 +702,7 @@ def main():
 def job(settings, start=None):
     """Rounds of sample-then-train, measured before and after when there is a task. Returns the results."""
     start, policy, logs = start or time.time(), settings.model, []
-    if settings.shard and world() == 1:
-        raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py --shard ...")
-    if settings.shard and settings.task and settings.eval_every:
-        raise Problem("--shard draws no curve, for no card holds the model that is being trained: leave --eval-every out, or 0")
+    check_shard(settings)
     before = measured(settings, policy, "before") if settings.task else None
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
@@ -725,6 +723,13 @@ def job(settings, start=None):
                "curve": curve(logs), "seconds": time.time() - start}
     show(settings, results)
     return results
+
+
+def check_shard(settings):
+    if settings.shard and world() == 1:
+        raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py --shard ...")
+    if settings.shard and settings.task and settings.eval_every:
+        raise Problem("--shard draws no curve along the training, for no card holds the whole model then: use --eval-every 0")
 
 
 def curve(logs):

@@ -13,6 +13,7 @@ import topr
 import train
 from conftest import ROOT, shell, torchrun
 from data import apples
+from data.common import Problem
 
 SCRIPT = """
 import os, shutil, sys, torch, train, topr
@@ -67,6 +68,19 @@ short = dict(optimizer="adafactor", weights="bfloat16", precision="bfloat16", mu
 run("bfloat16-shard", **short, shard=True)
 broken("bfloat16-resumed", True, True, **short)
 broken("ddp-then-shard", False, True, optimizer="adafactor")
+
+def spoiled(parameters, limit):
+    parameters = list(parameters)
+    if rank() == 1:
+        train.local(parameters[3].grad)[0] = float("nan")
+    return own_clip(parameters, limit)
+
+torch.nn.utils.clip_grad_norm_ = spoiled
+try:
+    run("spoiled", shard=True)
+    raise AssertionError("a NaN on one rank was not seen by the other")
+except train.Problem as problem:
+    assert "step 0: " in str(problem) and "gradient norm nan" in str(problem), problem
 assert any(len(real) > 1 for real in uneven) and any(0 in real for real in uneven)
 """
 
@@ -142,7 +156,10 @@ def test_one_process_opens_what_was_saved(runs, name):
     assert all(math.isfinite(entry["gradient_norm"]) for entry in log_of(runs / name))
 
 
-def test_what_it_cannot_do_is_one_line(tiny, rollouts, tmp_path):
+def test_what_it_cannot_do_is_one_line(tiny, rollouts, tmp_path, monkeypatch):
     command = [sys.executable, ROOT / "train.py", "--model", tiny, "--rollouts", rollouts, "--out", tmp_path / "out", "--shard"]
     result = shell(*command)
     assert result.returncode == 2 and "needs more than one process" in result.stdout and len(result.stdout.splitlines()) == 1
+    monkeypatch.setattr(train, "world", lambda: 2)
+    with pytest.raises(Problem, match="--eval-every 0"):
+        train.check_shard(train.Settings(shard=True, task="apples", eval_every=5))
