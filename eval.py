@@ -26,7 +26,7 @@ from data import server
 from data.common import (Problem, barrier, gather, parse, progress, rank, run_main, say, setting, start_ranks, table,
                          whole_file, world, write_json)
 from data.rollouts import RolloutFile, prompt_tokens, short_hash, to_line
-from topr import completion_logprobs
+from topr import can_share_prompts, completion_logprobs, completions_per_row, pack
 
 
 @dataclass
@@ -214,25 +214,16 @@ def join(old, new):
 
 
 @torch.no_grad()
-def score(model, prompt, completions):
-    """log mu of every completion token, by the function that the trainer uses, in one pass per question.
+def score(model, prompt, completions, share):
+    """log mu of every completion token, by the function that the trainer uses, one question at a time.
 
     Its shape depends on the question alone, not on who shared the batch, and pi/mu of an untrained policy is 1.
     """
-    ids, mask = pad([prompt + tokens for tokens in completions], [len(prompt)] * len(completions), model.device)
-    logprobs = completion_logprobs(model, ids, mask)  # [completions, time]
-    return [row[keep].tolist() for row, keep in zip(logprobs.cpu(), mask.cpu())]
-
-
-def pad(sequences, prompt_lengths, device):
-    """ids and the mask of completion tokens, padded on the right. The mask is made by length, never by a pad token."""
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.long)  # [batch, time]
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)  # [batch, time]
-    for row, (sequence, start) in enumerate(zip(sequences, prompt_lengths)):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, start : len(sequence)] = True
-    return ids.to(device), mask.to(device)
+    mean = sum(map(len, completions)) / len(completions)
+    fit = completions_per_row(len(prompt), mean, len(completions), model.config.get_text_config().hidden_size) if share else 1
+    packed = pack([(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)], model.device)
+    logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
+    return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
 
 def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling"):
@@ -254,6 +245,7 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
 def writer(model, tokenizer, questions, prompts, settings, with_logprobs):
     """write(todo) for collect: (question number, its completions), each question as soon as it is finished."""
     ends = end_tokens(model, tokenizer)
+    share = with_logprobs and can_share_prompts(model, max(map(len, prompts)) + settings.max_new_tokens)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for question, prompt in zip(questions, prompts):
         if len(prompt) + settings.max_new_tokens > room:
@@ -264,7 +256,7 @@ def writer(model, tokenizer, questions, prompts, settings, with_logprobs):
         uniforms = lambda t: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(
             short_hash(f"{settings.seed}\0{questions[todo[t]]['id']}\0{questions[todo[t]]['prompt']}")))
         for t, completions in generate(model, [prompts[q] for q in todo], uniforms, ends, settings):
-            logprobs = score(model, prompts[todo[t]], completions) if with_logprobs else [None] * settings.samples
+            logprobs = score(model, prompts[todo[t]], completions, share) if with_logprobs else [None] * settings.samples
             yield todo[t], [{
                 "completion": tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=True),
                 "finish": "stop" if tokens[-1] in ends else "length", "prompt_ids": prompts[todo[t]], "completion_ids": tokens,

@@ -255,7 +255,7 @@ def verdict_probabilities(model, tokenizer, rows):
     if not ends:
         return []
     ids = tokenizer([end + word for end in ends for word in ("correct", "incorrect")], add_special_tokens=False).input_ids
-    logp = [sum(tokens) for tokens in evaluation.score(model, rows[0]["prompt_ids"], ids)]  # what they share cancels
+    logp = [sum(tokens) for tokens in evaluation.score(model, rows[0]["prompt_ids"], ids, share=False)]  # what they share cancels
     return [1 / (1 + math.exp(min(wrong - right, 700))) for right, wrong in zip(logp[::2], logp[1::2])]
 
 
