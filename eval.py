@@ -2,10 +2,11 @@
 
     python eval.py --model DIR_OR_NAME --task gsm8k --samples 16 --out rollouts.jsonl
     torchrun --nproc-per-node 2 eval.py ...          the prompts are shared out, the file is the same
+    python eval.py --model NAME --server http://localhost:8000/v1 ...          a server writes the completions
     python eval.py --grade rollouts.jsonl --task gsm8k          grades and measures a file that exists
 
 The randomness of a completion depends on the seed, its question and its number alone: the file is the same for
-any batch size and any number of ranks.
+any batch size and any number of ranks. (A server has its own ways with seeds.)
 """
 
 import collections
@@ -21,15 +22,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data import server
 from data.common import (Problem, barrier, gather, parse, progress, rank, run_main, say, setting, start_ranks, table,
                          whole_file, world, write_json)
 from data.rollouts import RolloutFile, prompt_tokens, short_hash, to_line
-from topr import completion_logprobs
+from topr import can_share_prompts, completion_logprobs, completions_per_row, pack
 
 
 @dataclass
 class Settings:
-    model: str = setting("", "model to sample from: a directory or a hub name")
+    model: str = setting("", "model to sample from: a directory or a hub name; with --server its name there")
     task: str = setting("apples", "what to ask and how to grade it", ("apples", "gsm8k", "math"))
     split: str = setting("test", "which questions", ("train", "test"))
     questions: int = setting(0, "how many questions (0: all; 250 of the generated ones)")
@@ -45,6 +47,12 @@ class Settings:
     grade: str = setting("", "grade and measure this rollout file, sample nothing")
     answer_marker: str = setting("The answer is", "words in front of an answer (gsm8k and math)")
     precision: str = setting("float32", "of weights and arithmetic", ("float32", "bfloat16"))
+    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, SGLang, transformers serve); "
+                          "its key, if any, is read from OPENAI_API_KEY")
+    tokenizer: str = setting("", "with --server: a directory or a hub name, where --model is neither")
+    requests: int = setting(16, "with --server: questions asked at once, by each rank")
+    timeout: float = setting(600.0, "with --server: seconds to wait for an answer before asking again")
+    patience: float = setting(300.0, "with --server: seconds to go on asking while it fails")
 
 
 # ---- the model ----
@@ -65,13 +73,13 @@ def load_model(name, precision, device):
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(name):
+def load_tokenizer(name, advice=""):
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}")
+        raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}{advice}")
 
 
 def end_tokens(model, tokenizer):
@@ -206,34 +214,38 @@ def join(old, new):
 
 
 @torch.no_grad()
-def score(model, prompt, completions):
-    """log mu of every completion token, by the function that the trainer uses, in one pass per question.
+def score(model, prompt, completions, share):
+    """log mu of every completion token, by the function that the trainer uses, one question at a time.
 
     Its shape depends on the question alone, not on who shared the batch, and pi/mu of an untrained policy is 1.
     """
-    ids, mask = pad([prompt + tokens for tokens in completions], [len(prompt)] * len(completions), model.device)
-    logprobs = completion_logprobs(model, ids, mask)  # [completions, time]
-    return [row[keep].tolist() for row, keep in zip(logprobs.cpu(), mask.cpu())]
-
-
-def pad(sequences, prompt_lengths, device):
-    """ids and the mask of completion tokens, padded on the right. The mask is made by length, never by a pad token."""
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.long)  # [batch, time]
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)  # [batch, time]
-    for row, (sequence, start) in enumerate(zip(sequences, prompt_lengths)):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, start : len(sequence)] = True
-    return ids.to(device), mask.to(device)
+    mean = sum(map(len, completions)) / len(completions)
+    fit = completions_per_row(len(prompt), mean, len(completions), model.config.get_text_config().hidden_size) if share else 1
+    packed = pack([(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)], model.device)
+    logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
+    return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
 
 def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling"):
     """Rollout rows that the model writes for all questions, on every rank; also as the file `out` when it is named.
 
+    With settings.server the model is there, and `model` is None.
     questions: dicts with "id", "prompt" and what grade(question, completion) -> (answer, reward) needs.
     """
-    ends = end_tokens(model, tokenizer)
     prompts = [prompt_tokens(question["prompt"], tokenizer) for question in questions]
+    if settings.server:
+        write, policy = server.writer(settings, questions, prompts, tokenizer, kept=bool(out)), {"server": settings.server}
+    else:
+        write, policy = writer(model, tokenizer, questions, prompts, settings, bool(out)), {"weights": fingerprint(model)}
+    longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
+    return collect(write, questions, longest_first, grade, {**settings_of_sampling(settings), **policy}, settings.samples,
+                   out, what)
+
+
+def writer(model, tokenizer, questions, prompts, settings, with_logprobs):
+    """write(todo) for collect: (question number, its completions), each question as soon as it is finished."""
+    ends = end_tokens(model, tokenizer)
+    share = with_logprobs and can_share_prompts(model, max(map(len, prompts)) + settings.max_new_tokens)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for question, prompt in zip(questions, prompts):
         if len(prompt) + settings.max_new_tokens > room:
@@ -244,15 +256,13 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
         uniforms = lambda t: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(
             short_hash(f"{settings.seed}\0{questions[todo[t]]['id']}\0{questions[todo[t]]['prompt']}")))
         for t, completions in generate(model, [prompts[q] for q in todo], uniforms, ends, settings):
-            logprobs = score(model, prompts[todo[t]], completions) if out else [None] * settings.samples
+            logprobs = score(model, prompts[todo[t]], completions, share) if with_logprobs else [None] * settings.samples
             yield todo[t], [{
                 "completion": tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=True),
                 "finish": "stop" if tokens[-1] in ends else "length", "prompt_ids": prompts[todo[t]], "completion_ids": tokens,
-                **({"logprobs": log_mu} if out else {})} for tokens, log_mu in zip(completions, logprobs)]
+                **({"logprobs": log_mu} if with_logprobs else {})} for tokens, log_mu in zip(completions, logprobs)]
 
-    longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
-    return collect(write, questions, longest_first, grade, {**settings_of_sampling(settings), "weights": fingerprint(model)},
-                   settings.samples, out, what)
+    return write
 
 
 def settings_of_sampling(settings):
@@ -440,7 +450,10 @@ def main():
     else:
         if not settings.model:
             raise Problem("--model is needed: a directory or a hub name (train.py makes one for the apples task)")
-        model, tokenizer = load_model(settings.model, settings.precision, device)
+        if settings.server:
+            model, tokenizer = None, load_tokenizer(settings.tokenizer or settings.model, "; name its tokenizer with --tokenizer")
+        else:
+            model, tokenizer = load_model(settings.model, settings.precision, device)
         measures = evaluate(model, tokenizer, settings, settings.out)
     say(report(measures, settings.grade or settings.model))
     if settings.out and rank() == 0:

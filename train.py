@@ -7,9 +7,12 @@ No critic, no KL, no reference model: log mu, the log-probabilities under the po
 read from the file, or computed once with the starting weights, and never touched again.
 """
 
+import array
 import dataclasses
 import fcntl
+import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -64,6 +67,8 @@ class Settings:
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)")
     epochs: int = setting(1, "passes over the file")
     sequences: int = setting(64, "completions in an optimizer step, over all ranks")
+    together: int = setting(8, "completions of a question that stand in a step together; they share a row behind their prompt")
+    share_prompts: bool = setting(True, "read a prompt once for those, where the model can (it is tried at the start)")
     micro_batch: int = setting(0, "completions in a forward pass (0: as many as --tokens-per-pass allows)")
     tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
     precision: str = setting("float32", "of the arithmetic; the weights have their own", ("float32", "bfloat16"))
@@ -98,8 +103,9 @@ class LogProbs(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids, mask):
-        return topr.completion_logprobs(self.model, ids, mask)  # [batch, time]
+    def forward(self, mask, packed):
+        logp = topr.completion_logprobs(self.model, **packed)[packed["mask"]]  # [tokens]
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logp)  # [batch, time]
 
 
 def train(settings, evaluate=None):
@@ -114,18 +120,20 @@ def train(settings, evaluate=None):
     data = read_data(settings, model, tokenizer)
     run = {"settings": dataclasses.asdict(settings), "model_weights": evaluation.fingerprint(model), "file": data.fingerprint}
     check_same_run(settings, run)
+    share = settings.share_prompts and topr.can_share_prompts(model, data.lengths.max())
     baseline, loss_function = make_loss(settings, data)
     policy = LogProbs(model)
     if settings.shard:
         shard(policy, device)
-    mu, source = make_mu(settings, policy, tokenizer, data, run["model_weights"])
+    mu, source = make_mu(settings, policy, tokenizer, data, share, run["model_weights"])
     steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
     say(f"{data.path}: {len(data):,} completions, {(data.rewards > 0).mean():.1%} positive; {steps:,} steps of "
-        f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}")
+        f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}"
+        + ("" if share or not settings.share_prompts else "; this model cannot read a prompt once for several completions"))
     say_memory(settings, model, data)
 
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if world() > 1 and not settings.shard:
         policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
     optimizer = make_optimizer(settings, model)
@@ -139,19 +147,18 @@ def train(settings, evaluate=None):
         if evaluate and settings.eval_every and step % settings.eval_every == 0:
             write_log(settings, log, {"step": step, "measured": evaluate(model)})
         start = time.time()
-        model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
         sequences = step_sequences(settings, data, step)  # rows of the file, of all ranks: N = len(sequences)
-        micro_batches, real = share_out(settings, data, sequences.reshape(-1, data.units.shape[1]))
+        micro_batches, real = share_out(settings, data, sequences.reshape(-1, data.units.shape[1]), share)
         parts = []
-        for number, rows in enumerate(micro_batches):
+        for number, bundles in enumerate(micro_batches):
             # DDP exchanges gradients once, in the last backward pass (to be set before the forward pass); FSDP after each,
             # or every rank would have to hold the whole gradient.
             policy.require_backward_grad_sync = number == len(micro_batches) - 1
-            ids, mask, mu_logp, reward = collate(data, rows, tokenizer, mu, device)
+            packed, mask, mu_logp, reward = collate(data, bundles, tokenizer, mu, device, share)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                logp = policy(ids, mask)  # [batch, time]
+                logp = policy(mask, packed)  # [batch, time]
             loss, stats = loss_function(logp, mu_logp, reward, mask, count=len(sequences))
             if number >= real:
                 loss = 0.0 * loss  # this rank has no more sequences: it only takes part in the exchange
@@ -196,6 +203,8 @@ def read_data(settings, model, tokenizer):
     text = model.config.get_text_config()
     room = getattr(text, "max_position_embeddings", None) or math.inf
 
+    prompts, prompt_lengths = array.array("q"), array.array("q")
+
     def check(row, at):
         prompt_ids, completion_ids = token_ids(row, tokenizer)
         if max(prompt_ids, default=0) >= text.vocab_size or max(completion_ids) >= text.vocab_size:
@@ -206,9 +215,12 @@ def read_data(settings, model, tokenizer):
         if len(prompt_ids) + len(completion_ids) > room:
             raise Problem(f"{at}: {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the "
                           f"model's {room}: remove the line")
+        prompts.append(hash(tuple(prompt_ids)))
+        prompt_lengths.append(len(prompt_ids))
         return len(prompt_ids) + len(completion_ids)
 
     data = RolloutFile(settings.rollouts, settings.map_rewards, check)
+    data.prompts, data.prompt_lengths, data.model_width = np.asarray(prompts), np.asarray(prompt_lengths), text.hidden_size
     data.units = np.arange(len(data))[:, None]  # [units, 1]
     rows = lambda: [{"row": row, "id": data.questions[row], "reward": data.rewards[row]} for row in data.units[:, 0]]
     if settings.anna_karenina:
@@ -232,43 +244,90 @@ def step_sequences(settings, data, step):
     """The rows of an optimizer step, by the seed alone: the number of ranks changes nothing. The last may be fewer."""
     steps_per_epoch = math.ceil(len(data.units) / data.units_per_step)
     epoch, step = divmod(step, steps_per_epoch)
-    order = np.random.default_rng([settings.seed, epoch]).permutation(len(data.units))
+    order = epoch_order(data, settings.seed, epoch, max(1, settings.together // data.units.shape[1]))
     chosen = order[step * data.units_per_step : (step + 1) * data.units_per_step]
     return data.units[chosen].ravel()
 
 
-def share_out(settings, data, units):
-    """(this rank's micro-batches, how many of them count). Ranks and micro-batches get rows of similar length.
+@functools.lru_cache(maxsize=1)
+def epoch_order(data, seed, epoch, together):
+    """A random order of the units in which up to `together` of one prompt follow each other."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(data.units))
+    order = order[np.argsort(data.prompts[data.units[order, 0]], kind="stable")]  # prompt by prompt
+    prompts, number = data.prompts[data.units[order, 0]], np.arange(len(order))
+    first = np.r_[True, prompts[1:] != prompts[:-1]]
+    place = number - np.maximum.accumulate(np.where(first, number, 0))  # among those of its prompt
+    chunk = np.cumsum(place % together == 0) - 1
+    return order[np.argsort(rng.permutation(chunk[-1] + 1)[chunk], kind="stable")]
+
+
+def share_out(settings, data, units, share):
+    """(this rank's micro-batches, how many of them count). Ranks and micro-batches get bundles of similar length.
 
     The others are there to keep step with the other ranks: DDP needs one forward pass from each, FSDP the same number.
     """
-    units = units[np.argsort(-data.lengths[units].max(1), kind="stable")]  # the longest first
-    shares = [batches(settings, data.lengths, units[number::world()]) for number in range(world())]
+    bundles = bundled(settings, data, units, share)
+    shares = [batches(settings, data, bundles[number::world()], share) for number in range(world())]
     mine, most = shares[rank()], max(map(len, shares)) if settings.shard else 1
-    return mine + [units[-1]] * (most - len(mine)), len(mine)
+    return mine + [[bundles[-1]]] * (most - len(mine)), len(mine)
 
 
-def batches(settings, lengths, units):
-    """Splits units, the longest first, into arrays of rows for one forward pass each."""
-    parts, width = [], units.shape[1]
-    while len(units):
-        fit = settings.micro_batch or settings.tokens_per_pass // lengths[units[0]].max()
-        fit = max(1, fit // width)
-        parts.append(units[:fit].ravel())
-        units = units[fit:]
+def bundled(settings, data, units, share):
+    """Units as bundles, the longest first: arrays of rows of the file. Those of a bundle share a prompt, if they can."""
+    if not share:
+        return sorted(units, key=lambda rows: -data.lengths[rows].max())
+    units, bundles = units[np.argsort(data.prompts[units[:, 0]], kind="stable")], []
+    for group in np.split(units, 1 + np.flatnonzero(np.diff(data.prompts[units[:, 0]]))):  # [units of one prompt, width]
+        prompt, width = data.prompt_lengths[group[0, 0]], group.shape[1]
+        completion = (data.lengths[group] - data.prompt_lengths[group]).mean()
+        most = min(group.size // world(), (settings.micro_batch or group.size), settings.tokens_per_pass // (prompt + completion))
+        fit = max(1, topr.completions_per_row(prompt, completion, int(most), data.model_width) // width)
+        bundles += [part.ravel() for part in np.array_split(group, math.ceil(len(group) / fit))]
+    return sorted(bundles, key=lambda rows: -space(data, rows, share)[1])
+
+
+def space(data, rows, share):
+    """(rows, tokens in the longest of them) that a bundle takes in a forward pass."""
+    if share:
+        prompt = data.prompt_lengths[rows[0]]
+        return 1, prompt + (data.lengths[rows] - data.prompt_lengths[rows]).sum()
+    return len(rows), data.lengths[rows].max()
+
+
+def batches(settings, data, bundles, share):
+    """Splits bundles, the longest first, into lists for one forward pass each."""
+    parts, most = [], settings.micro_batch or math.inf
+    for bundle in bundles:
+        rows, length = space(data, bundle, share)
+        if not parts or (taken + rows) * longest > settings.tokens_per_pass or sum(map(len, parts[-1])) + len(bundle) > most:
+            parts.append([])
+            taken, longest = 0, length
+        parts[-1].append(bundle)
+        taken += rows
     return parts
 
 
-def collate(data, rows, tokenizer, mu, device):
-    """Rows of the file as tensors: ids, mask, log mu [batch, time], reward [batch]."""
-    read = [data[row] for row in rows]
-    tokens = [token_ids(row, tokenizer) for row in read]
-    ids, mask = evaluation.pad([prompt + completion for prompt, completion in tokens], [len(prompt) for prompt, _ in tokens], device)
+def collate(data, bundles, tokenizer, mu, device, share):
+    """Bundles as tensors: arguments of completion_logprobs; mask, log mu [batch, time] and reward [batch].
+
+    Here batch is the sequences in their order and time the tokens of the completion alone.
+    """
+    rows, read, packed = np.concatenate(bundles), [], []
+    for bundle in bundles:
+        read += [data[row] for row in bundle]
+        tokens = [token_ids(row, tokenizer) for row in read[-len(bundle):]]
+        for prompt, same in itertools.groupby(tokens, key=lambda pair: pair[0]):
+            completions = [completion for _, completion in same]
+            packed += [(prompt, completions)] if share else [(prompt, [completion]) for completion in completions]
+    lengths = torch.tensor([len(completion) for _, completions in packed for completion in completions], device=device)
+    mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # [batch, time]
     mu_logp = None
     if mu:
         values = torch.cat([torch.as_tensor(mu(number, row), dtype=torch.float32) for number, row in zip(rows, read)])
-        mu_logp = torch.zeros(ids.shape, device=device).masked_scatter(mask, values.to(device))  # [batch, time]
-    return ids, mask, mu_logp, torch.tensor([row["reward"] for row in read], device=device)
+        mu_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask, values.to(device))  # [batch, time]
+    reward = torch.tensor([row["reward"] for row in read], device=device)  # [batch]
+    return topr.pack(packed, device), mask, mu_logp, reward
 
 
 def where(data, rows):
@@ -307,7 +366,7 @@ def make_taper(settings):
         raise Problem(f"--pos-limits, --neg-limits: {error}; two numbers are needed, for instance 0,1")
 
 
-def make_mu(settings, policy, tokenizer, data, model_fingerprint):
+def make_mu(settings, policy, tokenizer, data, share, model_fingerprint):
     """(function (row number, row) -> log mu of its completion tokens, where they come from). Fixed for the whole run.
 
     Re-anchoring mu on the current weights would make every ratio 1 and turn TOPR into naive REINFORCE unnoticed.
@@ -317,7 +376,7 @@ def make_mu(settings, policy, tokenizer, data, model_fingerprint):
     if settings.mu != "start" and held:
         from_file = lambda number, row: row["logprobs"]
         if settings.mu == "checked":
-            check_fit(settings, policy, tokenizer, data, from_file)
+            check_fit(settings, policy, tokenizer, data, share, from_file)
         return from_file, "from the file"
     if taper and not taper.needs_mu:
         return None, "not needed"
@@ -326,19 +385,19 @@ def make_mu(settings, policy, tokenizer, data, model_fingerprint):
     path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.fingerprint[:8]}-{settings.precision}.safetensors"
     if not os.path.exists(path):
         barrier()
-        compute_mu(settings, policy, tokenizer, data, path)
+        compute_mu(settings, policy, tokenizer, data, share, path)
     stored = safe_open(path, "pt")
     offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
     return lambda number, row: values[offsets[number] : offsets[number + 1]], f"of the starting weights, in {path}"
 
 
 @torch.no_grad()
-def compute_mu(settings, policy, tokenizer, data, path):
+def compute_mu(settings, policy, tokenizer, data, share, path):
     """log mu of every completion with the starting weights, once, kept beside the file."""
-    mine, _ = share_out(settings, data, np.arange(len(data))[:, None])
+    mine, _ = share_out(settings, data, np.arange(len(data))[:, None], share)
     logprobs = {}
-    for rows in progress(mine, what="log mu of the starting weights"):
-        logprobs.update(zip(rows.tolist(), policy_logprobs(settings, policy, tokenizer, data, rows)))
+    for bundles in progress(mine, what="log mu of the starting weights"):
+        logprobs.update(policy_logprobs(settings, policy, tokenizer, data, bundles, share))
     everyone = {row: values for part in gather(logprobs) for row, values in part.items()}
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
         offsets = np.cumsum([0] + [len(everyone[row]) for row in range(len(data))])
@@ -349,21 +408,21 @@ def compute_mu(settings, policy, tokenizer, data, path):
 
 
 @torch.no_grad()
-def policy_logprobs(settings, policy, tokenizer, data, rows):
-    """log pi of each row's completion tokens, as a list of tensors."""
+def policy_logprobs(settings, policy, tokenizer, data, bundles, share):
+    """{row: log pi of its completion tokens}"""
     device = next(policy.parameters()).device
-    ids, mask, _, _ = collate(data, rows, tokenizer, None, device)
+    packed, mask, _, _ = collate(data, bundles, tokenizer, None, device, share)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        logp = policy(ids, mask)  # [batch, time]
-    return [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())]
+        logp = policy(mask, packed)  # [batch, time]
+    return {row: values[keep] for row, values, keep in zip(np.concatenate(bundles).tolist(), logp.cpu(), mask.cpu())}
 
 
-def check_fit(settings, policy, tokenizer, data, mu):
+def check_fit(settings, policy, tokenizer, data, share, mu):
     """Refuses logprobs that the starting weights did not write: before the first step pi/mu must be 1."""
     tolerance = settings.mu_tolerance or (2.0 if settings.precision == "bfloat16" else 0.1)
-    largest = 0.0
-    for rows in batches(settings, data.lengths, np.arange(min(64, len(data)))[:, None]):
-        for row, logp in zip(rows, policy_logprobs(settings, policy, tokenizer, data, rows)):
+    largest, units = 0.0, np.arange(min(64, len(data)))[:, None]
+    for bundles in batches(settings, data, bundled(settings, data, units, share), share):
+        for row, logp in policy_logprobs(settings, policy, tokenizer, data, bundles, share).items():
             largest = max(largest, abs((logp - torch.tensor(mu(row, data[row]))).sum().item()))
     say(f"{data.path}: before the first step the largest |log pi/mu| of {min(64, len(data))} completions is {largest:.2g}")
     if not largest <= tolerance:
@@ -375,6 +434,15 @@ def check_fit(settings, policy, tokenizer, data, mu):
 
 
 # ---- the optimizer ----
+
+
+def checkpoint_layers(model):
+    """Activations are computed again in the backward pass. The rest of the model stays in eval mode, for with dropout
+    pi/mu would not be 1 before the first step; a layer does it only where it believes to be training."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def make_optimizer(settings, model):

@@ -47,6 +47,7 @@ class Settings:
     loss: str = setting("topr", "what to minimise", ("topr", "reinforce", "is", "tis", "sft"))
     optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"))
     learning_rate: float = setting(5e-7, "size of a step; the paper's for Adafactor")
+    schedule: str = setting("constant", "of the learning rate", ("constant", "cosine"))
     epochs: int = setting(1, "passes over the verdicts")
     sequences: int = setting(64, "verdicts in an optimizer step, over all ranks")
     tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
@@ -59,8 +60,8 @@ class Settings:
     seed: int = setting(0, "of the split, the sampling, the order, and the embedded task")
 
 
-EMBEDDED = dict(questions=512, test_questions=1000, samples=8, candidates=768, longest=160, verdicts=10, test_verdicts=4,
-                optimizer="adamw", learning_rate=2e-3, tokens_per_pass=4096, max_new_tokens=48, batch_size=512)
+EMBEDDED = dict(questions=768, test_questions=1000, samples=8, longest=160, verdicts=10, test_verdicts=4, epochs=2, sequences=32,
+                optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48, batch_size=512)
 
 
 # ---- the prompt ----
@@ -254,7 +255,7 @@ def verdict_probabilities(model, tokenizer, rows):
     if not ends:
         return []
     ids = tokenizer([end + word for end in ends for word in ("correct", "incorrect")], add_special_tokens=False).input_ids
-    logp = [sum(tokens) for tokens in evaluation.score(model, rows[0]["prompt_ids"], ids)]  # what they share cancels
+    logp = [sum(tokens) for tokens in evaluation.score(model, rows[0]["prompt_ids"], ids, share=False)]  # what they share cancels
     return [1 / (1 + math.exp(min(wrong - right, 700))) for right, wrong in zip(logp[::2], logp[1::2])]
 
 
@@ -383,7 +384,7 @@ def both_sides(settings):
 def trained_verifier(settings, candidates):
     """The folder of the verifier, trained on its own verdicts on the candidates."""
     wish = train.Settings(rollouts=os.path.join(settings.out, "verdicts.jsonl"), out=os.path.join(settings.out, "trained"), **{
-        name: getattr(settings, name) for name in ("model", "loss", "optimizer", "learning_rate", "epochs", "sequences",
+        name: getattr(settings, name) for name in ("model", "loss", "optimizer", "learning_rate", "schedule", "epochs", "sequences",
                                                    "tokens_per_pass", "precision", "seed")})
     sampled(settings, settings.model, candidates, grade_verdict, settings.verdicts, settings.seed, wish.rollouts)
     trained_or_reused(wish)

@@ -46,6 +46,44 @@ def test_the_first_token_cannot_be_predicted():
                                  torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]))
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_behind_one_prompt_or_alone(kind):
+    """The same values and gradients to 1e-5 from completions in one row, or a word that this model cannot do it.
+
+    A completion that sees its neighbour, or stands at another position, would be off by far more.
+    """
+    model = random_model(kind)
+    prompt, completions = [1, 5, 6, 7, 8], [[9, 10], [11], [12, 13, 14, 15], [9, 16, 17]]
+    results = []
+    for rows in ([(prompt, [c]) for c in completions], [(prompt, completions)], [(prompt, completions[:1]), (prompt, completions[1:])]):
+        packed = topr.pack(rows)
+        model.zero_grad()
+        logp = topr.completion_logprobs(model, **packed)[packed["mask"]]
+        (logp * torch.arange(1.0, 11)).sum().backward()
+        results.append((logp.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    can = topr.can_share_prompts(model)
+    assert can == (kind not in ("mistral", "gemma2", "gemma3_text"))  # windows of 6 tokens, and a mask that is added
+    for logp, gradients in results[1:]:
+        differ = max((a - b).abs().max().item() / max(1, b.abs().max()) for a, b in zip([logp, *gradients], [results[0][0], *results[0][1]]))
+        assert differ < 1e-5 if can else differ > 1e-2
+
+
+def test_who_cannot_share_a_prompt():
+    """A state-space model carries the row along; a sliding window counts only while it is shorter than a sequence."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    assert not topr.can_share_prompts(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)).eval())
+    model = random_model("mistral")
+    model.config.sliding_window = 100
+    assert topr.can_share_prompts(model, 100) and not topr.can_share_prompts(model, 101)
+
+
+def test_how_many_share_a_prompt():
+    """Long prompts are worth sharing, short ones with long completions are not: pairs that the mask hides cost too."""
+    assert topr.completions_per_row(512, 96, 8, 512) == 8 and topr.completions_per_row(16, 2000, 8, 64) == 1
+    assert topr.completions_per_row(512, 400, 16, 4096) > 4 and topr.completions_per_row(64, 96, 1, 512) == 1
+
+
 PEAK = """
 import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -27,8 +27,8 @@ def clip(parameters, limit):
     gradients.append([train.whole(p.grad).clone() for p in parameters])
     return own_clip(parameters, limit)
 
-def share_out(settings, data, units):
-    parts, real = own_share(settings, data, units)
+def share_out(settings, data, units, share):
+    parts, real = own_share(settings, data, units, share)
     uneven.append(set(train.gather(real)))
     assert not settings.shard or len(set(train.gather(len(parts)))) == 1
     return parts, real

@@ -1,9 +1,11 @@
 """The training loop by its own command line, at tiny size."""
 
+import itertools
 import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -53,6 +55,7 @@ def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollout
     start = load_file(f"{tiny}/model.safetensors")
     assert furthest(weights, start) > 1e-3
     for name, ranks, options in (("micro1", 0, ["--micro-batch", 1]), ("micro3", 0, ["--micro-batch", 3]),
+                                 ("apart", 0, ["--no-share-prompts", "--tokens-per-pass", 100]),
                                  ("ranks2", 2, ["--micro-batch", 3])):
         other_weights, other_log, other_gradient = trained(tiny, rollouts, tmp_path / name, *options, ranks=ranks)
         assert furthest(gradient, other_gradient) < 1e-6, name
@@ -60,6 +63,30 @@ def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollout
         for entry, other in zip(log[5:], other_log[5:]):  # the metrics too are of the whole step and all ranks
             for key in ("loss", "gradient_norm", "negative_weight", "negatives_liked", "d_mean", "d_min", "d_90", "positive_share"):
                 assert other[key] == pytest.approx(entry[key], abs=2e-4), (name, key)
+
+
+def test_completions_of_a_prompt_stand_together():
+    """Each unit once an epoch, prompts in random order, `together` of one prompt in a row and no more by design."""
+    data = type("Data", (), dict(units=np.arange(600)[:, None], prompts=np.arange(600) % 50))
+    orders = [train.epoch_order(data, seed, epoch, 4).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert sorted(order) == list(range(600))
+        assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    neighbours = sum(a % 50 == b % 50 for a, b in itertools.pairwise(train.epoch_order(data, 0, 0, 1)))
+    assert neighbours < 40
+
+
+def test_dropout_does_not_touch_the_ratio(tmp_path):
+    """GPT-2 has dropout: log pi of the untrained policy would not be log mu, and every weight be noise."""
+    from test_eval import random_model
+
+    model = random_model("gpt2")
+    assert model.config.resid_pdrop > 0
+    train.checkpoint_layers(model)
+    packed = topr.pack([([1, 2, 3], [[4, 5, 6]])])
+    assert topr.completion_logprobs(model, **packed).equal(topr.completion_logprobs(model, **packed))
+    assert any(module.training for module in model.modules())
 
 
 def test_left_padding_gives_the_same_gradient(tiny, rollouts):

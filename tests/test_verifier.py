@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -138,7 +139,14 @@ def test_real_solutions(tmp_path):
     assert len(made) == 5276 and [c["gold"] == "correct" for c in made] == [row["is_correct"] for row in published]
     assert all(row["question"].strip().splitlines()[0] in c["prompt"] for row, c in zip(published, made))
     result = shell(sys.executable, ROOT / "verifier.py", "--solutions", out, cwd=tmp_path)
-    assert result.returncode == 0 and "6b_finetuning" in result.stdout, result.stdout
+    assert result.returncode == 0, result.stdout
+    for name in ["all", *sorted({row["model"] for row in read_rollouts(out)})]:  # training and held-out counts make the whole
+        rows = [row for row in read_rollouts(out) if name in ("all", row["model"])]
+        (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name]]
+        counts = [(int(n), float(share)) for n, share in re.findall(r"(\d+) \(([\d.]+)%\)", line)]
+        assert counts[0][0] + counts[3][0] == len(rows)
+        right = sum(n * share / 100 for n, share in (counts[0], counts[3]))
+        assert right == pytest.approx(sum(row["reward"] > 0 for row in rows), abs=3)
 
 
 def test_two_ranks_write_the_same_verdicts(tiny, tmp_path):
@@ -154,6 +162,9 @@ def test_two_ranks_write_the_same_verdicts(tiny, tmp_path):
         result = torchrun(ranks, *command) if ranks else shell(sys.executable, *command)
         assert result.returncode == 0, result.stdout
         files.append([(out / name).read_bytes() for name in ("verdicts.jsonl", "verdicts-untrained.jsonl")])
+        kept = json.loads((out / "results.json").read_text())
+        assert kept["voting"][0]["questions"] == 4 and {"untrained", "trained"} == kept["measures"].keys(), kept
+        assert "trained - majority (95%)" in result.stdout and "half on right solutions" in result.stdout
     assert files[0] == files[1]
 
 

@@ -1,0 +1,232 @@
+"""Completions from a server that speaks OpenAI's completions API: vLLM, SGLang, `transformers serve` and others.
+
+Many questions are asked at once, what fails is asked again, and nothing that a server sends is trusted in size or kind.
+"""
+
+import http.client
+import json
+import os
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from data.common import Problem
+from data.rollouts import short_hash
+
+LARGEST = 64 * 2**20  # bytes; a longer answer is not read to its end
+PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)  # no connection, no answer, no JSON, no choices
+
+
+class Refused(Problem):
+    """An answer that asking again would not change."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
+def writer(settings, questions, prompts, tokenizer, kept):
+    """write(todo) for eval.collect: (question number, its completions), each question as soon as it is finished."""
+    url = address(settings)
+
+    def write(todo):
+        if not todo:
+            return
+        stop = threading.Event()
+        ask = lambda body, patience=settings.patience: patiently(url, body, settings.timeout, patience, stop)
+        prompt_for, fields, at_once = agree(ask, settings, questions[todo[0]]["prompt"], prompts[todo[0]], tokenizer)
+        bodies = {q: {**request(settings, prompt_for(questions[q]["prompt"], prompts[q])), **fields} for q in todo}
+        name = lambda q: f"{settings.seed}\0{questions[q]['id']}\0{questions[q]['prompt']}"
+        finish = lambda q: complete(ask, bodies[q], settings.samples, at_once, name(q))
+        for done, (q, choices) in enumerate(side_by_side(finish, todo, settings.requests, stop)):
+            if isinstance(choices, Problem):
+                so_far = f"; {done} of {len(todo)} questions are finished and kept, the same command goes on" if kept else ""
+                raise Problem(f"question {questions[q]['id']!r}: {choices}{so_far}")
+            yield q, [to_row(choice, prompts[q], tokenizer, settings.max_new_tokens) for choice in choices]
+
+    return write
+
+
+def complete(ask, body, samples, at_once, name):
+    """A question's completions: never more than `samples`, and the missing ones again where a server gave fewer."""
+    choices = []
+    while len(choices) < samples:
+        missing, seed = samples - len(choices), short_hash(f"{name}\0{len(choices)}") % 2**31
+        choices += ask({**body, "n": min(at_once, missing), "seed": seed})["choices"][:missing]
+    return choices
+
+
+def side_by_side(do, items, threads, stop):
+    """Yields (item, do(item)), or (item, the Problem), in the order in which they are finished."""
+    waiting, finished = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def work():
+        while not stop.is_set() and (item := waiting.get()) is not None:
+            try:
+                finished.put((item, do(item)))
+            except Exception as error:
+                finished.put((item, error))
+
+    for item in [*items, *[None] * threads]:
+        waiting.put(item)
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()  # a daemon, so that Ctrl-C does not wait for the server
+    try:
+        for _ in items:
+            item, result = finished.get()
+            if isinstance(result, Exception) and not isinstance(result, Problem):
+                raise result
+            yield item, result
+    finally:
+        stop.set()
+
+
+def address(settings):
+    """Where completions are asked for; settings that cannot work are refused before anything is sent."""
+    try:
+        parts = urllib.parse.urlsplit(settings.server)
+        fine = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and (parts.port or True)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise Problem("--server is no address such as http://localhost:8000/v1 (a key goes in OPENAI_API_KEY)")
+    if settings.requests < 1 or not settings.timeout > 0:
+        raise Problem("--requests must be 1 or more, and --timeout above 0")
+    return settings.server.rstrip("/").removesuffix("/completions") + "/completions"
+
+
+def request(settings, prompt):
+    return {"model": settings.model, "prompt": prompt, "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature, "top_p": settings.top_p}
+
+
+# ---- what the server understands ----
+
+
+def agree(ask, settings, text, ids, tokenizer):
+    """(how to write a prompt, further fields, completions to ask for at once), found by asking for a few tokens.
+
+    Servers refuse the fields that they do not know, so the fullest request comes first. vLLM and SGLang take the prompt
+    as tokens and give the completion's tokens; they apply the top-k and the penalties of the model's
+    generation_config.json to whoever does not name others. `transformers serve` takes only text, and its answers are
+    greedy at any temperature unless generation_config says do_sample.
+    """
+    as_ids, as_text = lambda text, ids: ids, lambda text, ids: text_for(text, ids, tokenizer)
+    neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
+    config = json.dumps({"do_sample": settings.temperature > 0, "top_k": settings.top_k, **neutral})
+    dialects = [(as_ids, {"top_k": settings.top_k or -1, **neutral, "return_token_ids": True}),
+                (as_text, {"generation_config": config}), *([] if settings.top_k else [(as_ids, {}), (as_text, {})])]
+    for prompt_for, extras in dialects:
+        probe = {**request(settings, prompt_for(text, ids)), **extras, "n": min(4, settings.samples), "seed": 1,
+                  "max_tokens": min(16, settings.max_new_tokens), "temperature": 2.0 if settings.temperature else 0.0}
+        try:
+            answer = ask(probe, min(5, settings.patience))
+            break
+        except Refused as refusal:
+            if refusal.status not in (400, 422) or (prompt_for, extras) == dialects[-1]:
+                raise
+    usage = answer.get("usage")
+    counted = usage.get("prompt_tokens") if prompt_for is as_text and isinstance(usage, dict) else None
+    if isinstance(counted, int) and counted != len(ids):
+        raise Problem(f"{settings.server} reads {counted} tokens in a prompt that has {len(ids)} by the tokenizer of "
+                      f"{settings.tokenizer or settings.model!r}: name the served model's own with --tokenizer")
+    texts = [choice["text"] for choice in answer["choices"]]
+    return prompt_for, extras, settings.samples if len(set(texts)) > 1 else 1  # some write n times the same for a seed
+
+
+def text_for(text, ids, tokenizer):
+    """The text that a server turns into these very tokens: it puts the start token in front itself."""
+    for shorter in (text, text.removeprefix(tokenizer.bos_token or "")):
+        if tokenizer(shorter).input_ids == ids:
+            return shorter
+    raise Problem(f"the server takes prompts as text only, and would read other tokens than ours in {text[:60]!r}: "
+                  "use a server that takes tokens, such as vLLM or SGLang")
+
+
+def to_row(choice, prompt, tokenizer, longest):
+    """The rollout's own fields. Tokens are kept when the server gives them whole, the sampled end token included."""
+    ids, stopped, vocabulary = choice.get("token_ids"), choice["finish_reason"] == "stop", len(tokenizer)
+    row = {"completion": choice["text"].encode("utf-8", "replace").decode(), "finish": choice["finish_reason"]}
+    if isinstance(ids, list) and 0 < len(ids) <= longest and all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        if not stopped or not tokenizer.decode(ids[-1:], skip_special_tokens=True):
+            row["completion"] = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+            return {**row, "prompt_ids": prompt, "completion_ids": ids}
+    if not row["completion"]:  # nothing but the end token was written; no text could say that
+        return {**row, "prompt_ids": prompt, "completion_ids": [tokenizer.eos_token_id]}
+    return row
+
+
+# ---- asking ----
+
+
+def patiently(url, body, timeout, patience, stop):
+    """The answer; what may pass is tried again, later and later, until `patience` seconds after the first failure."""
+    first, tries = None, 0
+    while True:
+        try:
+            return post(url, body, timeout)
+        except PASSING as error:
+            now, tries = time.monotonic(), tries + 1
+            first = first or now
+            if now - first >= patience or stop.is_set():
+                raise Problem(f"{url} does not answer: {plain(getattr(error, 'reason', None) or error)} "
+                              f"(tried {tries} times in {now - first:.0f} s): is the server up, and --server right?")
+        stop.wait(min(first + patience - now, min(30, 0.25 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.5)))
+
+
+def post(url, body, timeout):
+    """The answer's JSON, with at least one whole choice in it."""
+    question = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+        question.add_unredirected_header("Authorization", f"Bearer {key}")
+    deadline = time.monotonic() + timeout
+    try:
+        with urllib.request.urlopen(question, timeout=timeout) as response:
+            answer = json.loads(read(response, deadline))
+    except urllib.error.HTTPError as error:
+        with error:
+            message = f"HTTP {error.code}: {said(read(error, deadline))}"
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            raise OSError(message)
+        advice = {401: ": the key goes in OPENAI_API_KEY", 404: ": does --server end in /v1, does the server know --model?"}
+        raise Refused(f"{url} refuses: {message}{advice.get(error.code, '')}", error.code)
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise ValueError("an answer without choices")
+    for choice in choices:
+        if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
+            raise ValueError("a choice without text")
+        if choice.get("finish_reason") not in ("stop", "length"):
+            raise ValueError(f"a choice with finish_reason {choice.get('finish_reason')!r:.40}")
+    return answer
+
+
+def read(response, deadline):
+    """The whole body; the timeout of a connection is for each piece, and a server may send piece by piece for ever."""
+    body = bytearray()
+    while piece := response.read1(2**16):
+        body += piece
+        if len(body) > LARGEST:
+            raise ValueError(f"an answer of more than {LARGEST:,} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer does not end")
+    return bytes(body)
+
+
+def said(body):
+    """The server's own words about an error."""
+    try:
+        answer = json.loads(body)
+        answer = answer.get("error") or answer
+        return plain(answer if isinstance(answer, str) else answer.get("message") or answer.get("detail") or answer)
+    except (ValueError, AttributeError, RecursionError):
+        return plain(body.decode("utf-8", "replace"))
+
+
+def plain(words):
+    """One short line without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(words)[:2000]).split())[:300]
