@@ -455,7 +455,8 @@ def make_optimizer(settings, model):
     for p in model.parameters():
         if sharded(p) and p.ndim > 1:  # its own would be plain zeros, which do not mix with shards
             zeros = torch.zeros_like(p, dtype=torch.float32)
-            optimizer.state[p] = {"step": 0, "RMS": 0, "exp_avg_sq_row": mean_over(zeros, -1), "exp_avg_sq_col": mean_over(zeros, -2)}
+            optimizer.state[p] = {"step": 0, "RMS": 0, "exp_avg_sq_row": mean_over(zeros, -1),
+                                  "exp_avg_sq_col": mean_over(zeros, -2)}
     return optimizer
 
 
