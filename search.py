@@ -28,8 +28,8 @@ import numpy as np
 import eval as evaluation
 import train
 from data import library
-from data.common import (Problem, barrier, gather, parse, progress, rank, read_json, run_main, say, setting, start_ranks,
-                         table, whole_file, world, write_json)
+from data.common import (Problem, barrier, gather, parse, part_of, progress, rank, read_json, run_main, say, setting,
+                         start_ranks, table, whole_file, world, write_json)
 from data.maths import without_marks
 from data.rollouts import read_rollouts, write_rollouts
 
@@ -388,6 +388,7 @@ class Settings:
     learning_rate: float = setting(5e-7, "size of a step")
     epochs: int = setting(1, "passes over the rollouts")
     sequences: int = setting(64, "completions in an optimizer step, over all ranks")
+    together: int = setting(4, "completions of a query that follow each other in the random order: they share a row")
     tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
     # sampling: eval.py --help says more
     samples: int = setting(16, "expansions of each query")
@@ -400,8 +401,8 @@ class Settings:
     seeds: int = setting(1, "runs to average, each with the next seed")
 
 
-EMBEDDED = dict(optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128, tokens_per_pass=4096, max_new_tokens=12,
-                batch_size=512, seeds=3)
+EMBEDDED = dict(optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128, together=1, tokens_per_pass=4096,
+                max_new_tokens=12, batch_size=512, seeds=3)
 
 
 def make_prompt(query, tokenizer, settings):
@@ -549,12 +550,6 @@ def compare(settings, index, learn, test, bases, start):
         learned.append(facts)
     none = look_up(index, test, alone(test), names, settings)
     report(settings, names, none, runs, {"learned": learned, "seconds": time.time() - start})
-
-
-def part_of(settings_class, settings, **changes):
-    """The settings that another script's functions take: ours of the same name, and the changes."""
-    names = {field.name for field in dataclasses.fields(settings_class)} & vars(settings).keys()
-    return settings_class(**{**{name: getattr(settings, name) for name in names}, **changes})
 
 
 def expand(settings, policy, topics, seed, out="", **changes):

@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 import topr
 from data import apples
-from data.common import (Problem, Stopped, barrier, gather, parse, progress, rank, read_json, run_main, say, seed_everything,
-                         setting, start_ranks, table, whole_file, world, write_json)
+from data.common import (Problem, Stopped, barrier, gather, parse, part_of, progress, rank, read_json, run_main, say,
+                         seed_everything, setting, start_ranks, table, whole_file, world, write_json)
 from data.rollouts import RolloutFile, token_ids, write_rollouts
 
 
@@ -67,8 +67,8 @@ class Settings:
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)")
     epochs: int = setting(1, "passes over the file")
     sequences: int = setting(64, "completions in an optimizer step, over all ranks")
-    together: int = setting(8, "completions of a question that stand in a step together; they share a row behind their prompt")
-    share_prompts: bool = setting(True, "read a prompt once for those, where the model can (it is tried at the start)")
+    together: int = setting(4, "completions of a prompt that follow each other in the random order: they share a row")
+    share_prompts: bool = setting(True, "read a prompt once for its completions in a step, where the model can")
     micro_batch: int = setting(0, "completions in a forward pass (0: as many as --tokens-per-pass allows)")
     tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
     precision: str = setting("float32", "of the arithmetic; the weights have their own", ("float32", "bfloat16"))
@@ -845,8 +845,7 @@ def base_policy(folder, seed, task=apples, steps=1000, **size):
 
 def sampling(settings, **changes):
     """The part of the settings that eval.py needs."""
-    names = ("task", "samples", "questions", "temperature", "top_k", "max_new_tokens", "batch_size", "seed", "precision")
-    return evaluation.Settings(**{**{name: getattr(settings, name) for name in names}, **changes})
+    return part_of(evaluation.Settings, settings, **{"out": "", **changes})
 
 
 def sampled(settings, policy, path):

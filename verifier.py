@@ -22,8 +22,8 @@ import numpy as np
 import eval as evaluation
 import train
 from data import apples, maths
-from data.common import (Problem, barrier, gather, parse, progress, rank, read_json, run_main, say, setting, start_ranks, table,
-                         world, write_json)
+from data.common import (Problem, barrier, gather, parse, part_of, progress, rank, read_json, run_main, say, setting,
+                         start_ranks, table, world, write_json)
 from data.grade import read_answer
 from data.rollouts import read_rollouts, short_hash, write_rollouts
 
@@ -50,6 +50,7 @@ class Settings:
     schedule: str = setting("constant", "of the learning rate", ("constant", "cosine"))
     epochs: int = setting(1, "passes over the verdicts")
     sequences: int = setting(64, "verdicts in an optimizer step, over all ranks")
+    together: int = setting(4, "verdicts on a solution that follow each other in the random order: they share a row")
     tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
     precision: str = setting("float32", "of weights and arithmetic while sampling, of the arithmetic in training",
                              ("float32", "bfloat16"))
@@ -61,7 +62,8 @@ class Settings:
 
 
 EMBEDDED = dict(questions=768, test_questions=1000, samples=8, longest=160, verdicts=10, test_verdicts=4, epochs=2, sequences=32,
-                optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48, batch_size=512)
+                together=1, optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48,
+                batch_size=512)
 
 
 # ---- the prompt ----
@@ -218,8 +220,7 @@ def shares(stages):
 def sampled(settings, model_name, questions, grade, samples, seed, path, logprobs=True):
     """Rollout rows of the model, from the file where it holds just these. Log mu is needed only to train on them."""
     model, tokenizer = evaluation.load_model(model_name, settings.precision, start_ranks())
-    wish = evaluation.Settings(model=model_name, samples=samples, temperature=settings.temperature, top_k=settings.top_k,
-                               max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, seed=seed)
+    wish = part_of(evaluation.Settings, settings, model=model_name, samples=samples, seed=seed)
     sampling = {**evaluation.settings_of_sampling(wish), "weights": evaluation.fingerprint(model)}
     if os.path.exists(path):
         rows, wanted = read_rollouts(path), [(q["id"], q["prompt"]) for q in questions for _ in range(samples)]
@@ -383,9 +384,10 @@ def both_sides(settings):
 
 def trained_verifier(settings, candidates):
     """The folder of the verifier, trained on its own verdicts on the candidates."""
-    wish = train.Settings(rollouts=os.path.join(settings.out, "verdicts.jsonl"), out=os.path.join(settings.out, "trained"), **{
-        name: getattr(settings, name) for name in ("model", "loss", "optimizer", "learning_rate", "schedule", "epochs", "sequences",
-                                                   "tokens_per_pass", "precision", "seed")})
+    names = ("model", "loss", "optimizer", "learning_rate", "schedule", "epochs", "sequences", "together", "tokens_per_pass",
+             "precision", "seed")
+    wish = train.Settings(rollouts=os.path.join(settings.out, "verdicts.jsonl"), out=os.path.join(settings.out, "trained"),
+                          **{name: getattr(settings, name) for name in names})
     sampled(settings, settings.model, candidates, grade_verdict, settings.verdicts, settings.seed, wish.rollouts)
     trained_or_reused(wish)
     return wish.out

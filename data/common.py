@@ -56,6 +56,12 @@ def parse(settings_class, argv=None, description=None, **defaults):
     return settings_class(**vars(parser.parse_args(argv)))
 
 
+def part_of(settings_class, settings, **changes):
+    """The settings that another script's functions take: ours of the same name, and the changes."""
+    names = {field.name for field in dataclasses.fields(settings_class)} & vars(settings).keys()
+    return settings_class(**{**{name: getattr(settings, name) for name in names}, **changes})
+
+
 def run_main(main):
     """Runs a script's main(): a Problem is one line and its exit code, Ctrl-C is exit code 130."""
     name = os.path.basename(sys.argv[0])
