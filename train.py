@@ -297,7 +297,7 @@ def space(data, rows, share):
 
 def batches(settings, data, bundles, share):
     """Splits bundles, the longest first, into lists for one forward pass each."""
-    parts, most = [], settings.micro_batch or math.inf
+    parts, taken, longest, most = [], 0, 0, settings.micro_batch or math.inf
     for bundle in bundles:
         rows, length = space(data, bundle, share)
         if not parts or (taken + rows) * longest > settings.tokens_per_pass or sum(map(len, parts[-1])) + len(bundle) > most:

@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import random
-import signal
 import sys
 import typing
 

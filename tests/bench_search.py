@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import search as engine  # noqa: E402
+from data import bm25 as engine  # noqa: E402
 from data.common import Problem, parse, progress, run_main, say, setting, table  # noqa: E402
 
 

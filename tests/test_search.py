@@ -13,9 +13,9 @@ import pytest
 
 import search
 import train
-from conftest import ROOT, shell, torchrun
+from conftest import shell, torchrun
 from data import library
-from data.common import Problem, run_main
+from data.common import run_main
 from data.rollouts import read_rollouts
 from test_search_engine import write
 

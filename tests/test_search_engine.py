@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import search as engine
+from data import bm25 as engine
 from data.common import Problem
 
 SCIFACT = Path(__file__).parents[2] / "shared" / "data" / "scifact"
