@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 import topr
 from data import apples
-from data.common import (Problem, Stopped, barrier, gather, parse, part_of, progress, rank, read_json, run_main, say,
-                         seed_everything, setting, start_ranks, table, whole_file, world, write_json)
+from data.common import (Problem, Stopped, barrier, draw_lines, gather, parse, part_of, progress, rank, read_json,
+                         run_main, say, seed_everything, setting, start_ranks, table, whole_file, world, write_json)
 from data.rollouts import RolloutFile, token_ids, write_rollouts
 
 
@@ -821,7 +821,8 @@ def show(settings, results):
     say(f"{results['seconds']:.0f} s; the trained policy, results.json and the log are in {settings.out}")
     if rank() == 0:
         write_json(os.path.join(settings.out, "results.json"), results)
-        draw_curve(results["curve"], os.path.join(settings.out, "curve.png"), settings.loss)
+        draw_lines(os.path.join(settings.out, "curve.png"), results["curve"], "step", ["pass@1", "invalid"],
+                   title=settings.loss, xlabel="optimizer step", ylabel="share of completions", ylim=(0, 1))
 
 
 def base_policy(folder, seed, task=apples, steps=1000, **size):
@@ -907,24 +908,6 @@ def text_curve(points, height=10):
     lines = [f"{1 - i / height:4.1f} |" + "".join(row) for i, row in enumerate(rows)]
     return "\n".join(["pass@1 (*) and invalid answers (o) against the step", *lines, "     +" + "-" * (6 * len(points)),
                       "step  " + "".join(f"{point['step']:<6}" for point in points)])
-
-
-def draw_curve(points, path, title):
-    """The same as a picture, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, style in (("pass@1", "o-"), ("invalid", "s--")):
-        axes.plot([point["step"] for point in points], [point[name] for point in points], style, label=name)
-    axes.set(xlabel="optimizer step", ylabel="share of completions", title=title, ylim=(0, 1))
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

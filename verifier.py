@@ -22,8 +22,8 @@ import numpy as np
 import eval as evaluation
 import train
 from data import apples, maths
-from data.common import (Problem, barrier, gather, parse, part_of, progress, rank, read_json, run_main, say, setting,
-                         start_ranks, table, world, write_json)
+from data.common import (Problem, barrier, draw_lines, gather, parse, part_of, progress, rank, read_json, run_main, say,
+                         setting, start_ranks, table, world, write_json)
 from data.grade import read_answer
 from data.rollouts import read_rollouts, short_hash, write_rollouts
 
@@ -435,26 +435,8 @@ def report(results, out):
         (entry["n"], entry["questions"], *(entry[name]["mean"] for name in names), gain(entry)) for entry in curve]))
     if rank() == 0:
         write_json(os.path.join(out, "results.json"), results)
-        draw(curve, names, os.path.join(out, "voting.png"))
-
-
-def draw(curve, names, path):
-    """Accuracy against n, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name in names:
-        axes.plot([entry["n"] for entry in curve], [entry[name]["mean"] for entry in curve], "o-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="solutions of each question", ylabel="accuracy")
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+        draw_lines(os.path.join(out, "voting.png"), [{name: entry[name]["mean"] for name in names} | {"n": str(entry["n"])}
+                   for entry in curve], "n", names, xlabel="solutions of each question", ylabel="accuracy")
 
 
 if __name__ == "__main__":

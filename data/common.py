@@ -167,7 +167,7 @@ def read_json(path):
         raise Problem(f"{path}: cannot be read as JSON: {error}")
 
 
-# ---- tables ----
+# ---- tables and pictures ----
 
 
 def table(header, rows):
@@ -177,3 +177,21 @@ def table(header, rows):
     lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def draw_lines(path, points, x, names, **labels):
+    """A picture of some numbers of each point against its x, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, style in zip(names, ("o-", "s--", "^:", "v-.", "D-", "x--", "+:")):  # to be told apart without colours
+        axes.plot([point[x] for point in points], [point[name] for point in points], style, label=name)
+    axes.set(**labels)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
