@@ -31,7 +31,7 @@ import topr
 from data import apples
 from data.common import (Problem, Stopped, barrier, gather, parse, progress, rank, read_json, run_main, say, seed_everything,
                          setting, start_ranks, table, whole_file, world, write_json)
-from data.rollouts import RolloutFile, token_ids, write_rollouts
+from data.rollouts import RolloutFile, all_token_ids, foreign_tokens, write_rollouts
 
 
 @dataclass
@@ -190,17 +190,22 @@ def read_data(settings, model, tokenizer):
     text = model.config.get_text_config()
     room = getattr(text, "max_position_embeddings", None) or math.inf
 
-    def check(row, at):
-        prompt_ids, completion_ids = token_ids(row, tokenizer)
+    def fault(prompt_ids, completion_ids, foreign):
         if max(prompt_ids, default=0) >= text.vocab_size or max(completion_ids) >= text.vocab_size:
-            raise Problem(f"{at}: a token id beyond the model's vocabulary of {text.vocab_size}: "
-                          "was this file written with another model?")
+            return (f"a token id beyond the model's vocabulary of {text.vocab_size}: was this file written with another "
+                    "model? Without prompt_ids, completion_ids and logprobs the text alone counts")
+        if foreign:
+            return ("its completion_ids do not decode to its completion: was this file written with another tokenizer? "
+                    "Without prompt_ids, completion_ids and logprobs the text alone counts")
         if not prompt_ids:
-            raise Problem(f"{at}: the prompt has no tokens: the first completion token has nothing before it")
+            return "the prompt has no tokens: the first completion token has nothing before it"
         if len(prompt_ids) + len(completion_ids) > room:
-            raise Problem(f"{at}: {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the "
-                          f"model's {room}: remove the line")
-        return len(prompt_ids) + len(completion_ids)
+            return (f"{len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the model's {room}: "
+                    "remove the line")
+
+    def check(rows):
+        tokens = zip(all_token_ids(rows, tokenizer), foreign_tokens(rows, tokenizer))
+        return [fault(*ids, foreign) or len(ids[0]) + len(ids[1]) for ids, foreign in tokens]
 
     data = RolloutFile(settings.rollouts, settings.map_rewards, check)
     data.units = np.arange(len(data))[:, None]  # [units, 1]
@@ -254,7 +259,7 @@ def batches(settings, lengths, units):
 def collate(data, rows, tokenizer, mu, device):
     """Rows of the file as tensors: ids, mask, log mu [batch, time], reward [batch]."""
     read = [data[row] for row in rows]
-    tokens = [token_ids(row, tokenizer) for row in read]
+    tokens = all_token_ids(read, tokenizer)
     ids, mask = evaluation.pad([prompt + completion for prompt, completion in tokens], [len(prompt) for prompt, _ in tokens], device)
     mu_logp = None
     if mu:
