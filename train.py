@@ -22,15 +22,15 @@ from typing import Optional
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import topr
 from data import apples
-from data.common import (Problem, Stopped, barrier, gather, parse, progress, rank, read_json, run_main, say, seed_everything,
-                         setting, start_ranks, table, whole_file, world, write_json)
+from data.common import (Problem, Stopped, barrier, from_first, gather, parse, progress, rank, read_json, run_main, say,
+                         seed_everything, setting, start_ranks, table, whole_file, world, write_json, writing)
 from data.rollouts import RolloutFile, all_token_ids, foreign_tokens, write_rollouts
 
 
@@ -188,11 +188,11 @@ def train(settings, evaluate=None):
 def read_data(settings, model, tokenizer):
     """The rollout file, checked before any weight moves, with the units of the data: rows, or pairs of rows for DPO."""
     text = model.config.get_text_config()
-    room = getattr(text, "max_position_embeddings", None) or math.inf
+    room, vocabulary = getattr(text, "max_position_embeddings", None) or math.inf, text.vocab_size
 
     def fault(prompt_ids, completion_ids, foreign):
-        if max(prompt_ids, default=0) >= text.vocab_size or max(completion_ids) >= text.vocab_size:
-            return (f"a token id beyond the model's vocabulary of {text.vocab_size}: was this file written with another "
+        if max(prompt_ids, default=0) >= vocabulary or max(completion_ids) >= vocabulary:
+            return (f"a token id beyond the model's vocabulary of {vocabulary}: was this file written with another "
                     "model? Without prompt_ids, completion_ids and logprobs the text alone counts")
         if foreign:
             return ("its completion_ids do not decode to its completion: was this file written with another tokenizer? "
@@ -321,8 +321,7 @@ def make_mu(settings, model, tokenizer, data, model_fingerprint):
     if settings.mu == "file":
         raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, but --mu file was asked for")
     path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.fingerprint[:8]}-{settings.precision}.safetensors"
-    if not os.path.exists(path):
-        barrier()
+    if not all(gather(os.path.exists(path))):  # on every machine, where they share no disk
         compute_mu(settings, model, tokenizer, data, path)
     stored = safe_open(path, "pt")
     offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
@@ -440,11 +439,14 @@ def peak_memory():
 def write_log(settings, log, entry):
     log.append({name: None if isinstance(value, float) and math.isnan(value) else value for name, value in entry.items()})
     if rank() == 0:
-        with open(os.path.join(settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
+        path = os.path.join(settings.out, "log.jsonl")
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(log[-1], default=float) + "\n")
 
 
 # ---- the folder of a run: one run at a time, continued where it broke off ----
+
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors raise when they cannot write
 
 
 def open_folder(settings):
@@ -492,12 +494,17 @@ def save_checkpoint(settings, model, optimizer, run, step):
         path = os.path.join(settings.out, f"checkpoint-{step:08}")
         beside, older = path + ".part", checkpoints(settings)
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside)
-        torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, os.path.join(beside, "optimizer.pt"))
-        write_json(os.path.join(beside, "step.json"), {"step": step, **run})
-        for name in os.listdir(beside):
-            with open(os.path.join(beside, name), "rb") as file:
-                os.fsync(file.fileno())
+        try:
+            with writing(path, DISK_ERRORS):
+                model.save_pretrained(beside)
+                torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, os.path.join(beside, "optimizer.pt"))
+                for name in os.listdir(beside):
+                    with open(os.path.join(beside, name), "rb") as file:
+                        os.fsync(file.fileno())
+                write_json(os.path.join(beside, "step.json"), {"step": step, **run})
+        except Problem:
+            shutil.rmtree(beside, ignore_errors=True)  # room for others
+            raise
         os.rename(beside, path)
         for old in older:
             shutil.rmtree(old)
@@ -505,35 +512,39 @@ def save_checkpoint(settings, model, optimizer, run, step):
 
 
 def resume(settings, model, optimizer):
-    """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
-    log_path = os.path.join(settings.out, "log.jsonl")
-    if not checkpoints(settings):
-        barrier()
-        if rank() == 0:
-            open(log_path, "w").close()
-        return [], 0
-    path = checkpoints(settings)[-1]
-    step = read_json(os.path.join(path, "step.json"))["step"]
-    weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
-    model.load_state_dict(weights)
-    saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
-    with open(log_path, encoding="utf-8") as file:
-        log = [entry for entry in map(json.loads, file) if entry["step"] < step]
-    barrier()
+    """(log so far, first step to do), after loading the newest checkpoint, if there is one.
+
+    The first rank reads it and tells the others, which may sit on a machine that has no such folder.
+    """
+    log, step, saved = [], 0, None
     if rank() == 0:
-        with whole_file(log_path) as file:
+        for half in glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-*.part")):
+            shutil.rmtree(half)
+        if checkpoints(settings):
+            path = checkpoints(settings)[-1]
+            step = read_json(os.path.join(path, "step.json"))["step"]
+            weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
+            model.load_state_dict(weights)
+            saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
+            log = [entry for entry in read_log(settings) if entry["step"] < step]
+        with whole_file(os.path.join(settings.out, "log.jsonl")) as file:
             file.writelines(json.dumps(entry) + "\n" for entry in log)
-    say(f"{settings.out}: going on from step {step}")
+    log, step, saved = from_first((log, step, saved))
+    if saved:
+        for tensor in model.state_dict().values() if world() > 1 else ():
+            torch.distributed.broadcast(tensor, 0)
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
+        say(f"{settings.out}: going on from step {step}")
     return log, step
 
 
 def finish(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens, and the checkpoints gone."""
     if rank() == 0:
-        model.eval().save_pretrained(settings.out)
-        tokenizer.save_pretrained(settings.out)
+        with writing(settings.out, DISK_ERRORS):
+            model.eval().save_pretrained(settings.out)
+            tokenizer.save_pretrained(settings.out)
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
         for path in checkpoints(settings):
             shutil.rmtree(path)
@@ -582,10 +593,10 @@ def job(settings, start=None):
         this = dataclasses.replace(settings, model=policy, out=settings.out if last else f"{settings.out}/round-{number}")
         if number > 1 or not settings.rollouts:
             this.rollouts = sampled(settings, policy, f"{settings.out}/rollouts-{number}.jsonl")
-        if finished(this):
+        if from_first(finished(this)):
             say(f"{this.out}: trained before, reusing it")
             check_same_run(this, {"settings": dataclasses.asdict(this)})
-            logs.append(read_log(this))
+            logs.append(from_first(read_log(this) if rank() == 0 else None))
         else:
             logs.append(train(this, evaluate=curve_point(settings) if settings.task else None))
         policy = this.out
@@ -626,7 +637,7 @@ def base_policy(folder, seed, task=apples, steps=1000, **size):
     out, start, file = f"{folder}/base", f"{folder}/random", f"{folder}/demonstrations.jsonl"
     imitate = Settings(model=start, rollouts=file, out=out, loss="sft", optimizer="adamw", learning_rate=5e-3, warmup=50,
                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
-    if finished(imitate):
+    if from_first(finished(imitate)):
         say(f"{out}: the base policy is there, reusing it")
         return out
     say(f"{out}: making the base policy from flawed demonstrations")
@@ -649,7 +660,7 @@ def sampling(settings, **changes):
 def sampled(settings, policy, path):
     """The rollout file that this policy writes on the training questions; made once."""
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
-    if os.path.exists(path):
+    if from_first(os.path.exists(path)):
         row = RolloutFile(path, what="checking")[0]
         if row.get("sampling", {}).get("weights") != evaluation.fingerprint(model):
             raise Problem(f"{path} was written by other weights than those of {policy}: remove it, or use another --out")
@@ -667,12 +678,10 @@ def measured(settings, policy, name):
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
     wish = sampling(settings, model=policy, split="test", questions=settings.test_questions, seed=settings.seed + 1)
     what = {"settings": dataclasses.asdict(wish), "weights": evaluation.fingerprint(model)}
-    if os.path.exists(path):
-        kept = read_json(path)
-        if {key: kept.get(key) for key in what} == what:
-            return kept["measures"]
+    kept = from_first(read_json(path) if rank() == 0 and os.path.exists(path) else {})
+    if {key: kept.get(key) for key in what} == what:
+        return kept["measures"]
     measures = evaluation.evaluate(model, tokenizer, wish, what=f"measuring {name}")
-    barrier()
     if rank() == 0:
         write_json(path, {**what, "measures": measures})
     return measures
@@ -693,7 +702,7 @@ def curve_point(settings):
 
 def read_log(settings):
     with open(os.path.join(settings.out, "log.jsonl"), encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]  # a disk that was full may have torn the last
 
 
 def text_curve(points, height=10):

@@ -19,7 +19,6 @@ import typing
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -223,11 +222,11 @@ def seed_everything(seed):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """A disk that is full or a folder that is closed is one line, whichever library was writing."""
+def writing(path, errors=OSError):
+    """A full disk or a closed folder is one line."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except errors as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: mend it, and type the same command")
 
