@@ -497,7 +497,8 @@ def save_checkpoint(settings, model, optimizer, run, step):
         try:
             with writing(path, DISK_ERRORS):
                 model.save_pretrained(beside)
-                torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, os.path.join(beside, "optimizer.pt"))
+                with open(os.path.join(beside, "optimizer.pt"), "wb") as file:  # ours: torch's would not say that a disk is full
+                    torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, file)
                 for name in os.listdir(beside):
                     with open(os.path.join(beside, name), "rb") as file:
                         os.fsync(file.fileno())

@@ -85,10 +85,10 @@ def fail(message, exit_code):
     """One line, and the end of this process; of ranks with the same message the first one says it."""
     name = os.path.basename(sys.argv[0])
     if world() == 1:
-        print(visible(f"{name}: {message}"), file=sys.stderr, flush=True)
+        tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # on a line of its own, not behind a progress bar
         sys.exit(exit_code)
     if watched["store"].add(f"{watched['number']} {message}", 1) == 1:
-        print(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr, flush=True)
+        tqdm.write(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr)
     os._exit(exit_code)  # at once: the other ranks may be waiting for this one
 
 
@@ -140,7 +140,7 @@ def watch_ranks():
         while not ended.wait(1):
             silent[:] = [seconds + 1 for seconds in silent]
             if max(silent) >= SILENCE:
-                print(f"{os.path.basename(sys.argv[0])} (rank {rank()}): {lost_rank()}", file=sys.stderr, flush=True)
+                tqdm.write(f"{os.path.basename(sys.argv[0])} (rank {rank()}): {lost_rank()}", file=sys.stderr)
                 os._exit(1)
 
     watched["threads"] = [threading.Thread(target=part, daemon=True) for part in (beat, watch)]
@@ -227,7 +227,7 @@ def writing(path, errors=OSError):
     try:
         yield
     except errors as error:
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
         raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: mend it, and type the same command")
 
 
