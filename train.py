@@ -515,25 +515,29 @@ def save_checkpoint(settings, model, optimizer, run, step):
 def resume(settings, model, optimizer):
     """(log so far, first step to do), after loading the newest checkpoint, if there is one.
 
-    The first rank reads it and tells the others, which may sit on a machine that has no such folder.
+    One rank reads it and tells the others: machines that share no disk need not have it.
     """
-    log, step, saved = [], 0, None
-    if rank() == 0:
-        for half in glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-*.part")):
-            shutil.rmtree(half)
-        if checkpoints(settings):
-            path = checkpoints(settings)[-1]
+    held = gather([os.path.basename(path) for path in checkpoints(settings)[-1:]])
+    source, log, step, saved = max(range(world()), key=held.__getitem__), [], 0, None  # the first rank that has the newest
+    if held[source] and rank() == source:
+        path = checkpoints(settings)[-1]
+        try:
             step = read_json(os.path.join(path, "step.json"))["step"]
             weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
             model.load_state_dict(weights)
             saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
-            log = [entry for entry in read_log(settings) if entry["step"] < step]
+        except Exception as error:  # of many kinds; for the user they are all the same
+            raise Problem(f"{path}: cannot be opened: {str(error).splitlines()[0]:.300} Remove it to start from the beginning")
+        log = [entry for entry in read_log(settings) if entry["step"] < step]
+    log, step, saved = from_first((log, step, saved), source)
+    if rank() == 0:
+        for half in glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-*.part")):
+            shutil.rmtree(half)
         with whole_file(os.path.join(settings.out, "log.jsonl")) as file:
             file.writelines(json.dumps(entry) + "\n" for entry in log)
-    log, step, saved = from_first((log, step, saved))
     if saved:
         for tensor in model.state_dict().values() if world() > 1 else ():
-            torch.distributed.broadcast(tensor, 0)
+            torch.distributed.broadcast(tensor, source)
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
         say(f"{settings.out}: going on from step {step}")

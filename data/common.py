@@ -180,12 +180,12 @@ def barrier():
         dist.barrier()
 
 
-def from_first(value):
-    """The first rank's value, on every rank."""
+def from_first(value, source=0):
+    """The first rank's value (or another's), on every rank."""
     if world() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, 0)
+    dist.broadcast_object_list(values, source)
     return values[0]
 
 

@@ -288,7 +288,21 @@ def ranks(folder):
         right += named and seconds < 60 and process.returncode != 0 and "gloo" not in output
         print(f"  {way}: all ended after {seconds:.0f} s, exit code {process.returncode}, {lines}", flush=True)
     os.environ["RAISE"] = ""
-    return tally("a rank lost: all others end within 60 s and name it", right, len(ways))
+    good = tally("a rank lost: all others end within 60 s and name it", right, len(ways))
+    return restarts(folder, model, rollouts) and good
+
+
+def restarts(folder, model, rollouts):
+    """A rank is killed under --max-restarts 1: torchrun starts both again, and they go on."""
+    kinds = {kind: training(model, rollouts, f"{folder}/{kind}") for kind in ("whole", "restarted")}
+    code, output, _ = run(ranks_of(2, *kinds["whole"]), f"{folder}/output")
+    assert code == 0, output
+    process = started([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, *kinds["restarted"]], f"{folder}/output")
+    assert wait_for(lambda: glob.glob(f"{folder}/restarted/checkpoint-*0"))
+    os.kill(max(family(process.pid)), signal.SIGKILL)
+    code, output = process.wait(), Path(f"{folder}/output").read_text()
+    same = code == 0 and Path(f"{folder}/whole/model.safetensors").read_bytes() == Path(f"{folder}/restarted/model.safetensors").read_bytes()
+    return tally("a rank killed under --max-restarts: went on, weights bit-identical", int(same and "going on" in output), 1)
 
 
 # ---- e. two machines ----
