@@ -126,6 +126,7 @@ def watch_ranks():
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     number = gather(time.time_ns())[0]  # the store may outlive this process group: torchrun restarts
     keys, seen, silent, ended = [f"{number}-{r}" for r in range(world())], {}, [0] * world(), threading.Event()
+    store.add(keys[rank()], 1)
     watched.update(names=gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})"), silent=silent,
                    store=store.clone(), number=number, ended=ended)
 
@@ -151,8 +152,9 @@ def watch_ranks():
 def lost_rank():
     """Which rank is gone, in words, or None; one that died a moment ago is given the time to be missed."""
     for _ in range(8):
-        lost = [name for name, seconds in zip(watched["names"], watched["silent"]) if seconds >= 4]
-        if len(lost) == world():
+        deaf = watched["silent"][rank()]  # seconds without news of anybody
+        lost = [name for name, seconds in zip(watched["names"], watched["silent"]) if seconds >= deaf + 4]
+        if deaf >= 8:
             return f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer: the run ends"
         if lost:
             return f"{', '.join(lost)} has died or stands still: the run ends"

@@ -55,7 +55,7 @@ BAD_LINES = {  # what is wrong with a line: (the line, or the fields that differ
     "a number": (b"17\n", "not a JSON object"), "null": (b"null\n", "not a JSON object"), "text": (b"hello\n", "not a JSON object"),
     "two objects": (b"{} {}\n", "not a JSON object"), "not UTF-8": (b'{"id": "\xff"}\n', "not UTF-8 (byte 9)"),
     "Latin-1": ('{"id": "caf\u00e9"}\n'.encode("latin-1"), "not UTF-8"), "NUL bytes": (b"\0" * 50 + b"\n", "not a JSON object"),
-    "UTF-16": ('{"id": "q"}\n'.encode("utf-16"), "not UTF-8"), "nested": (b'{"id": ' + b"[" * 100000 + b"\n", "not a JSON object"),
+    "UTF-16": ('{"id": "q"}'.encode("utf-16"), "not UTF-8"), "nested": (b'{"id": ' + b"[" * 100000 + b"\n", "not a JSON object"),
     "a second BOM": (b"\xef\xbb\xbf{}\n", "not a JSON object"), "a terminal's control codes": (b'{"\x1b[2J": 1}\n', "not a JSON object"),
     "no id": ({"id": None}, '"id" is not a string'), "id of a number": ({"id": 7}, '"id" is not a string'),
     "no prompt": ({"prompt": None}, '"prompt" is not a string'), "a chat": ({"prompt": [{"role": "user"}]}, '"prompt" is not a string'),
@@ -73,14 +73,14 @@ BAD_LINES = {  # what is wrong with a line: (the line, or the fields that differ
     "nested ids": ({"completion_ids": [[5, 6]]}, "whole numbers"), "no ids": ({"completion_ids": []}, '"completion_ids" is empty'),
     "no prompt ids": ({"prompt_ids": []}, '"prompt_ids" is empty'), "prompt ids of text": ({"prompt_ids": "12"}, "a str, not a list"),
     "logprobs without ids": ({"completion_ids": None}, 'without "completion_ids"'),
-    "a logprob too few": ({"logprobs": [-1.0]}, "1 logprobs for 14"), "a positive logprob": ({"logprobs": [0.5] * 14}, "logprob 0 is 0.5"),
-    "logprob null": ({"logprobs": [None] * 14}, "logprob 0 is None"), "logprob NaN": ({"logprobs": [float("nan")] * 14}, "NaN"),
-    "logprob -inf": ({"logprobs": [-0.5] * 13 + [-1e39]}, "logprob 13 is"), "logprob of text": ({"logprobs": ["-1"] * 14}, "logprob 0"),
-    "logprob of 400 digits": ({"logprobs": [-(10**400)] * 14}, "logprob 0 is -1000"),
-    "an id beyond the vocabulary": ({"completion_ids": [5000] * 14}, "beyond the model's vocabulary"),
-    "an id of 400 digits": ({"completion_ids": [10**400] * 14}, "beyond the model's vocabulary"),
+    "a logprob too few": ({"logprobs": [-1.0]}, "1 logprobs for 12"), "a positive logprob": ({"logprobs": [0.5] * 12}, "logprob 0 is 0.5"),
+    "logprob null": ({"logprobs": [None] * 12}, "logprob 0 is None"), "logprob NaN": ({"logprobs": [float("nan")] * 12}, "NaN"),
+    "logprob -inf": ({"logprobs": [-0.5] * 11 + [-1e39]}, "logprob 11 is"), "logprob of text": ({"logprobs": ["-1"] * 12}, "logprob 0"),
+    "logprob of 400 digits": ({"logprobs": [-(10**400)] * 12}, "logprob 0 is -1000"),
+    "an id beyond the vocabulary": ({"completion_ids": [5000] * 12}, "beyond the model's vocabulary"),
+    "an id of 400 digits": ({"completion_ids": [10**400] * 12}, "beyond the model's vocabulary"),
     "a prompt id beyond the vocabulary": ({"prompt_ids": [5000]}, "beyond the model's vocabulary"),
-    "another tokenizer": ({"completion_ids": list(range(20, 34))}, "do not decode to its completion"),
+    "another tokenizer": ({"completion_ids": list(range(20, 32))}, "do not decode to its completion"),
     "no room": ({"prompt_ids": [5] * 250}, "do not fit the model's 256"), "text without room": (
         {"prompt": "apples " * 300, "prompt_ids": None}, "do not fit the model's 256"),
     "finish of a number": ({"finish": 1}, '"finish" is a int'), "sampling of text": ({"sampling": "t=1"}, "a str, not a dict"),
@@ -126,7 +126,7 @@ def test_bad_files(policy, good, tmp_path):
 
 
 def test_a_bad_file_by_the_command_line(policy, good, tmp_path):
-    path = in_a_file(tmp_path, good, {**good, "reward": "\x1b]0;title\x07good"}, {**good, "completion_ids": [999] * 14})
+    path = in_a_file(tmp_path, good, {**good, "reward": "\x1b]0;title\x07good"}, {**good, "completion_ids": [999] * 12})
     result = shell(sys.executable, ROOT / "train.py", "--model", policy[0], "--rollouts", path, "--out", tmp_path / "out")
     lines = [line for line in result.stdout.splitlines() if str(path) in line]
     assert result.returncode == 2 and len(lines) == 2 and "Traceback" not in result.stdout and "\x1b]" not in result.stdout
@@ -172,14 +172,15 @@ def flipped_files(model, rollouts, folder, times, seed=0):
         for _ in range(times):
             content = bytearray(whole)
             for _ in range(rng.randint(1, 4)):
-                content[rng.randrange(len(content))] = rng.randrange(256)
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             with open(f"{folder}/flipped.jsonl", "wb") as file:
                 file.write(content)
             try:
                 data = read(policy, f"{folder}/flipped.jsonl")
                 rows = [data[row] for row in range(len(data))]
                 assert len(rows) > 0 and all(isinstance(row["reward"], float) for row in rows)
-                train.collate(data, range(len(data)), policy[2], lambda number, row: row["logprobs"], torch.device("cpu"))
+                mu = data.has_logprobs.all() and (lambda number, row: row["logprobs"])
+                train.collate(data, range(len(data)), policy[2], mu, torch.device("cpu"))
                 counts[1] += 1
             except Problem as problem:
                 assert str(problem)
@@ -193,7 +194,7 @@ def test_flipped_bytes(policy, good, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["data.rollouts"], "progress", lambda *_, **__: common.tqdm(disable=True))
     path = in_a_file(tmp_path, *[{**good, "id": str(number)} for number in range(4)])
     refused, read_well = flipped_files(policy[0], path, tmp_path, 2000)
-    assert refused + read_well == 2000 and refused > 100 and read_well > 100
+    assert refused + read_well == 2000 and refused > 50 and read_well > 50
 
 
 # ---- hostile content ----
@@ -226,7 +227,7 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
     shell("cp", "-r", policy[0], folder)
     os.remove(folder / "model.safetensors")
     for name in ("pytorch_model.bin", "model.bin"):
-        (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+        (folder / name).write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(Problem, match="cannot be loaded"):
         evaluation.load_model(str(folder), "float32", "cpu")
     code = folder / "modeling_mine.py"
@@ -238,11 +239,10 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
         evaluation.load_model(str(folder), "float32", "cpu")
     write_rollouts(tmp_path / "rollouts.jsonl", [good] * 4)
     settings = train.Settings(model=policy[0], rollouts=str(tmp_path / "rollouts.jsonl"), out=str(tmp_path / "out"), mu="file")
-    shell("cp", "-r", policy[0], tmp_path / "out/checkpoint-00000001")
     os.makedirs(tmp_path / "out")
     shell("cp", "-r", policy[0], tmp_path / "out/checkpoint-00000001")
     (tmp_path / "out/checkpoint-00000001/step.json").write_text('{"step": 1}')
-    (tmp_path / "out/checkpoint-00000001/optimizer.pt").write_bytes(pickle.dumps(Bomb(mark)))
+    (tmp_path / "out/checkpoint-00000001/optimizer.pt").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(Problem, match="checkpoint-00000001: cannot be opened"):
         train.train(settings)
     assert not os.path.exists(mark)
@@ -266,11 +266,11 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("way, words", [
     ("os.kill(os.getpid(), 9)", "rank 1 (process "), ("1 / 0", "(rank 1): failed: ZeroDivisionError"),
-    ("os.system(f'(sleep 9; kill -CONT {os.getpid()}) &'); os.kill(os.getpid(), 19)", "rank 1 (process ")])
+    ("common.watched['ended'].set(); time.sleep(100)", "rank 1 (process ")])
 def test_a_lost_rank_is_named(tmp_path, way, words):
-    """Killed, failing, or standing still: the others end soon, and one line says which it was."""
+    """Killed, failing, or without a sign of life: the others end soon, and one line says which it was."""
     (tmp_path / "lost.py").write_text(
-        "import os\nfrom data import common\ncommon.SILENCE = 6\n"
+        "import os, time\nfrom data import common\ncommon.SILENCE = 6\n"
         f"def main():\n    common.start_ranks()\n    if common.rank() == 1:\n        {way}\n    common.barrier()\ncommon.run_main(main)\n")
     start = time.time()
     result = torchrun(2, tmp_path / "lost.py")
