@@ -87,7 +87,11 @@ def fail(message, exit_code):
     if world() == 1:
         tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # on a line of its own, not behind a progress bar
         sys.exit(exit_code)
-    if watched["store"].add(f"{watched['number']} {message}", 1) == 1:
+    try:
+        first = watched["store"].add(f"{watched['number']} {message}", 1) == 1
+    except RuntimeError:  # the store went with its machine
+        first = True
+    if first:
         tqdm.write(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr)
     os._exit(exit_code)  # at once: the other ranks may be waiting for this one
 
@@ -131,11 +135,12 @@ def watch_ranks():
                    store=store.clone(), number=number, ended=ended)
 
     def beat():
-        while not ended.wait(1):
-            store.add(keys[rank()], 1)
-            for r, count in enumerate(store.multi_get(keys)):
-                if seen.get(r) != count:
-                    seen[r], silent[r] = count, 0
+        with contextlib.suppress(RuntimeError):  # the store went with its machine: watch will tell
+            while not ended.wait(1):
+                store.add(keys[rank()], 1)
+                for r, count in enumerate(store.multi_get(keys)):
+                    if seen.get(r) != count:
+                        seen[r], silent[r] = count, 0
 
     def watch():
         while not ended.wait(1):
@@ -151,10 +156,10 @@ def watch_ranks():
 
 def lost_rank():
     """Which rank is gone, in words, or None; one that died a moment ago is given the time to be missed."""
-    for _ in range(8):
+    for _ in range(10):
         deaf = watched["silent"][rank()]  # seconds without news of anybody
         lost = [name for name, seconds in zip(watched["names"], watched["silent"]) if seconds >= deaf + 4]
-        if deaf >= 8:
+        if deaf >= 6:
             return f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer: the run ends"
         if lost:
             return f"{', '.join(lost)} has died or stands still: the run ends"
