@@ -345,7 +345,8 @@ def nodes(folder):
                 start = time.time()
                 kill(halves[lost])
                 halves[1 - lost].wait()
-                seconds, lines = time.time() - start, without_logs(said(1 - lost))
+                seconds, text = time.time() - start, said(1 - lost)
+                lines = without_logs(text)
                 port += 1
                 halves = [half(0, disk, *goal)]
                 time.sleep(2)
@@ -354,7 +355,7 @@ def nodes(folder):
                 for process in halves:
                     kill(process)
                 good = bool(resumed) and seconds < 60 and lines
-                print(f"  {disk} disk, half {lost} killed: the other ended after {seconds:.0f} s, {lines or said(1 - lost)}; "
+                print(f"  {disk} disk, half {lost} killed: the other ended after {seconds:.0f} s, {lines or text}; "
                       f"both again: {'resumed' if resumed else said(0) + said(1)}", flush=True)
             right += bool(good)
     return tally("two machines: the weights of one process; one lost, the other ends, both resume", right, 6)
