@@ -218,18 +218,19 @@ def token_ids(row, tokenizer):
 
 def all_token_ids(rows, tokenizer):
     """The same for many rows at once, which takes a fraction of the time."""
-    missing = lambda field: dict.fromkeys(row[field] for row in rows if row.get(f"{field}_ids") is None)
-    made = {field: dict(zip(missing(field), encode(list(missing(field)), tokenizer))) for field in ("prompt", "completion")}
+    missing = lambda field: list(dict.fromkeys(row[field] for row in rows if row.get(f"{field}_ids") is None))
+    prompts, completions, end = missing("prompt"), missing("completion"), tokenizer.eos_token_id
+    prompts = dict(zip(prompts, (with_start(ids, tokenizer) for ids in encode(prompts, tokenizer))))
+    completions = dict(zip(completions, encode(completions, tokenizer)))
     tokens = []
     for row in rows:
-        prompt_ids, completion_ids = row.get("prompt_ids"), row.get("completion_ids")
-        if prompt_ids is None:
-            prompt_ids = with_start(made["prompt"][row["prompt"]], tokenizer)
+        completion_ids = row.get("completion_ids")
         if completion_ids is None:
-            completion_ids = made["completion"][row["completion"]]
-            if row.get("finish") != "length" and completion_ids[-1:] != [tokenizer.eos_token_id]:
-                completion_ids = completion_ids + [tokenizer.eos_token_id]  # it stopped, so it wrote the end token
-        tokens.append((prompt_ids, completion_ids))
+            completion_ids = completions[row["completion"]]
+            if row.get("finish") != "length" and completion_ids[-1:] != [end]:
+                completion_ids = completion_ids + [end]  # it stopped, so it wrote the end token
+        prompt_ids = row.get("prompt_ids")
+        tokens.append((prompts[row["prompt"]] if prompt_ids is None else prompt_ids, completion_ids))
     return tokens
 
 
@@ -256,8 +257,14 @@ def foreign_tokens(rows, tokenizer):
     """
     held = [row for row in rows if row.get("completion_ids") and max(row["completion_ids"]) < 2**31]
     texts = dict(zip(map(id, held), decode([row["completion_ids"] for row in held], tokenizer)))
-    return [id(row) in texts and texts[id(row)] != row["completion"] and not any(
-        alike(text, row["completion"]) for text in [texts[id(row)], *decode([row["completion_ids"]], tokenizer, False)]) for row in rows]
+    return [texts.get(id(row), row["completion"]) != row["completion"] and not fits(row, texts[id(row)], tokenizer) for row in rows]
+
+
+def fits(row, text, tokenizer):
+    """Whether completion_ids, which decode to `text` and not quite to the completion, can still be its tokens."""
+    ids, completion = row["completion_ids"], row["completion"]
+    own = encode([completion], tokenizer)[0]  # words that the tokenizer does not know decode to nothing
+    return alike(text, completion) or alike(*decode([ids], tokenizer, False), completion) or bool(own) and ids[: len(own)] == own
 
 
 def alike(a, b):

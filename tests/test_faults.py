@@ -151,6 +151,8 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(policy, good):
     for text in (COMPLETION, COMPLETION + "</s>", " " + COMPLETION, COMPLETION + "\n", COMPLETION[:-2], "<s>" + COMPLETION,
                  "3 + 2 = 5 .", "The answer is 5 .", "", COMPLETION.upper()):
         assert foreign_tokens([{"completion": text, "completion_ids": ids}], tokenizer) == [False], text
+    unknown = "thrice and unheard of ! 5"
+    assert foreign_tokens([{"completion": unknown, "completion_ids": tokenizer(unknown).input_ids[1:]}], tokenizer) == [False]
     for text in ("No", "Something else is written here .", "Die Antwort ist 5"):
         assert foreign_tokens([{"completion": text, "completion_ids": ids}, {"completion": text}], tokenizer) == [True, False], text
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
