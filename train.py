@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 import topr
 from data import apples
-from data.common import (Problem, Stopped, barrier, from_first, gather, parse, progress, rank, read_json, run_main, say,
-                         seed_everything, setting, start_ranks, table, whole_file, world, write_json, writing)
+from data.common import (Problem, Stopped, barrier, first_line, from_first, gather, parse, progress, rank, read_json, run_main,
+                         say, seed_everything, setting, start_ranks, table, whole_file, world, write_json, writing)
 from data.rollouts import RolloutFile, all_token_ids, foreign_tokens, write_rollouts
 
 
@@ -527,7 +527,7 @@ def resume(settings, model, optimizer):
             model.load_state_dict(weights)
             saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
         except Exception as error:  # of many kinds; for the user they are all the same
-            raise Problem(f"{path}: cannot be opened: {str(error).splitlines()[0]:.300} Remove it to start from the beginning")
+            raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from the beginning")
         log = [entry for entry in read_log(settings) if entry["step"] < step]
     log, step, saved = from_first((log, step, saved), source)
     if rank() == 0:

@@ -73,18 +73,20 @@ def run_main(main):
         fail("interrupted", 130)
     except Exception as error:
         if world() == 1:
+            leave_ranks()
             raise
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
             traceback.print_exc()  # a mistake of this rank: the others only lose the connection to it
             fail(f"failed: {type(error).__name__}: {error}", 1)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun wants to end this process: first it says why
-        fail(lost_rank() or f"the connection between the ranks broke: {str(error).splitlines()[0]}", 1)
+        fail(lost_rank() or f"the connection between the ranks broke: {first_line(error)}", 1)
 
 
 def fail(message, exit_code):
     """One line, and the end of this process; of ranks with the same message the first one says it."""
     name = os.path.basename(sys.argv[0])
     if world() == 1:
+        leave_ranks()
         tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # on a line of its own, not behind a progress bar
         sys.exit(exit_code)
     try:
@@ -94,6 +96,10 @@ def fail(message, exit_code):
     if first:
         tqdm.write(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr)
     os._exit(exit_code)  # at once: the other ranks may be waiting for this one
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def visible(text):
@@ -234,7 +240,7 @@ def writing(path, errors=OSError):
     try:
         yield
     except errors as error:
-        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
+        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or first_line(error)
         raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: mend it, and type the same command")
 
 

@@ -364,13 +364,14 @@ def nodes(folder):
 # ---- f. a million lines ----
 
 
-def million(folder):
+def million(folder, many=1_000_000):
+    """With text alone the loss is one that needs no log mu: computing it for every line takes the model, and its time."""
     model, _ = material(folder)
     tokenizer = evaluation.load_tokenizer(model)
     words, right = "the answer is 7 + 4 = 11 . He finds 4 . Ann buys 3 . How many ?".split(), 0
     for kind in ("text", "ids"):
         seen = {}
-        for count in (1000, 1_000_000):
+        for count in (1000, many):
             path = f"{folder}/{kind}-{count}.jsonl"
             with open(path, "w") as file:
                 for number in range(count):
@@ -379,10 +380,9 @@ def million(folder):
                     text = " ".join(RANDOM.choices(words, k=40 if kind == "text" else 11))
                     row = {"id": f"question-{number // 16}", "prompt": question, "completion": text, "reward": RANDOM.choice((-1, 1))}
                     if kind == "ids":
-                        row["completion_ids"] = tokenizer(text, add_special_tokens=False).input_ids if number < 1000 else row_ids
-                        row["completion"] = text if number < 1000 else row_text
-                        row_ids, row_text = row["completion_ids"], row["completion"]
-                        row["logprobs"] = [-1.25] * len(row_ids)
+                        if number < 1000:  # the others repeat the last of these: making ids takes long
+                            ids = {"completion": text, "completion_ids": tokenizer(text, add_special_tokens=False).input_ids}
+                        row.update(ids, logprobs=[-1.25] * len(ids["completion_ids"]))
                     file.write(json.dumps(row) + "\n")
             out = f"{folder}/{kind}-{count}"
             options = ["--mu", "file"] if kind == "ids" else ["--loss", "reinforce"]
@@ -396,8 +396,8 @@ def million(folder):
             print(f"  {kind}, {count:,} lines of {size(path) / count:.0f} bytes: first step done after {seconds:.0f} s, "
                   f"{seen[count][1]:,.0f} MB", flush=True)
             os.remove(path)
-        right += seen[1_000_000][0] < 60 and seen[1_000_000][1] - seen[1000][1] < 300
-    return tally("a million lines: first step within 60 s, within 300 MB of a thousand lines", right, 2)
+        right += seen[many][0] < 60 and seen[many][1] - seen[1000][1] < 300
+    return tally(f"{many:,} lines: first step within 60 s, within 300 MB of a thousand lines", right, 2)
 
 
 PARTS = {"kill": kill_train, "kill-ranks": lambda folder: kill_train(folder, ranks=2), "kill-eval": kill_eval,
