@@ -10,6 +10,7 @@ any batch size and any number of ranks. (A server has its own ways with seeds.)
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import random
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +26,7 @@ import torch
 
 from data import server
 from data.common import (Problem, barrier, gather, parse, progress, rank, run_main, say, setting, start_ranks, table,
-                         whole_file, world, write_json)
+                         whole_file, world, write_json, writing)
 from data.rollouts import RolloutFile, prompt_tokens, short_hash, to_line
 from topr import can_share_prompts, completion_logprobs, completions_per_row, pack
 
@@ -276,14 +278,15 @@ def collect(write, questions, order, grade, sampling, samples, out, what):
     """
     wanted = [sampling, samples, [[question["id"], question["prompt"]] for question in questions]]
     parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    rows = read_parts(parts) if out else {}  # question number -> rows
-    barrier()  # nobody writes before all have read
+    here = read_parts(parts) if out and os.environ.get("LOCAL_RANK", "0") == "0" else {}  # once on every machine
+    rows = {q: kept for part in gather(here) for q, kept in part.items()}  # question number -> rows
     if rows:
         say(f"{out}: {len(rows)} of {len(questions)} questions were finished before, going on with the rest")
     todo = [q for q in order if q not in rows][rank()::world()]
     if out:
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    file = open(f"{parts}{rank()}-{os.getpid()}", "a", encoding="utf-8") if out else None
+        with writing(out):
+            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+            file = open(f"{parts}{rank()}-{time.time_ns()}", "w", encoding="utf-8")
     with progress(total=len(todo), what=what, unit="question") as bar:
         for q, completions in write(todo):
             question, rows[q] = questions[q], []
@@ -292,21 +295,24 @@ def collect(write, questions, order, grade, sampling, samples, out, what):
                 rows[q].append({"id": question["id"], "question": question.get("question"), "prompt": question["prompt"],
                                 "completion": completion["completion"], "reward": reward, "answer": answer,
                                 "gold": question.get("gold"), **completion, "sampling": sampling})
-            if file:
-                file.write(json.dumps([q, rows[q]]) + "\n")
-                file.flush()
+            if out:
+                with writing(file.name):
+                    file.write(json.dumps([q, rows[q]]) + "\n")
+                    file.flush()
             bar.update()
     for part in gather({q: rows[q] for q in todo}):
         rows.update(part)
     rows = [row for q in range(len(questions)) for row in rows[q]]
-    if file:
+    if out:
         file.close()
-        barrier()
         if rank() == 0:
             with whole_file(out) as whole:
                 whole.writelines(map(to_line, rows))
+        barrier()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             for part in glob.glob(glob.escape(parts) + "*"):
-                os.remove(part)
+                with contextlib.suppress(FileNotFoundError):  # of machines that share a disk one is first
+                    os.remove(part)
         barrier()
     return rows
 
@@ -317,10 +323,10 @@ def read_parts(parts):
     for path in glob.glob(glob.escape(parts) + "*"):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if line.endswith("\n"):
-                    question, finished = json.loads(line)
-                    rows[question] = finished
-                else:
+                try:
+                    question, rows_of_it = json.loads(line)
+                    rows[question] = rows_of_it
+                except ValueError:
                     say(f"{path}: dropped a torn last line")
     return rows
 

@@ -25,16 +25,17 @@ from typing import Optional
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import topr
 from data import apples
-from data.common import (Problem, Stopped, barrier, draw_lines, gather, parse, part_of, progress, rank, read_json,
-                         run_main, say, seed_everything, setting, start_ranks, table, whole_file, world, write_json)
-from data.rollouts import RolloutFile, token_ids, write_rollouts
+from data.common import (Problem, Stopped, barrier, draw_lines, first_line, from_first, gather, parse, part_of, progress, rank,
+                         read_json, run_main, say, seed_everything, setting, start_ranks, table, whole_file, world, write_json,
+                         writing)
+from data.rollouts import RolloutFile, all_token_ids, foreign_tokens, write_rollouts
 
 
 @dataclass
@@ -201,23 +202,28 @@ def train(settings, evaluate=None):
 def read_data(settings, model, tokenizer):
     """The rollout file, checked before any weight moves, with the units of the data: rows, or pairs of rows for DPO."""
     text = model.config.get_text_config()
-    room = getattr(text, "max_position_embeddings", None) or math.inf
+    room, vocabulary = getattr(text, "max_position_embeddings", None) or math.inf, text.vocab_size
 
     prompts, prompt_lengths = array.array("q"), array.array("q")
 
-    def check(row, at):
-        prompt_ids, completion_ids = token_ids(row, tokenizer)
-        if max(prompt_ids, default=0) >= text.vocab_size or max(completion_ids) >= text.vocab_size:
-            raise Problem(f"{at}: a token id beyond the model's vocabulary of {text.vocab_size}: "
-                          "was this file written with another model?")
+    def fault(prompt_ids, completion_ids, foreign):
+        if max(prompt_ids, default=0) >= vocabulary or max(completion_ids) >= vocabulary:
+            return (f"a token id beyond the model's vocabulary of {vocabulary}: was this file written with another "
+                    "model? Without prompt_ids, completion_ids and logprobs the text alone counts")
+        if foreign:
+            return ("its completion_ids do not decode to its completion: was this file written with another tokenizer? "
+                    "Without prompt_ids, completion_ids and logprobs the text alone counts")
         if not prompt_ids:
-            raise Problem(f"{at}: the prompt has no tokens: the first completion token has nothing before it")
+            return "the prompt has no tokens: the first completion token has nothing before it"
         if len(prompt_ids) + len(completion_ids) > room:
-            raise Problem(f"{at}: {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the "
-                          f"model's {room}: remove the line")
-        prompts.append(hash(tuple(prompt_ids)))
-        prompt_lengths.append(len(prompt_ids))
-        return len(prompt_ids) + len(completion_ids)
+            return (f"{len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the model's {room}: "
+                    "remove the line")
+
+    def check(rows):
+        tokens = all_token_ids(rows, tokenizer)
+        prompts.extend(hash(tuple(prompt)) for prompt, _ in tokens)
+        prompt_lengths.extend(len(prompt) for prompt, _ in tokens)
+        return [fault(*ids, foreign) or len(ids[0]) + len(ids[1]) for ids, foreign in zip(tokens, foreign_tokens(rows, tokenizer))]
 
     data = RolloutFile(settings.rollouts, settings.map_rewards, check)
     data.prompts, data.prompt_lengths, data.model_width = np.asarray(prompts), np.asarray(prompt_lengths), text.hidden_size
@@ -313,11 +319,11 @@ def collate(data, bundles, tokenizer, mu, device, share):
 
     Here batch is the sequences in their order and time the tokens of the completion alone.
     """
-    rows, read, packed = np.concatenate(bundles), [], []
+    rows, packed = np.concatenate(bundles), []
+    read = [data[row] for row in rows]
+    tokens = iter(all_token_ids(read, tokenizer))
     for bundle in bundles:
-        read += [data[row] for row in bundle]
-        tokens = [token_ids(row, tokenizer) for row in read[-len(bundle):]]
-        for prompt, same in itertools.groupby(tokens, key=lambda pair: pair[0]):
+        for prompt, same in itertools.groupby(itertools.islice(tokens, len(bundle)), key=lambda pair: pair[0]):
             completions = [completion for _, completion in same]
             packed += [(prompt, completions)] if share else [(prompt, [completion]) for completion in completions]
     lengths = torch.tensor([len(completion) for _, completions in packed for completion in completions], device=device)
@@ -383,8 +389,7 @@ def make_mu(settings, policy, tokenizer, data, share, model_fingerprint):
     if settings.mu == "file":
         raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, but --mu file was asked for")
     path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.fingerprint[:8]}-{settings.precision}.safetensors"
-    if not os.path.exists(path):
-        barrier()
+    if not all(gather(os.path.exists(path))):  # on every machine, where they share no disk
         compute_mu(settings, policy, tokenizer, data, share, path)
     stored = safe_open(path, "pt")
     offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
@@ -628,11 +633,14 @@ def say_memory(settings, model, data):
 def write_log(settings, log, entry):
     log.append({name: None if isinstance(value, float) and math.isnan(value) else value for name, value in entry.items()})
     if rank() == 0:
-        with open(os.path.join(settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
+        path = os.path.join(settings.out, "log.jsonl")
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(log[-1], default=float) + "\n")
 
 
 # ---- the folder of a run: one run at a time, continued where it broke off ----
+
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors raise when they cannot write
 
 
 def open_folder(settings):
@@ -681,12 +689,18 @@ def save_checkpoint(settings, model, optimizer, run, step):
         path = os.path.join(settings.out, f"checkpoint-{step:08}")
         beside, older = path + ".part", checkpoints(settings)
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside, state_dict=weights)
-        torch.save({"optimizer": moments, "random": random_states}, os.path.join(beside, "optimizer.pt"))
-        write_json(os.path.join(beside, "step.json"), {"step": step, **run})
-        for name in os.listdir(beside):
-            with open(os.path.join(beside, name), "rb") as file:
-                os.fsync(file.fileno())
+        try:
+            with writing(path, DISK_ERRORS):
+                model.save_pretrained(beside, state_dict=weights)
+                with open(os.path.join(beside, "optimizer.pt"), "wb") as file:  # ours: torch's would not say that a disk is full
+                    torch.save({"optimizer": moments, "random": random_states}, file)
+                for name in os.listdir(beside):
+                    with open(os.path.join(beside, name), "rb") as file:
+                        os.fsync(file.fileno())
+                write_json(os.path.join(beside, "step.json"), {"step": step, **run})
+        except Problem:
+            shutil.rmtree(beside, ignore_errors=True)  # room for others
+            raise
         os.rename(beside, path)
         for old in older:
             shutil.rmtree(old)
@@ -695,39 +709,47 @@ def save_checkpoint(settings, model, optimizer, run, step):
 
 def resume(settings, model, optimizer):
     """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
-    log_path = os.path.join(settings.out, "log.jsonl")
-    if not checkpoints(settings):
-        barrier()
-        if rank() == 0:
-            open(log_path, "w").close()
-        return [], 0
-    path = checkpoints(settings)[-1]
-    step = read_json(os.path.join(path, "step.json"))["step"]
-    weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(laid_out(weights[name], tensor))
-    saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
-    parameters = list(model.parameters())
-    for number, state in saved["optimizer"].items():  # (load_state_dict would round it to the type of the weights)
-        p, own = parameters[number], optimizer.state[parameters[number]]
-        optimizer.state[p] = {name: laid_out(value, own.get(name, p)) for name, value in state.items()}
-    torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
-    with open(log_path, encoding="utf-8") as file:
-        log = [entry for entry in map(json.loads, file) if entry["step"] < step]
-    barrier()
+    held = gather(os.path.basename((checkpoints(settings) or [""])[-1]))
+    newest, saved = max(held), {"step": 0, "log": []}
+    if newest:
+        saved = read_checkpoint(settings, model, newest) if held[rank()] == newest else None
+        if min(held) != newest:  # machines that share no disk: one that has it tells the others
+            saved = from_first(saved, held.index(newest))
     if rank() == 0:
-        with whole_file(log_path) as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in log)
-    say(f"{settings.out}: going on from step {step}")
-    return log, step
+        for half in glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-*.part")):
+            shutil.rmtree(half)
+        with whole_file(os.path.join(settings.out, "log.jsonl")) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in saved["log"])
+    if newest:
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(laid_out(saved["weights"][name], tensor))
+        parameters = list(model.parameters())
+        for number, state in saved["optimizer"].items():  # (load_state_dict would round it to the type of the weights)
+            p, own = parameters[number], optimizer.state[parameters[number]]
+            optimizer.state[p] = {name: laid_out(value, own.get(name, p)) for name, value in state.items()}
+        torch.set_rng_state(saved["random"][rank() % len(saved["random"])])
+        say(f"{settings.out}: going on from step {saved['step']}")
+    return saved["log"], saved["step"]
+
+
+def read_checkpoint(settings, model, name):
+    path = os.path.join(settings.out, name)
+    try:
+        step = read_json(os.path.join(path, "step.json"))["step"]
+        weights = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype, use_safetensors=True).state_dict()
+        saved = torch.load(os.path.join(path, "optimizer.pt"), weights_only=True, map_location="cpu")
+    except Exception as error:  # of many kinds; for the user they are all the same
+        raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from the beginning")
+    return {"step": step, "weights": weights, **saved, "log": [entry for entry in read_log(settings) if entry["step"] < step]}
 
 
 def finish(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens, and the checkpoints gone."""
     weights = whole_weights(model)
     if rank() == 0:
-        model.eval().save_pretrained(settings.out, state_dict=weights)
-        tokenizer.save_pretrained(settings.out)
+        with writing(settings.out, DISK_ERRORS):
+            model.eval().save_pretrained(settings.out, state_dict=weights)
+            tokenizer.save_pretrained(settings.out)
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
         for path in checkpoints(settings):
             shutil.rmtree(path)
@@ -778,10 +800,10 @@ def job(settings, start=None):
         this = dataclasses.replace(settings, model=policy, out=settings.out if last else f"{settings.out}/round-{number}")
         if number > 1 or not settings.rollouts:
             this.rollouts = sampled(settings, policy, f"{settings.out}/rollouts-{number}.jsonl")
-        if finished(this):
+        if from_first(finished(this)):
             say(f"{this.out}: trained before, reusing it")
             check_same_run(this, {"settings": dataclasses.asdict(this)})
-            logs.append(read_log(this))
+            logs.append(from_first(read_log(this) if rank() == 0 else None))
         else:
             logs.append(train(this, evaluate=curve_point(settings) if settings.task else None))
         policy = this.out
@@ -830,7 +852,7 @@ def base_policy(folder, seed, task=apples, steps=1000, **size):
     out, start, file = f"{folder}/base", f"{folder}/random", f"{folder}/demonstrations.jsonl"
     imitate = Settings(model=start, rollouts=file, out=out, loss="sft", optimizer="adamw", learning_rate=5e-3, warmup=50,
                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
-    if finished(imitate):
+    if from_first(finished(imitate)):
         say(f"{out}: the base policy is there, reusing it")
         return out
     say(f"{out}: making the base policy from flawed demonstrations")
@@ -852,7 +874,7 @@ def sampling(settings, **changes):
 def sampled(settings, policy, path):
     """The rollout file that this policy writes on the training questions; made once."""
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
-    if os.path.exists(path):
+    if from_first(os.path.exists(path)):
         row = RolloutFile(path, what="checking")[0]
         if row.get("sampling", {}).get("weights") != evaluation.fingerprint(model):
             raise Problem(f"{path} was written by other weights than those of {policy}: remove it, or use another --out")
@@ -870,12 +892,10 @@ def measured(settings, policy, name):
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
     wish = sampling(settings, model=policy, split="test", questions=settings.test_questions, seed=settings.seed + 1)
     what = {"settings": dataclasses.asdict(wish), "weights": evaluation.fingerprint(model)}
-    if os.path.exists(path):
-        kept = read_json(path)
-        if {key: kept.get(key) for key in what} == what:
-            return kept["measures"]
+    kept = from_first(read_json(path) if rank() == 0 and os.path.exists(path) else {})
+    if {key: kept.get(key) for key in what} == what:
+        return kept["measures"]
     measures = evaluation.evaluate(model, tokenizer, wish, what=f"measuring {name}")
-    barrier()
     if rank() == 0:
         write_json(path, {**what, "measures": measures})
     return measures
@@ -896,7 +916,7 @@ def curve_point(settings):
 
 def read_log(settings):
     with open(os.path.join(settings.out, "log.jsonl"), encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]  # a disk that was full may have torn the last
 
 
 def text_curve(points, height=10):

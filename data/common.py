@@ -7,7 +7,13 @@ import datetime
 import json
 import os
 import random
+import re
+import signal
+import socket
 import sys
+import threading
+import time
+import traceback
 import typing
 
 import numpy as np
@@ -63,21 +69,49 @@ def part_of(settings_class, settings, **changes):
 
 def run_main(main):
     """Runs a script's main(): a Problem is one line and its exit code, Ctrl-C is exit code 130."""
-    name = os.path.basename(sys.argv[0])
     try:
         main()
+        barrier()  # a rank that leaves early would look like one that died
+        leave_ranks()
     except Problem as problem:
-        who = f"{name} (rank {rank()})" if world() > 1 else name
-        print(f"{who}: {'' if isinstance(problem, Stopped) else 'error: '}{problem}", file=sys.stderr, flush=True)
-        if world() > 1:
-            os._exit(problem.exit_code)  # at once: the other ranks may be waiting for this one
-        sys.exit(problem.exit_code)
+        fail(f"{'' if isinstance(problem, Stopped) else 'error: '}{problem}", problem.exit_code)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        fail("interrupted", 130)
+    except Exception as error:
+        if world() == 1:
+            leave_ranks()
+            raise
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
+            traceback.print_exc()  # a mistake of this rank: the others only lose the connection to it
+            fail(f"failed: {type(error).__name__}: {error}", 1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun wants to end this process: first it says why
+        fail(lost_rank() or f"the connection between the ranks broke: {first_line(error)}", 1)
+
+
+def fail(message, exit_code):
+    """One line, and the end of this process; of ranks with the same message the first one says it."""
+    name = os.path.basename(sys.argv[0])
+    if world() == 1:
+        leave_ranks()
+        tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # on a line of its own, not behind a progress bar
+        sys.exit(exit_code)
+    try:
+        first = watched["store"].add(f"{watched['number']} {message}", 1) == 1
+    except RuntimeError:  # the store went with its machine
+        first = True
+    if first:
+        tqdm.write(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr)
+    os._exit(exit_code)  # at once: the other ranks may be waiting for this one
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def visible(text):
+    """Text as a terminal may show it: what a file holds must not move the cursor or change the title."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 # ---- ranks: everything below also works in one plain process, without torchrun ----
@@ -90,7 +124,66 @@ def start_ranks():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+        watch_ranks()
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+SILENCE = 30  # seconds without a sign of life after which a rank counts as lost; torchrun allows a machine 15
+watched = {}  # of watch_ranks: the names of the ranks, the seconds since each one's last sign, and what the threads share
+
+
+def watch_ranks():
+    """Ends this process with a line that says which, when another rank gives no sign of life.
+
+    Collectives cannot tell: a rank may rightly keep them waiting for long, while it samples or reads a file. So a thread
+    of each rank counts up a number of its own in torchrun's store and looks at the others'; another thread, which no
+    network call can block, counts the seconds in which they stand still. (A paused process counts none.)
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    number = gather(time.time_ns())[0]  # the store may outlive this process group: torchrun restarts
+    keys, seen, silent, ended = [f"{number}-{r}" for r in range(world())], {}, [0] * world(), threading.Event()
+    store.add(keys[rank()], 1)
+    watched.update(names=gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})"), silent=silent,
+                   store=store.clone(), number=number, ended=ended)
+
+    def beat():
+        with contextlib.suppress(RuntimeError):  # the store went with its machine: watch will tell
+            while not ended.wait(1):
+                store.add(keys[rank()], 1)
+                for r, count in enumerate(store.multi_get(keys)):
+                    if seen.get(r) != count:
+                        seen[r], silent[r] = count, 0
+
+    def watch():
+        while not ended.wait(1):
+            silent[:] = [seconds + 1 for seconds in silent]
+            if max(silent) >= SILENCE:
+                tqdm.write(f"{os.path.basename(sys.argv[0])} (rank {rank()}): {lost_rank()}", file=sys.stderr)
+                os._exit(1)
+
+    watched["threads"] = [threading.Thread(target=part, daemon=True) for part in (beat, watch)]
+    for thread in watched["threads"]:
+        thread.start()
+
+
+def lost_rank():
+    """Which rank is gone, in words, or None; one that died a moment ago is given the time to be missed."""
+    for _ in range(10):
+        deaf = watched["silent"][rank()]  # seconds without news of anybody
+        lost = [name for name, seconds in zip(watched["names"], watched["silent"]) if seconds >= deaf + 4]
+        if deaf >= 6:
+            return f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer: the run ends"
+        if lost:
+            return f"{', '.join(lost)} has died or stands still: the run ends"
+        time.sleep(1)
+
+
+def leave_ranks():
+    if dist.is_initialized():
+        watched["ended"].set()
+        for thread in watched["threads"]:
+            thread.join(5)
+        dist.destroy_process_group()
 
 
 def rank():
@@ -106,6 +199,16 @@ def barrier():
         dist.barrier()
 
 
+def from_first(value, source=0):
+    """The first rank's value (or another's), on every rank. A dict goes entry by entry: no message is larger than one."""
+    if world() == 1:
+        return value
+    message = [list(value) if isinstance(value, dict) else None, None if isinstance(value, dict) else value]
+    dist.broadcast_object_list(message, source)
+    keys, plain = message
+    return plain if keys is None else {key: from_first(value[key] if rank() == source else None, source) for key in keys}
+
+
 def gather(value):
     """Every rank's value, as a list in rank order, on every rank."""
     if world() == 1:
@@ -118,7 +221,7 @@ def gather(value):
 def say(*words):
     """Prints from the first rank alone."""
     if rank() == 0:
-        tqdm.write(" ".join(str(word) for word in words), file=sys.stdout)
+        tqdm.write(visible(" ".join(str(word) for word in words)), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -139,19 +242,30 @@ def seed_everything(seed):
 
 
 @contextlib.contextmanager
+def writing(path, errors=OSError):
+    """A full disk or a closed folder is one line."""
+    try:
+        yield
+    except errors as error:
+        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or first_line(error)
+        raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: mend it, and type the same command")
+
+
+@contextlib.contextmanager
 def whole_file(path, mode="w"):
     """`with whole_file(path) as file:` the file appears under its name complete, or not at all."""
-    beside = f"{path}.part-{os.getpid()}"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        with open(beside, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    beside = f"{path}.part-{socket.gethostname()}-{os.getpid()}"
+    with writing(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        try:
+            with open(beside, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            if os.path.exists(beside):
+                os.remove(beside)
 
 
 def write_json(path, value):

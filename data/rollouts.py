@@ -10,12 +10,14 @@ id, prompt, completion and reward must be there; see README.md in this folder fo
 
 import array
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
-import math
 import os
+import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,9 @@ if not __package__:
 from data.common import Problem, parse, progress, run_main, say, setting, whole_file
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer one is a damaged file, not a completion
-OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "finish": str, "sampling": dict}
+LARGEST = 3e38  # what float32, in which the loss is computed, can hold
+OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "answer": str, "gold": str, "finish": str,
+            "sampling": dict}
 
 
 def write_rollouts(path, rows):
@@ -50,9 +54,13 @@ def parse_line(line, where, map_rewards=None):
     if len(line) > LONGEST_LINE:
         raise Problem(f"{where}: the line has {len(line):,} bytes, more than {LONGEST_LINE:,}: is this a JSONL file?")
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=not_finite)
+        row = decode_json(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise Problem(f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
+    except UnicodeEncodeError:
+        raise Problem(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character: remove the line")
     except (ValueError, RecursionError) as error:
         torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it, or write the file again)"
         raise Problem(f"{where}: not a JSON object: {error}{torn}")
@@ -70,23 +78,28 @@ def not_finite(name):
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
+decode_json = json.JSONDecoder(parse_constant=not_finite).decode
+
+
+def reward_map(text):
+    """"-1,1" as {0: -1.0, 1: 1.0}"""
+    numbers = re.fullmatch(r"([+-]?[0-9.]+),([+-]?[0-9.]+)", text)
+    if not numbers:
+        raise Problem(f"--map-rewards {text}: two numbers are needed, for instance -1,1")
+    return {0: float(numbers[1]), 1: float(numbers[2])}
+
+
 def checked_reward(row, where, map_rewards):
     reward = row.get("reward")
     if isinstance(reward, bool) or not isinstance(reward, (int, float)):
         raise Problem(f'{where}: "reward" is {"missing" if reward is None else f"{reward!r:.40}, not a number"}')
     if map_rewards:
-        if reward not in (0, 1):
-            raise Problem(f"{where}: reward {reward} with --map-rewards {map_rewards}: only 0 and 1 can be mapped")
-        low, high = map(float, map_rewards.split(","))
-        return high if reward == 1 else low
-    try:
-        reward = float(reward)
-    except OverflowError:
-        reward = math.inf
-    if not math.isfinite(reward):
-        raise Problem(f"{where}: reward {row['reward']:.40} is not finite" if isinstance(row["reward"], float)
-                      else f"{where}: the reward is too large")
-    return reward
+        if reward not in map_rewards:
+            raise Problem(f"{where}: reward {reward!r:.40} with --map-rewards: only 0 and 1 can be mapped")
+        return map_rewards[reward]
+    if not -LARGEST < reward < LARGEST:
+        raise Problem(f"{where}: the reward {reward!r:.40} is too large")
+    return float(reward)
 
 
 def check_optional(row, where):
@@ -110,7 +123,7 @@ def check_optional(row, where):
     if len(logprobs) != len(completion_ids):
         raise Problem(f"{where}: {len(logprobs)} logprobs for {len(completion_ids)} completion_ids")
     for position, value in enumerate(logprobs):
-        if type(value) not in (int, float) or not -math.inf < value <= 1e-6:
+        if type(value) not in (int, float) or not -LARGEST < value <= 1e-6:
             raise Problem(f"{where}: logprob {position} is {value!r:.40}: a finite number, 0 or less, is needed")
 
 
@@ -118,30 +131,33 @@ class RolloutFile:
     """Reads rows when they are asked for; holds an offset, a reward and two hashes a line, never the text."""
 
     def __init__(self, path, map_rewards=None, check=None, what="reading"):
-        """Passes over the file once. `check(row, where)` may raise a Problem too; up to ten are shown together."""
-        self.path, self.map_rewards = path, map_rewards
+        """Passes over the file once. `check(rows)` tells of each row its length in tokens, or in words what is wrong with it.
+
+        Up to ten bad lines are shown together.
+        """
+        self.path, self.map_rewards = path, map_rewards and reward_map(map_rewards)
         offsets, rewards, questions, rows = array.array("q"), array.array("d"), array.array("q"), array.array("q")
         lengths, lines, has_logprobs = array.array("q"), array.array("q"), array.array("b")
         digest, problems = hashlib.sha256(), []
-        for offset, number, line in self.scan(what):
-            digest.update(line)
-            try:
-                row = parse_line(line, f"{path}:{number}", map_rewards)
-                length = check(row, f"{path}:{number}") if check else 0
-            except Problem as problem:
-                problems.append(str(problem))
-                if len(problems) == 10:
-                    break
-                continue
-            offsets.append(offset)
-            lines.append(number)
-            rewards.append(row["reward"])
-            lengths.append(length)
-            has_logprobs.append(row.get("logprobs") is not None)
-            questions.append(short_hash(row["id"]))
-            rows.append(short_hash(row["id"] + "\0" + row["completion"]))
+        for batch in self.batches(what, digest):
+            good = [row for _, _, row in batch if not isinstance(row, Problem)]
+            verdicts = iter(check(good) if check else [0] * len(good))
+            for offset, number, row in batch:
+                length = None if isinstance(row, Problem) else next(verdicts)
+                if not isinstance(length, int):
+                    problems.append(f"{path}:{number}: {length}" if length else str(row))
+                    continue
+                offsets.append(offset)
+                lines.append(number)
+                rewards.append(row["reward"])
+                lengths.append(length)
+                has_logprobs.append(row.get("logprobs") is not None)
+                questions.append(short_hash(row["id"]))
+                rows.append(short_hash(row["id"] + "\0" + row["completion"]))
+            if len(problems) >= 10:
+                break
         if problems:
-            raise Problem("\n".join(problems))
+            raise Problem("\n".join(problems[:10]))
         if not offsets:
             raise Problem(f"{path}: no rollouts in it")
         self.offsets, self.lines, self.rewards, self.lengths, self.questions, self.has_logprobs = map(
@@ -152,6 +168,22 @@ class RolloutFile:
         if set(np.unique(self.rewards)) <= {0.0, 1.0} and (self.rewards == 0).any():
             raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong completion: "
                           "say what they mean, for instance --map-rewards=-1,1")
+
+    def batches(self, what, digest):
+        """Lists of (offset, line number, row or Problem), of about a megabyte each: a tokenizer likes many texts at once."""
+        batch, size = [], 0
+        for offset, number, line in self.scan(what):
+            digest.update(line)
+            try:
+                row = parse_line(line, f"{self.path}:{number}", self.map_rewards)
+            except Problem as problem:
+                row = problem
+            batch.append((offset, number, row))
+            size += len(line)
+            if size > 2**20:
+                yield batch
+                batch, size = [], 0
+        yield batch
 
     def scan(self, what):
         """(offset, line number, line) of each line that is not blank."""
@@ -188,19 +220,75 @@ def short_hash(text):
 
 def token_ids(row, tokenizer):
     """(prompt_ids, completion_ids): the file's own where it holds them, made from the text where not."""
-    prompt_ids, completion_ids = row.get("prompt_ids"), row.get("completion_ids")
-    if prompt_ids is None:
-        prompt_ids = prompt_tokens(row["prompt"], tokenizer)
-    if completion_ids is None:
-        completion_ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
-        if row.get("finish") != "length" and completion_ids[-1:] != [tokenizer.eos_token_id]:
-            completion_ids = completion_ids + [tokenizer.eos_token_id]  # it stopped, so it wrote the end token
-    return prompt_ids, completion_ids
+    return all_token_ids([row], tokenizer)[0]
+
+
+def all_token_ids(rows, tokenizer):
+    """The same for many rows at once, which takes a fraction of the time."""
+    missing = lambda field: list(dict.fromkeys(row[field] for row in rows if row.get(f"{field}_ids") is None))
+    prompts, completions, end = missing("prompt"), missing("completion"), tokenizer.eos_token_id
+    prompts = dict(zip(prompts, (with_start(ids, tokenizer) for ids in encode(prompts, tokenizer))))
+    completions = dict(zip(completions, encode(completions, tokenizer)))
+    tokens = []
+    for row in rows:
+        completion_ids = row.get("completion_ids")
+        if completion_ids is None:
+            completion_ids = completions[row["completion"]]
+            if row.get("finish") != "length" and completion_ids[-1:] != [end]:
+                completion_ids = completion_ids + [end]  # it stopped, so it wrote the end token
+        prompt_ids = row.get("prompt_ids")
+        tokens.append((prompts[row["prompt"]] if prompt_ids is None else prompt_ids, completion_ids))
+    return tokens
+
+
+def encode(texts, tokenizer):
+    """Texts to tokens, no special ones added; past transformers' own wrapping, which takes longer than the work."""
+    if len(texts) < 2 or not tokenizer.is_fast:
+        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    tokenizer("")  # turns off the truncation and padding that a tokenizer.json may ask for
+    return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def decode(ids, tokenizer, skip_special_tokens=True):
+    """Lists of tokens to texts."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
+    return tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def foreign_tokens(rows, tokenizer):
+    """For each row whether its completion_ids clearly say something else than its completion: another tokenizer's.
+
+    Only clear cases: engines differ in white space, special tokens, stop words that they cut off, and in half a
+    character at the end.
+    """
+    held = [row for row in rows if row.get("completion_ids") and max(row["completion_ids"]) < 2**31]
+    texts = dict(zip(map(id, held), decode([row["completion_ids"] for row in held], tokenizer)))
+    return [texts.get(id(row), row["completion"]) != row["completion"] and not fits(row, texts[id(row)], tokenizer) for row in rows]
+
+
+def fits(row, text, tokenizer):
+    """Whether completion_ids, which decode to `text` and not quite to the completion, can still be its tokens."""
+    ids, completion = row["completion_ids"], row["completion"]
+    own = encode([completion], tokenizer)[0]  # words that the tokenizer does not know decode to nothing
+    return alike(text, completion) or alike(*decode([ids], tokenizer, False), completion) or bool(own) and ids[: len(own)] == own
+
+
+def alike(a, b):
+    bare = lambda text: "".join(unicodedata.normalize("NFKC", text).replace("\ufffd", "").casefold().split())[:2000]
+    a, b = bare(a), bare(b)
+    if not a or not b or a.startswith(b) or b.startswith(a) or a.endswith(b) or b.endswith(a):
+        return bool(a) or not b
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() > 0.7
 
 
 def prompt_tokens(text, tokenizer):
     """The tokens a model sees: with its start token, once, also where a chat template has written it already."""
-    ids, start = tokenizer(text, add_special_tokens=False).input_ids, start_token(tokenizer)
+    return with_start(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
+
+
+def with_start(ids, tokenizer):
+    start = start_token(tokenizer)
     return [start] + ids if start is not None and ids[:1] != [start] else ids
 
 
