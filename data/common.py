@@ -128,7 +128,7 @@ def start_ranks():
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-SILENCE = 30  # seconds without a sign of life after which a rank counts as lost; torchrun allows a machine 15
+SILENCE = 22  # seconds without a sign of life after which a rank counts as lost; torchrun allows a machine 15
 watched = {}  # of watch_ranks: the names of the ranks, the seconds since each one's last sign, and what the threads share
 
 

@@ -9,6 +9,7 @@ import random
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ import train
 from conftest import ROOT, shell, torchrun
 from data import apples, common
 from data.common import Problem, visible, whole_file
-from data.rollouts import RolloutFile, foreign_tokens, read_rollouts, write_rollouts
+from data.rollouts import foreign_tokens, write_rollouts
 
 # id, prompt, completion, reward, and tokens of the embedded task's tokenizer
 PROMPT, COMPLETION = "Tom has 3 apples . He finds 2 . How many ?", "3 + 2 = 5 . The answer is 5 ."
@@ -182,7 +183,7 @@ def flipped_files(model, rollouts, folder, times, seed=0):
                 rows = [data[row] for row in range(len(data))]
                 assert len(rows) > 0 and all(isinstance(row["reward"], float) for row in rows)
                 mu = data.has_logprobs.all() and (lambda number, row: row["logprobs"])
-                train.collate(data, range(len(data)), policy[2], mu, torch.device("cpu"))
+                train.collate(data, np.arange(len(data))[:, None], policy[2], mu, torch.device("cpu"), share=False)
                 counts[1] += 1
             except Problem as problem:
                 assert str(problem)
