@@ -123,9 +123,31 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+        store, rank_, world_ = next(dist.rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30),
+                                store=dist.PrefixStore(name_of_start(store, rank_, world_), store), rank=rank_, world_size=world_)
         watch_ranks()
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def name_of_start(store, rank_, world_):
+    """A name that the processes started together share, and none before them.
+
+    Under --max-restarts torchrun keeps its store, and in it the addresses of processes that have died: who reads such a
+    one is refused there. So rank 0 names each start, and tells it to those that ask now.
+    """
+    me = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    if rank_ > 0:
+        store.set(f"asks-{rank_}", me)
+        name = store.get(f"start of {me}").decode()  # waits for rank 0
+        store.add(f"{name} arrived", 1)
+        return name
+    while store.add(f"{me} arrived", 0) < world_ - 1:
+        for asks in (f"asks-{other}" for other in range(1, world_)):
+            if store.check([asks]):
+                store.set(f"start of {store.get(asks).decode()}", me)
+        time.sleep(0.05)
+    return me
 
 
 SILENCE = 22  # seconds without a sign of life after which a rank counts as lost; torchrun allows a machine 15
