@@ -186,9 +186,9 @@ def case_train(settings):
 
 
 def case_sampling(settings):
-    """64 prompts of 8 to 128 tokens, 16 completions of 1 to 128 tokens each, beside transformers' generate."""
+    """64 prompts of 8 to 96 tokens, 16 completions of 1 to 96 tokens each, beside transformers' generate."""
     folder = RUNS / "bench" / "llama-sampling"
-    make_model(folder, width=256, layers=4, vocabulary=4000)
+    make_model(folder, width=256, layers=2, vocabulary=4000)
     names = {"eval.py": "sample", "transformers": "generate"}
     results, _ = compete([(name, worker(task, folder), settings.threads) for name, task in names.items()], settings.pairs)
     return [{"contestant": name, **result, "completions_per_second": 64 * 16 / result["seconds"]} for name, result in results.items()]
@@ -310,7 +310,7 @@ def work_plain(model, rollouts):
         optimizer.zero_grad()
 
 
-def sampling_work(folder, wanted=32):
+def sampling_work(folder, wanted=24):
     """(model, prompts): the head's bias makes the end token so likely that completions have `wanted` tokens in the mean."""
     from transformers import AutoModelForCausalLM
 
@@ -319,7 +319,7 @@ def sampling_work(folder, wanted=32):
     head.weight.data, head.bias.data = model.lm_head.weight.data, torch.zeros(model.config.vocab_size)
     head.bias.data[0] = math.log(model.config.vocab_size / wanted)  # the other logits are nearly 0: lengths are geometric
     model.lm_head, rng = head, random.Random(0)
-    return model, [[rng.randrange(1, model.config.vocab_size) for _ in range(rng.randint(8, 128))] for _ in range(64)]
+    return model, [[rng.randrange(1, model.config.vocab_size) for _ in range(rng.randint(8, 96))] for _ in range(64)]
 
 
 def work_sample(folder):
@@ -328,8 +328,8 @@ def work_sample(folder):
 
     start_ranks()
     model, prompts = sampling_work(folder)
-    settings = evaluation.Settings(samples=16, max_new_tokens=128)
-    uniforms = lambda p: torch.rand(16, 128, generator=torch.Generator().manual_seed(p))
+    settings = evaluation.Settings(samples=16, max_new_tokens=96)
+    uniforms = lambda p: torch.rand(16, 96, generator=torch.Generator().manual_seed(p))
     while my_turn():
         assert sum(len(completions) for _, completions in evaluation.generate(model, prompts, uniforms, [0], settings)) == 1024
 
@@ -345,7 +345,7 @@ def work_generate(folder, rows=256):
             longest = max(map(len, part))
             ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in part])
             exists = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in part])
-            model.generate(input_ids=ids, attention_mask=exists, do_sample=True, top_k=0, max_new_tokens=128,
+            model.generate(input_ids=ids, attention_mask=exists, do_sample=True, top_k=0, max_new_tokens=96,
                            num_return_sequences=16, pad_token_id=0)
 
 
