@@ -138,8 +138,8 @@ def make_rollouts(path, prompt, completions, questions=1, vocabulary=VOCABULARY)
         prompt_ids = draw(prompt)
         for number, length in enumerate(completions):
             ids = draw(length - 1)
-            rows.append({"id": f"q{question}", "prompt": text(prompt_ids), "completion": " " + text(ids), "prompt_ids": prompt_ids,
-                         "completion_ids": ids + [0], "reward": 1.0 if number % 2 else -1.0})
+            rows.append({"id": f"q{question}", "prompt": text(prompt_ids), "completion": " " + text(ids),
+                         "prompt_ids": prompt_ids, "completion_ids": ids + [0], "reward": 1.0 if number % 2 else -1.0})
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -191,7 +191,8 @@ def case_sampling(settings):
     make_model(folder, width=256, layers=2, vocabulary=4000)
     names = {"eval.py": "sample", "transformers": "generate"}
     results, _ = compete([(name, worker(task, folder), settings.threads) for name, task in names.items()], settings.pairs)
-    return [{"contestant": name, **result, "completions_per_second": 64 * 16 / result["seconds"]} for name, result in results.items()]
+    return [{"contestant": name, **result, "completions_per_second": 64 * 16 / result["seconds"]}
+            for name, result in results.items()]
 
 
 def case_search(settings):
@@ -234,8 +235,9 @@ def case_growth(settings):
         model, path = make_model(folder, width), make_rollouts(RUNS / "bench" / "rollouts-growth.jsonl", 64, completions)
         results, rate = compete([(f"{what} {value}", worker("ours", folder, path, "share"), settings.threads)], settings.pairs)
         seconds, needed = results[f"{what} {value}"]["seconds"], useful_flops(model, 64, completions) / 1e9
-        rows.append({what: value, "weights_millions": model.num_parameters() / 1e6, "tokens": 64 + sum(completions), "seconds": seconds,
-                     "tokens_per_second": (64 + sum(completions)) / seconds, "gflop_per_token": needed / (64 + sum(completions)),
+        tokens = 64 + sum(completions)
+        rows.append({what: value, "weights_millions": model.num_parameters() / 1e6, "tokens": tokens, "seconds": seconds,
+                     "tokens_per_second": tokens / seconds, "gflop_per_token": needed / tokens,
                      "of_matmul_rate": needed / seconds / rate, "memory_gib": results[f"{what} {value}"]["memory_gib"]})
     draw_growth(rows)
     return rows
@@ -277,8 +279,8 @@ def work_ours(model, rollouts, share):
     with open(rollouts) as file:
         sequences = len(file.readlines())
     train.train(train.Settings(
-        model=model, rollouts=rollouts, out=f"{rollouts}.{share}-{os.getppid()}", mu="start", optimizer="adamw", learning_rate=1e-5,
-        sequences=sequences, share_prompts=share == "share", epochs=10**6, checkpoint_every=0, eval_every=1), evaluate=wait)
+        model=model, rollouts=rollouts, out=f"{rollouts}.{share}-{os.getppid()}", mu="start", optimizer="adamw",
+        learning_rate=1e-5, sequences=sequences, share_prompts=share == "share", epochs=10**6, checkpoint_every=0, eval_every=1), evaluate=wait)
 
 
 def work_plain(model, rollouts):
@@ -390,7 +392,8 @@ def main():
         load, rows = os.getloadavg()[0], CASES[name](settings)
         columns = list({column: None for row in rows for column in row})
         say(f"\n{name}: {CASES[name].__doc__}  (load before: {load:.1f})")
-        say(table([column.replace("_", " ") for column in columns], [[row.get(column, "") for column in columns] for row in rows]))
+        cells = [[row.get(column, "") for column in columns] for row in rows]
+        say(table([column.replace("_", " ") for column in columns], cells))
         kept = read_json(path) if path.exists() else {}
         write_json(path, {**kept, name: {"load": load, "settings": dataclasses.asdict(settings), "rows": rows}})
 
