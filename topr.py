@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -251,7 +252,26 @@ def head_logprobs(model, outputs, hidden, targets):
         logits = model.forward(inputs_embeds=hidden[None], use_cache=False).logits[0].float()  # [tokens, vocab]
     finally:
         decoder.forward = own_forward
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return TokenLogProbs.apply(logits, targets)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """cross_entropy with the sign of a log-prob and its own backward pass, which makes one tensor of [tokens, vocab] where
+    torch makes two: with a large vocabulary these are the peak of the memory. [tokens, vocab], [tokens] -> [tokens]
+    """
+
+    @staticmethod
+    def forward(context, logits, targets):
+        logprobs = logits.log_softmax(-1)  # [tokens, vocab]
+        context.save_for_backward(logprobs, targets)
+        return logprobs.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(context, gradient):
+        logprobs, targets = context.saved_tensors
+        logits_gradient = logprobs.exp().mul_(-gradient[:, None])  # g (onehot - softmax)  [tokens, vocab]
+        return logits_gradient.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
 # ---- completions of one prompt in one row, so that the prompt is read once ----

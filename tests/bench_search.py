@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import bm25 as engine  # noqa: E402
-from data.common import Problem, parse, progress, run_main, say, setting, table  # noqa: E402
+from data.common import Problem, parse, progress, run_main, say, setting, table, write_json  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -32,6 +32,7 @@ class Settings:
     pairs: int = setting(7, "how often each pair is timed")
     stage: str = setting("", "used by the benchmark itself", choices=["", "index", "open"])
     folder: str = setting("", "used by the benchmark itself")
+    out: str = setting("", "JSON file for the comparison with bm25s")
 
 
 def seconds(work):
@@ -79,7 +80,10 @@ def beside_bm25s(settings):
             rows.append([f"{len(queries)} queries, k={k}, bm25s with {backend}", *compare(
                 lambda: engine.search_many(index, queries, k),
                 lambda: other.retrieve(queries, k=k, show_progress=False), settings.pairs)])
-    say(table(["", "seconds", "bm25s", "ratio", "from", "to"], rows))
+    columns = ["case", "seconds", "bm25s", "ratio", "from", "to"]
+    say(table(columns, rows))
+    if settings.out:
+        write_json(settings.out, [dict(zip(columns, row)) for row in rows])
     say(f"queries a second at k=10: {len(queries) / rows[1][1]:.0f}")
 
 
