@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from data import server
-from data.common import (Problem, barrier, gather, parse, progress, rank, run_main, say, setting, start_ranks, table,
-                         whole_file, world, write_json, writing)
-from data.rollouts import RolloutFile, prompt_tokens, short_hash, to_line
+from data.common import (Problem, barrier, first_line, from_first, gather, parse, progress, rank, run_main, say, setting,
+                         start_ranks, table, whole_file, world, write_json, writing)
+from data.rollouts import RolloutFile, prompt_tokens, read_rollouts, short_hash, to_line
 from topr import can_share_prompts, completion_logprobs, completions_per_row, pack
 
 
@@ -37,13 +37,13 @@ class Settings:
     task: str = setting("apples", "what to ask and how to grade it", ("apples", "gsm8k", "math"))
     split: str = setting("test", "which questions", ("train", "test"))
     questions: int = setting(0, "how many questions (0: all; 250 of the generated ones)")
-    samples: int = setting(16, "completions of each question")
+    samples: int = setting(16, "completions of each question", least=1)
     temperature: float = setting(1.0, "of sampling; 0 takes the likeliest token")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share")
-    max_new_tokens: int = setting(512, "longest completion")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share", least=0.001)
+    max_new_tokens: int = setting(512, "longest completion", least=1)
     seed: int = setting(0, "of the sampling, and of generated questions")
-    batch_size: int = setting(256, "completions written at once")
+    batch_size: int = setting(256, "completions written at once", least=1)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
     out: str = setting("", "rollout file to write; its measures go beside it")
     grade: str = setting("", "grade and measure this rollout file, sample nothing")
@@ -69,7 +69,7 @@ def load_model(name, precision, device):
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, precision), use_safetensors=True)
     except Exception as error:  # transformers raises many kinds; for the user they are all the same
-        raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}")
+        raise Problem(f"model {name!r} cannot be loaded: {first_line(error)}")
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # so little work is done sooner by one thread than by several that wait for each other
     return model.to(device).eval(), tokenizer
@@ -81,7 +81,7 @@ def load_tokenizer(name, advice=""):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise Problem(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}{advice}")
+        raise Problem(f"model {name!r} cannot be loaded: {first_line(error)}{advice}")
 
 
 def end_tokens(model, tokenizer):
@@ -228,9 +228,10 @@ def score(model, prompt, completions, share):
     return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
 
-def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling"):
+def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling", logprobs=True):
     """Rollout rows that the model writes for all questions, on every rank; also as the file `out` when it is named.
 
+    A file that holds just these already is not written again, and one that holds others is never overwritten.
     With settings.server the model is there, and `model` is None.
     questions: dicts with "id", "prompt" and what grade(question, completion) -> (answer, reward) needs.
     """
@@ -238,10 +239,25 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     if settings.server:
         write, policy = server.writer(settings, questions, prompts, tokenizer, kept=bool(out)), {"server": settings.server}
     else:
-        write, policy = writer(model, tokenizer, questions, prompts, settings, bool(out)), {"weights": fingerprint(model)}
+        write = writer(model, tokenizer, questions, prompts, settings, with_logprobs=bool(out) and logprobs)
+        policy = {"weights": fingerprint(model)}
+    sampling = {**settings_of_sampling(settings), **policy}
+    if out and from_first(os.path.exists(out)):
+        return reused(out, questions, grade, sampling, settings.samples)
     longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
-    return collect(write, questions, longest_first, grade, {**settings_of_sampling(settings), **policy}, settings.samples,
-                   out, what)
+    return collect(write, questions, longest_first, grade, sampling, settings.samples, out, what)
+
+
+def reused(out, questions, grade, sampling, samples):
+    """The rows of a finished file, if they are those that would be written now."""
+    rows, wanted = read_rollouts(out, zero_is_wrong=True), [question for question in questions for _ in range(samples)]
+    same = len(rows) == len(wanted) and all(
+        (row["id"], row["prompt"], row.get("sampling")) == (question["id"], question["prompt"], sampling)
+        and grade(question, row["completion"]) == (row.get("answer"), row["reward"]) for row, question in zip(rows, wanted))
+    if not same:
+        raise Problem(f"{out} holds other rollouts than these settings ask for: use another --out, or remove it")
+    say(f"{out}: the rollouts are there, reusing them")
+    return rows
 
 
 def writer(model, tokenizer, questions, prompts, settings, with_logprobs):
@@ -434,7 +450,7 @@ def evaluate(model, tokenizer, settings, out="", what="sampling"):
 
 def regrade(path, settings):
     """Grades the completions of an existing file again; returns its rows with the new answer and reward."""
-    file, grade, rows = RolloutFile(path, what="grading"), grader(settings.task, settings.answer_marker), []
+    file, grade, rows = RolloutFile(path, what="grading", zero_is_wrong=True), grader(settings.task, settings.answer_marker), []
     for i in range(len(file)):
         row = file[i]
         if row.get("gold") is None:

@@ -63,25 +63,27 @@ class Settings:
     # the reward
     metric: str = setting("recall@10", "what is rewarded: recall, ndcg or p at a depth, map or mrr")
     bar: Optional[float] = setting(None, "value that earns +1 (none: any above that of the query without expansion)")
-    repeats: int = setting(2, "how often an expansion may hold the same word")
+    repeats: int = setting(2, "how often an expansion may hold the same word", least=1)
     # training: train.py --help says more
     losses: str = setting("sft,topr", "what to train with and to compare, by commas; topr:0.4 takes the baseline that "
                           "makes the effective share of positives 0.4")
     optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"))
     learning_rate: float = setting(5e-7, "size of a step")
-    epochs: int = setting(1, "passes over the rollouts")
-    sequences: int = setting(64, "completions in an optimizer step, over all ranks")
-    together: int = setting(4, "completions of a query that follow each other in the random order: they share a row")
-    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
+    epochs: int = setting(1, "passes over the rollouts", least=1)
+    sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1)
+    together: int = setting(4, "completions of a query that follow each other in the random order: they share a row",
+                            least=1)
+    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included", least=1)
     # sampling: eval.py --help says more
-    samples: int = setting(16, "expansions of each query")
+    samples: int = setting(16, "expansions of each query", least=1)
     temperature: float = setting(1.0, "of sampling")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    max_new_tokens: int = setting(64, "longest expansion")
-    batch_size: int = setting(256, "expansions written at once")
-    precision: str = setting("float32", "of the arithmetic", ("float32", "bfloat16"))
+    max_new_tokens: int = setting(64, "longest expansion", least=1)
+    batch_size: int = setting(256, "expansions written at once", least=1)
+    precision: str = setting("float32", "of weights and arithmetic while sampling, of the arithmetic in training",
+                             ("float32", "bfloat16"))
     seed: int = setting(0, "of the first run")
-    seeds: int = setting(1, "runs to average, each with the next seed")
+    seeds: int = setting(1, "runs to average, each with the next seed", least=1)
 
 
 EMBEDDED = dict(optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128, together=1, tokens_per_pass=4096,
@@ -186,9 +188,6 @@ def prepare(settings):
     for loss in settings.losses.split(","):
         if not re.fullmatch(f"{'|'.join(NAMES)}|topr:0?[.][0-9]+", loss):
             raise Problem(f"--losses {settings.losses}: {loss!r} is not one of {', '.join(NAMES)} and topr:SHARE")
-    for name in ("repeats", "samples", "seeds", "epochs", "sequences"):
-        if getattr(settings, name) < 1:
-            raise Problem(f"--{name} {getattr(settings, name)}: 1 or more is needed")
     if settings.corpus and not settings.model:
         raise Problem("--corpus needs --model: the embedded expander knows the embedded collection alone")
     settings.out = settings.out or f"runs/search-{os.path.basename(os.path.normpath(settings.corpus or 'library'))}"
@@ -265,10 +264,7 @@ def trained(settings, policy, rollouts, folder, loss, share, seed):
     """The folder of the expander that a loss makes of a policy."""
     this = part_of(train.Settings, settings, model=policy, rollouts=rollouts, out=f"{folder}/{loss}{share}", loss=loss,
                    seed=seed, positive_share=float(share) if share else None)
-    if train.finished(this):
-        say(f"{this.out}: trained before, reusing it")
-    else:
-        train.train(this)
+    train.train_or_reuse(this)
     return this.out
 
 
@@ -341,13 +337,15 @@ def draw(means, title, path):
 class Ask:
     out: str = setting("runs/search-library", "folder of the job that trained the expander")
     expander: str = setting("seed0/topr", "which of its expanders")
-    documents: int = setting(5, "how many documents to show")
+    documents: int = setting(5, "how many documents to show", least=1)
 
 
 def ask(argv):
     """Shows the likeliest expansion of a typed query, and the best documents without it and with it."""
     query, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     wish = parse(Ask, options, 'python search.py ask "a query": its expansion, the documents before and after')
+    if not re.search(r"\w", query):
+        raise Problem('the query has no words: python search.py ask "heart kidney children"')
     if not train.finished(train.Settings(out=f"{wish.out}/{wish.expander}")):
         raise Problem(f"no trained expander in {wish.out}/{wish.expander}: torchrun search.py --out {wish.out} makes one")
     job = read_json(f"{wish.out}/job.json")

@@ -94,12 +94,12 @@ def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
 
         loss = - (1/N) sum_i (1/T_i) sum_t min(r_it R_i, clip(r_it, 1 - eps, 1 + eps) R_i)     r_it = exp(l_it - m_it)
 
-    Arguments and stats as in topr_loss; the weight is the mean ratio over tokens that still have a gradient.
+    Arguments and stats as in topr_loss; the weight is the mean over tokens of the ratio, 0 where no gradient is left.
     """
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     length, advantage = mask.sum(-1), reward[:, None]  # [batch], [batch, 1]
     log_ratio = sequence_log_ratio(logp, mu_logp, mask)  # [batch]
-    ratio = torch.where(mask, logp - mu_logp, 0.0).clamp(max=20).exp()  # [batch, time]
+    ratio = torch.where(mask, logp - mu_logp, 0.0).clamp(max=20).exp()  # 20: so that none overflows  [batch, time]
     bounded = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * advantage, bounded * advantage)  # [batch, time]
     loss = -(objective.masked_fill(~mask, 0.0).sum(-1) / length).sum() / (count or len(reward))
@@ -113,7 +113,7 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
 
         loss = - (1/pairs) sum_pairs log sigmoid(beta (d_better - d_worse))
 
-    Arguments and stats as in topr_loss (count is in sequences, two a pair); the weight is the sigmoid's slope.
+    Arguments and stats as in topr_loss (count is in sequences, two a pair); the weight is the slope of -log sigmoid.
     """
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     if len(reward) % 2 or not (reward[0::2] > reward[1::2]).all():
@@ -326,8 +326,8 @@ def can_share_prompts(model, longest=0):
     longest sequence would be lost under our mask.
     """
     config = model.config.get_text_config()
-    if longest > (getattr(config, "sliding_window", None) or longest):
-        return False
+    if longest > (getattr(config, "sliding_window", None) or longest) or model.config._attn_implementation == "eager":
+        return False  # eager attention would add our mask of True and False to its scores
     draw = lambda n: torch.randint(config.vocab_size, (n,), generator=torch.Generator().manual_seed(n)).tolist()
     prompt, completions = draw(7), [draw(4), draw(6), draw(5)]
     layouts = [(prompt, [completion]) for completion in completions], [(prompt, completions)]

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -35,27 +36,28 @@ from data import apples
 from data.common import (Problem, Stopped, barrier, draw_lines, first_line, from_first, gather, parse, part_of, progress, rank,
                          read_json, run_main, say, seed_everything, setting, start_ranks, table, whole_file, world, write_json,
                          writing)
-from data.rollouts import RolloutFile, all_token_ids, foreign_tokens, write_rollouts
+from data.rollouts import RolloutFile, all_token_ids, file_fingerprint, foreign_tokens, write_rollouts
 
 
 @dataclass
 class Settings:
     model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded one, made here)")
     rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with --task)")
-    out: str = setting("", "folder for the trained policy (default: runs/TASK-LOSS)")
+    out: str = setting("", "folder for the trained policy (default: runs/MODEL-LOSS)")
     task: str = setting("", "task to sample from and to measure on, before and after", ("", "apples", "gsm8k", "math"))
-    rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last")
+    rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last (--rollouts: the first's)",
+                          least=1)
     # the loss
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"))
     pos_limits: str = setting("", "own range a,b of a positive's weight instead of the loss's, for instance 1,1")
     neg_limits: str = setting("", "own range a,b of a negative's weight instead of the loss's, for instance 0,1")
-    baseline: float = setting(0.0, "c in A = R - c")
+    baseline: float = setting(0.0, "c in A = R - c", least=-math.inf)
     positive_share: Optional[float] = setting(None, "effective share of positives to reach by the baseline")
     anna_karenina: bool = setting(False, "of each question keep the first correct completion and every wrong one")
-    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance -1,1")
+    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them: --map-rewards=-1,1")
     ppo_clip: float = setting(0.2, "epsilon of ppo")
     dpo_beta: float = setting(0.1, "beta of dpo")
-    mu: str = setting("checked", "where log mu comes from: the file, which must fit the starting weights (checked); "
+    mu: str = setting("checked", "where log mu comes from: the file, 64 lines of which must fit the starting weights (checked); "
                       "the file, whoever wrote it (file); the starting weights, once (start)", ("checked", "file", "start"))
     mu_tolerance: Optional[float] = setting(None, "largest |log pi/mu| before the first step with --mu checked "
                                             "(default: 0.1 in float32, 2 in bfloat16)")
@@ -66,12 +68,13 @@ class Settings:
     warmup: int = setting(0, "steps in which the rate rises from 0")
     weight_decay: float = setting(0.0, "pull of the weights towards 0")
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)")
-    epochs: int = setting(1, "passes over the file")
-    sequences: int = setting(64, "completions in an optimizer step, over all ranks")
-    together: int = setting(4, "completions of a prompt that follow each other in the random order: they share a row")
+    epochs: int = setting(1, "passes over the file", least=1)
+    sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1)
+    together: int = setting(4, "completions of a prompt that follow each other in the random order: they share a row",
+                            least=1)
     share_prompts: bool = setting(True, "read a prompt once for its completions in a step, where the model can")
     micro_batch: int = setting(0, "completions in a forward pass (0: as many as --tokens-per-pass allows)")
-    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
+    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included", least=1)
     precision: str = setting("float32", "of the arithmetic; the weights have their own", ("float32", "bfloat16"))
     weights: str = setting("float32", "of the weights; bfloat16 halves the memory and is rounded at random, so that small "
                            "updates are not lost", ("float32", "bfloat16"))
@@ -83,13 +86,13 @@ class Settings:
     checkpoint_every: int = setting(100, "steps between checkpoints (0: none)")
     eval_every: int = setting(0, "steps between measurements on the task (0: before and after alone)")
     # sampling, where --task is given
-    samples: int = setting(16, "completions of each question")
-    questions: int = setting(0, "training questions to sample from (0: all)")
-    test_questions: int = setting(0, "questions to measure on (0: all)")
+    samples: int = setting(16, "completions of each question", least=1)
+    questions: int = setting(0, "training questions to sample from (0: all; 250 of the generated ones)")
+    test_questions: int = setting(0, "questions to measure on (0: all; 250 of the generated ones)")
     temperature: float = setting(1.0, "of sampling")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    max_new_tokens: int = setting(512, "longest completion")
-    batch_size: int = setting(256, "completions written at once")
+    max_new_tokens: int = setting(512, "longest completion", least=1)
+    batch_size: int = setting(256, "completions written at once", least=1)
 
 
 # What differs in the embedded job: a model of 0.14 million weights likes larger steps than one of 8 billion.
@@ -128,7 +131,7 @@ def train(settings, evaluate=None):
         shard(policy, device)
     mu, source = make_mu(settings, policy, tokenizer, data, share, run["model_weights"])
     steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
-    say(f"{data.path}: {len(data):,} completions, {(data.rewards > 0).mean():.1%} positive; {steps:,} steps of "
+    say(f"{data.path}: {data.units.size:,} completions, {(data.rewards[data.units] > 0).mean():.1%} positive; {steps:,} steps of "
         f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}"
         + ("" if share or not settings.share_prompts else "; this model cannot read a prompt once for several completions"))
     say_memory(settings, model, data)
@@ -204,7 +207,7 @@ def read_data(settings, model, tokenizer):
     text = model.config.get_text_config()
     room, vocabulary = getattr(text, "max_position_embeddings", None) or math.inf, text.vocab_size
 
-    prompts, prompt_lengths = array.array("q"), array.array("q")
+    prompts, prompt_lengths, completions = array.array("q"), array.array("q"), array.array("q")
 
     def fault(prompt_ids, completion_ids, foreign):
         if max(prompt_ids, default=0) >= vocabulary or max(completion_ids) >= vocabulary:
@@ -223,17 +226,19 @@ def read_data(settings, model, tokenizer):
         tokens = all_token_ids(rows, tokenizer)
         prompts.extend(hash(tuple(prompt)) for prompt, _ in tokens)
         prompt_lengths.extend(len(prompt) for prompt, _ in tokens)
+        completions.extend(hash(tuple(completion)) for _, completion in tokens)
         return [fault(*ids, foreign) or len(ids[0]) + len(ids[1]) for ids, foreign in zip(tokens, foreign_tokens(rows, tokenizer))]
 
     data = RolloutFile(settings.rollouts, settings.map_rewards, check)
     data.prompts, data.prompt_lengths, data.model_width = np.asarray(prompts), np.asarray(prompt_lengths), text.hidden_size
+    data.tokens = hashlib.sha256(prompts.tobytes() + completions.tobytes()).hexdigest()  # of one text each tokenizer makes its own
     data.units = np.arange(len(data))[:, None]  # [units, 1]
     rows = lambda: [{"row": row, "id": data.questions[row], "reward": data.rewards[row]} for row in data.units[:, 0]]
     if settings.anna_karenina:
         data.units = np.array([kept["row"] for kept in topr.anna_karenina(rows())])[:, None]
         say(f"Anna Karenina sampling keeps {len(data.units):,} of {len(data):,} completions")
     if settings.loss == "dpo":
-        pairs = topr.preference_pairs(rows())
+        pairs = topr.preference_pairs([{**row, "id": (row["id"], data.prompts[row["row"]])} for row in rows()])
         if not pairs:
             raise Problem(f"{data.path}: dpo needs questions with both a correct and a wrong completion; there is none")
         data.units = data.units[np.array(pairs), 0]  # [units, 2]
@@ -287,7 +292,7 @@ def bundled(settings, data, units, share):
     for group in np.split(units, 1 + np.flatnonzero(np.diff(data.prompts[units[:, 0]]))):  # [units of one prompt, width]
         prompt, width = data.prompt_lengths[group[0, 0]], group.shape[1]
         completion = (data.lengths[group] - data.prompt_lengths[group]).mean()
-        most = min(group.size // world(), (settings.micro_batch or group.size), settings.tokens_per_pass // (prompt + completion))
+        most = min(units.size // world(), group.size, (settings.micro_batch or group.size), settings.tokens_per_pass // (prompt + completion))
         fit = max(1, topr.completions_per_row(prompt, completion, int(most), data.model_width) // width)
         bundles += [part.ravel() for part in np.array_split(group, math.ceil(len(group) / fit))]
     return sorted(bundles, key=lambda rows: -space(data, rows, share)[1])
@@ -345,6 +350,9 @@ def where(data, rows):
 
 def make_loss(settings, data):
     """(baseline, function of logp, mu_logp, reward, mask, count), from the settings."""
+    plain = settings.baseline == 0 and settings.positive_share is None and not settings.pos_limits and not settings.neg_limits
+    if settings.loss in ("ppo", "dpo") and not plain:
+        raise Problem(f"--baseline, --positive-share and --pos-limits, --neg-limits have no place in --loss {settings.loss}")
     if settings.loss == "ppo":
         return 0.0, lambda *batch, count: topr.ppo_loss(*batch, clip=settings.ppo_clip, count=count)
     if settings.loss == "dpo":
@@ -366,9 +374,9 @@ def make_taper(settings):
     """The loss's limits on the weights, or the user's own."""
     try:
         named = topr.TAPERS.get(settings.loss)
-        limits = lambda text, default: tuple(float(x) for x in text.split(",")) if text else default
+        limits = lambda text, default: tuple(float(x) for x in text.split(",", 1)) if text else default
         return named and topr.Taper(limits(settings.pos_limits, named.pos), limits(settings.neg_limits, named.neg))
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise Problem(f"--pos-limits, --neg-limits: {error}; two numbers are needed, for instance 0,1")
 
 
@@ -379,20 +387,23 @@ def make_mu(settings, policy, tokenizer, data, share, model_fingerprint):
     """
     taper = make_taper(settings)
     held = data.has_logprobs.all()
+    from_file = lambda number, row: row["logprobs"]
+    if taper and not taper.needs_mu:
+        return from_file if held else None, "not needed"
     if settings.mu != "start" and held:
-        from_file = lambda number, row: row["logprobs"]
         if settings.mu == "checked":
             check_fit(settings, policy, tokenizer, data, share, from_file)
         return from_file, "from the file"
-    if taper and not taper.needs_mu:
-        return None, "not needed"
     if settings.mu == "file":
         raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, but --mu file was asked for")
-    path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.fingerprint[:8]}-{settings.precision}.safetensors"
+    path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.tokens[:8]}-{settings.precision}.safetensors"
     if not all(gather(os.path.exists(path))):  # on every machine, where they share no disk
         compute_mu(settings, policy, tokenizer, data, share, path)
-    stored = safe_open(path, "pt")
-    offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
+    try:
+        stored = safe_open(path, "pt")
+        offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
+    except (SafetensorError, OSError) as error:
+        raise Problem(f"{path}: cannot be read: {first_line(error)}. Remove it, and it is computed again")
     return lambda number, row: values[offsets[number] : offsets[number + 1]], f"of the starting weights, in {path}"
 
 
@@ -424,12 +435,12 @@ def policy_logprobs(settings, policy, tokenizer, data, bundles, share):
 
 def check_fit(settings, policy, tokenizer, data, share, mu):
     """Refuses logprobs that the starting weights did not write: before the first step pi/mu must be 1."""
-    tolerance = settings.mu_tolerance or (2.0 if settings.precision == "bfloat16" else 0.1)
-    largest, units = 0.0, np.arange(min(64, len(data)))[:, None]
+    tolerance = (2.0 if settings.precision == "bfloat16" else 0.1) if settings.mu_tolerance is None else settings.mu_tolerance
+    largest, units = 0.0, np.unique(np.linspace(0, len(data) - 1, 64).astype(int))[:, None]  # from all parts of the file
     for bundles in batches(settings, data, bundled(settings, data, units, share), share):
         for row, logp in policy_logprobs(settings, policy, tokenizer, data, bundles, share).items():
             largest = max(largest, abs((logp - torch.tensor(mu(row, data[row]))).sum().item()))
-    say(f"{data.path}: before the first step the largest |log pi/mu| of {min(64, len(data))} completions is {largest:.2g}")
+    say(f"{data.path}: before the first step the largest |log pi/mu| of {len(units)} completions is {largest:.2g}")
     if not largest <= tolerance:
         raise Problem(
             f"{data.path}: its logprobs do not fit {settings.model}: |log pi/mu| is {largest:.3g} before the first step, over "
@@ -574,7 +585,8 @@ def step_metrics(parts):
     negative, total = advantage < 0, np.abs(advantage).sum()
     mean = lambda values: float(values.mean()) if len(values) else None
     quantiles = dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), np.quantile(d, (0, 0.1, 0.5, 0.9, 1)).tolist()))
-    return {"loss": loss, "negative_weight": mean(weight[negative]), "negatives_liked": mean(d[negative] > 0),
+    known = not np.isnan(d).any()  # without mu nobody can tell
+    return {"loss": loss, "negative_weight": mean(weight[negative]), "negatives_liked": mean(d[negative] > 0) if known else None,
             "negatives_gone": mean(weight[negative] < 1e-3), "d_mean": mean(d), **quantiles,
             "positive_share": float(np.abs(advantage[advantage > 0]).sum() / total) if total else None}
 
@@ -780,7 +792,9 @@ def main():
         if settings.rollouts:
             raise Problem("--rollouts needs --model: the policy to train on them")
         settings = parse(Settings, description=__doc__, **EMBEDDED)
-        check_shard(settings)
+        if settings.task != "apples":
+            raise Problem(f"--task {settings.task} needs --model: the embedded policy can do apples alone")
+        check_settings(settings)
         folder = f"runs/apples-seed{settings.seed}"
         settings.model, settings.out = base_policy(folder, settings.seed), settings.out or f"{folder}/{settings.loss}"
         name = f"rollouts-{settings.questions}x{settings.samples}.jsonl"  # the losses share it
@@ -794,19 +808,14 @@ def main():
 def job(settings, start=None):
     """Rounds of sample-then-train, measured before and after when there is a task. Returns the results."""
     start, policy, logs = start or time.time(), settings.model, []
-    check_shard(settings)
+    check_settings(settings)
     before = measured(settings, policy, "before") if settings.task else None
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
         this = dataclasses.replace(settings, model=policy, out=settings.out if last else f"{settings.out}/round-{number}")
         if number > 1 or not settings.rollouts:
             this.rollouts = sampled(settings, policy, f"{settings.out}/rollouts-{number}.jsonl")
-        if from_first(finished(this)):
-            say(f"{this.out}: trained before, reusing it")
-            check_same_run(this, {"settings": dataclasses.asdict(this)})
-            logs.append(from_first(read_log(this) if rank() == 0 else None))
-        else:
-            logs.append(train(this, evaluate=curve_point(settings) if settings.task else None))
+        logs.append(train_or_reuse(this, evaluate=curve_point(settings) if settings.task else None))
         policy = this.out
     if not settings.task:
         say(f"the trained policy is in {settings.out}")
@@ -817,7 +826,27 @@ def job(settings, start=None):
     return results
 
 
-def check_shard(settings):
+def train_or_reuse(settings, evaluate=None):
+    """The log of a run: made now, or kept since the same command was typed before."""
+    if not from_first(finished(settings)):
+        return train(settings, evaluate)
+    check_same_run(settings, {"settings": dataclasses.asdict(settings), "file": file_fingerprint(settings.rollouts)})
+    say(f"{settings.out}: trained before, reusing it")
+    return from_first(read_log(settings) if rank() == 0 else None)
+
+
+def check_settings(settings):
+    """What would only fail, or do nothing, after hours of work."""
+    make_taper(settings)
+    if settings.rollouts and not os.path.isfile(settings.rollouts):
+        raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")
+    if settings.rounds > 1 and not settings.task:
+        raise Problem("--rounds needs --task: what to sample from in the second round")
+    if settings.eval_every and not settings.task:
+        raise Problem("--eval-every needs --task: what to measure on")
+    done = read_json(os.path.join(settings.out, "run.json"))["settings"]["rounds"] if settings.out and finished(settings) else settings.rounds
+    if done != settings.rounds:
+        raise Problem(f"{settings.out} holds {done} round(s): use another --out, and go on from its policy with --model {settings.out}")
     if settings.shard and world() == 1:
         raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py --shard ...")
     if settings.shard and settings.task and settings.eval_every:
@@ -875,12 +904,6 @@ def sampling(settings, **changes):
 def sampled(settings, policy, path):
     """The rollout file that this policy writes on the training questions; made once."""
     model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
-    if from_first(os.path.exists(path)):
-        row = RolloutFile(path, what="checking")[0]
-        if row.get("sampling", {}).get("weights") != evaluation.fingerprint(model):
-            raise Problem(f"{path} was written by other weights than those of {policy}: remove it, or use another --out")
-        say(f"{path}: the rollouts are there, reusing them")
-        return path
     wish = sampling(settings, model=policy, split="train")
     questions = evaluation.load_questions(wish, tokenizer)
     evaluation.sample_rollouts(model, tokenizer, questions, evaluation.grader(settings.task), wish, path)

@@ -22,7 +22,7 @@ import numpy as np
 import eval as evaluation
 import train
 from data import apples, maths
-from data.common import (Problem, barrier, draw_lines, gather, parse, part_of, progress, rank, read_json, run_main, say,
+from data.common import (Problem, barrier, draw_lines, gather, parse, part_of, progress, rank, run_main, say,
                          setting, start_ranks, table, world, write_json)
 from data.grade import read_answer
 from data.rollouts import read_rollouts, short_hash, write_rollouts
@@ -40,24 +40,25 @@ class Settings:
     samples: int = setting(0, "solutions of each question (0: all)")
     candidates: int = setting(0, "solutions to train on, half of them right (0: as many as there are)")
     longest: int = setting(4000, "characters of a solution that are shown; a longer one is shortened in the middle")
-    verdicts: int = setting(8, "verdicts on each solution to train on")
-    test_verdicts: int = setting(8, "verdicts on each held-out solution")
+    verdicts: int = setting(8, "verdicts on each solution to train on", least=1)
+    test_verdicts: int = setting(8, "verdicts on each held-out solution", least=1)
     score: str = setting("share", "of a solution: the share of verdicts that say correct, or the mean probability of the "
                          "word at the verdicts", ("share", "probability"))
     loss: str = setting("topr", "what to minimise", ("topr", "reinforce", "is", "tis", "sft"))
     optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"))
     learning_rate: float = setting(5e-7, "size of a step; the paper's for Adafactor")
     schedule: str = setting("constant", "of the learning rate", ("constant", "cosine"))
-    epochs: int = setting(1, "passes over the verdicts")
-    sequences: int = setting(64, "verdicts in an optimizer step, over all ranks")
-    together: int = setting(4, "verdicts on a solution that follow each other in the random order: they share a row")
-    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included")
+    epochs: int = setting(1, "passes over the verdicts", least=1)
+    sequences: int = setting(64, "verdicts in an optimizer step, over all ranks", least=1)
+    together: int = setting(4, "verdicts on a solution that follow each other in the random order: they share a row",
+                            least=1)
+    tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included", least=1)
     precision: str = setting("float32", "of weights and arithmetic while sampling, of the arithmetic in training",
                              ("float32", "bfloat16"))
     temperature: float = setting(1.0, "of sampling")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    max_new_tokens: int = setting(512, "longest verdict")
-    batch_size: int = setting(256, "verdicts written at once")
+    max_new_tokens: int = setting(512, "longest verdict", least=1)
+    batch_size: int = setting(256, "verdicts written at once", least=1)
     seed: int = setting(0, "of the split, the sampling, the order, and the embedded task")
 
 
@@ -221,19 +222,7 @@ def sampled(settings, model_name, questions, grade, samples, seed, path, logprob
     """Rollout rows of the model, from the file where it holds just these. Log mu is needed only to train on them."""
     model, tokenizer = evaluation.load_model(model_name, settings.precision, start_ranks())
     wish = part_of(evaluation.Settings, settings, model=model_name, samples=samples, seed=seed)
-    sampling = {**evaluation.settings_of_sampling(wish), "weights": evaluation.fingerprint(model)}
-    if os.path.exists(path):
-        rows, wanted = read_rollouts(path), [(q["id"], q["prompt"]) for q in questions for _ in range(samples)]
-        if rows[0].get("sampling") != sampling or [(row["id"], row["prompt"]) for row in rows] != wanted:
-            raise Problem(f"{path} holds other rollouts than these settings ask for: use another --out, or remove it")
-        say(f"{path}: it is there, reusing it")
-        return rows
-    barrier()  # nobody writes before all have read
-    rows = evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, path if logprobs else "", os.path.basename(path))
-    if rank() == 0 and not logprobs:
-        write_rollouts(path, rows)
-    barrier()
-    return rows
+    return evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, path, os.path.basename(path), logprobs)
 
 
 def scores_of(settings, model_name, rows):
@@ -375,7 +364,7 @@ def job(settings):
 def both_sides(settings):
     """(training, held out) candidates, from two files or one, no question on both sides."""
     tokenizer = evaluation.load_tokenizer(settings.model) if settings.model else None
-    read = lambda path: make_candidates(read_rollouts(path), tokenizer, settings.longest)
+    read = lambda path: make_candidates(read_rollouts(path, zero_is_wrong=True), tokenizer, settings.longest)
     sides = (read(settings.solutions), read(settings.test_solutions)) if settings.test_solutions else split(
         read(settings.solutions), settings.test_share, settings.seed)
     check_split(*sides)
@@ -389,15 +378,8 @@ def trained_verifier(settings, candidates):
     wish = train.Settings(rollouts=os.path.join(settings.out, "verdicts.jsonl"), out=os.path.join(settings.out, "trained"),
                           **{name: getattr(settings, name) for name in names})
     sampled(settings, settings.model, candidates, grade_verdict, settings.verdicts, settings.seed, wish.rollouts)
-    trained_or_reused(wish)
+    train.train_or_reuse(wish)
     return wish.out
-
-
-def trained_or_reused(wish):
-    """train.train refuses a folder that holds another run, so what is finished and asked for again is the same."""
-    if train.finished(wish) and read_json(os.path.join(wish.out, "run.json"))["settings"] == dataclasses.asdict(wish):
-        return say(f"{wish.out}: trained before, reusing it")
-    train.train(wish)
 
 
 def embedded(settings):
@@ -417,7 +399,7 @@ def embedded(settings):
         prompt = lambda question, solution: make_prompt(question, solution, tokenizer, settings.longest)
         write_rollouts(imitate.rollouts, apples.verdict_demonstrations(300 * 32, settings.seed, tokenizer, prompt))
     barrier()
-    trained_or_reused(imitate)
+    train.train_or_reuse(imitate)
     return settings
 
 

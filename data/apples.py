@@ -4,7 +4,7 @@
     7 + 4 = 11 . 11 * 2 = 22 . The answer is 22 .
 
 The base policy imitates demonstrations with a few bad habits (HABITS): systematic mistakes, guesses without
-working, answers that never come. It is right about a quarter of the time: a policy that TOPR can improve.
+working, answers that never come. It is right about a fifth of the time: a policy that TOPR can improve.
 Everything is made here from a seed; nothing is downloaded.
 """
 

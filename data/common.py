@@ -39,8 +39,9 @@ class Stopped(Problem):
 # ---- settings: a dataclass per script, each field with its sentence ----
 
 
-def setting(default, help, choices=None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=None, least=0):
+    """`least` is for numbers; below it is an error."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 def parse(settings_class, argv=None, description=None, **defaults):
@@ -58,7 +59,12 @@ def parse(settings_class, argv=None, description=None, **defaults):
         kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # Optional[int] -> int
         parser.add_argument(flag, type=kind, default=default, choices=field.metadata["choices"], help=help,
                             metavar=None if field.metadata["choices"] else kind.__name__.upper())
-    return settings_class(**vars(parser.parse_args(argv)))
+    settings = settings_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(settings_class):
+        value, least = getattr(settings, field.name), field.metadata["least"]
+        if type(value) in (int, float) and not least <= value < float("inf"):
+            raise Problem(f"--{field.name.replace('_', '-')} {value}: {least} or more is needed")
+    return settings
 
 
 def part_of(settings_class, settings, **changes):

@@ -43,10 +43,22 @@ def to_line(row):
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_rollouts(path):
+def read_rollouts(path, zero_is_wrong=False):
     """A whole file as a list, for files that fit in memory."""
-    file = RolloutFile(path)
+    file = RolloutFile(path, zero_is_wrong=zero_is_wrong)
     return [file[i] for i in range(len(file))]
+
+
+def file_fingerprint(path):
+    """RolloutFile's, without a look at the rows."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                digest.update(line if line.strip() else b"")
+    except OSError as error:
+        raise Problem(f"{path}: cannot be read: {error.strerror}")
+    return digest.hexdigest()[:16]
 
 
 def parse_line(line, where, map_rewards=None):
@@ -130,10 +142,10 @@ def check_optional(row, where):
 class RolloutFile:
     """Reads rows when they are asked for; holds an offset, a reward and two hashes a line, never the text."""
 
-    def __init__(self, path, map_rewards=None, check=None, what="reading"):
+    def __init__(self, path, map_rewards=None, check=None, what="reading", zero_is_wrong=False):
         """Passes over the file once. `check(rows)` tells of each row its length in tokens, or in words what is wrong with it.
 
-        Up to ten bad lines are shown together.
+        Up to ten bad lines are shown together. zero_is_wrong: rewards of 0 and 1 may stand, for only their sign is looked at.
         """
         self.path, self.map_rewards = path, map_rewards and reward_map(map_rewards)
         offsets, rewards, questions, rows = array.array("q"), array.array("d"), array.array("q"), array.array("q")
@@ -165,7 +177,7 @@ class RolloutFile:
         self.has_logprobs = self.has_logprobs.astype(bool)
         self.repeated = len(rows) - len(np.unique(np.asarray(rows)))
         self.fingerprint = digest.hexdigest()[:16]
-        if set(np.unique(self.rewards)) <= {0.0, 1.0} and (self.rewards == 0).any():
+        if set(np.unique(self.rewards)) <= {0.0, 1.0} and (self.rewards == 0).any() and not zero_is_wrong:
             raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong completion: "
                           "say what they mean, for instance --map-rewards=-1,1")
 
