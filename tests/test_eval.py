@@ -203,3 +203,19 @@ def test_a_prompt_without_room_is_named(tiny):
     with pytest.raises(Problem, match="apples-test-0-0.*--max-new-tokens"):
         evaluation.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), None, settings)
     assert dataclasses.asdict(settings)["samples"] == 16
+
+
+def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys):
+    """The same command again costs nothing; other settings under the same name are refused."""
+    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    wish = evaluation.Settings(model=tiny, questions=3, samples=2, max_new_tokens=8)
+    questions, grade = evaluation.load_questions(wish, tokenizer), evaluation.grader("apples")
+    out = str(tmp_path / "rollouts.jsonl")
+    first = evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, out)
+    stamp = open(out, "rb").read()
+    assert evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, out) == first
+    assert "reusing" in capsys.readouterr().out
+    for changes in (dict(temperature=0.5), dict(samples=3), dict(seed=1)):
+        with pytest.raises(Problem, match="holds other rollouts"):
+            evaluation.sample_rollouts(model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out)
+    assert open(out, "rb").read() == stamp

@@ -28,7 +28,7 @@ MUTANTS = {  # what is done wrong: {text: replacement}
     "mean over the micro-batch": {"(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))":
                                   "(coefficient * logp.sum(-1) / length).sum() / len(reward)"},
     "mu re-anchored on the current weights": {"    advantage = reward - baseline": "    mu_logp = logp.detach()\n    advantage = reward - baseline"},
-    "limits by the sign of R": {"taper_weights(log_ratio if": "taper_weights(log_ratio if", "torch.zeros_like(log_ratio), advantage, taper)":
+    "limits by the sign of R": {"torch.zeros_like(log_ratio), advantage, taper)":
                                 "torch.zeros_like(log_ratio), reward, taper)"},
     "multiplied by the mask": {"masked_fill(gone[:, None] | ~mask, 0.0)": "mul(mask)"},
     "mean over tokens of the batch": {"logp.sum(-1) / length": "logp.sum(-1) * len(length) / length.sum()"},

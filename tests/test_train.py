@@ -136,6 +136,63 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
         train.train(settings(tiny, tmp_path / "bad.jsonl", tmp_path / mu, mu=mu))
 
 
+def test_logprobs_of_another_policy_at_the_end_of_the_file(tiny, rollouts, tmp_path):
+    """Two files joined: the first lines fit, the last do not."""
+    rows = read_rollouts(rollouts) * 3
+    for row in rows[-30:]:
+        row["logprobs"] = [value - 2 for value in row["logprobs"]]
+    write_rollouts(tmp_path / "joined.jsonl", rows)
+    with pytest.raises(Problem, match="do not fit"):
+        train.train(settings(tiny, tmp_path / "joined.jsonl", tmp_path / "out"))
+    log = train.train(settings(tiny, tmp_path / "joined.jsonl", tmp_path / "sft", loss="sft"))  # it does not look at them
+    assert log[0]["negative_weight"] == 0
+
+
+def test_another_tokenizer_has_its_own_mu(tiny, rollouts, tmp_path):
+    """The same text under another end token: kept log-probs of other tokens would be taken for these."""
+    rows = [{name: row[name] for name in ("id", "prompt", "completion", "reward")} for row in read_rollouts(rollouts)]
+    write_rollouts(tmp_path / "plain.jsonl", rows)
+    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.eos_token = "▁Tom"
+    tokenizer.save_pretrained(tmp_path / "other")
+    for number, policy in enumerate((tiny, str(tmp_path / "other"))):
+        log = train.train(settings(policy, tmp_path / "plain.jsonl", tmp_path / f"out{number}"))
+        assert max(abs(log[0]["d_min"]), abs(log[0]["d_max"])) < 1e-4
+    assert len(list(tmp_path.glob("plain.jsonl.mu-*"))) == 2
+
+
+def test_pairs_have_one_prompt(tiny, rollouts, tmp_path):
+    """DPO on a file in which one id has several prompts: answers to different prompts make no pair."""
+    rows = [{**row, "id": "the same"} for row in read_rollouts(rollouts)]
+    write_rollouts(tmp_path / "one.jsonl", rows)
+    data = train.read_data(settings(tiny, tmp_path / "one.jsonl", tmp_path / "out", loss="dpo"), *evaluation.load_model(tiny, "float32", "cpu"))
+    assert len(data.units) > 5 and (data.prompts[data.units[:, 0]] == data.prompts[data.units[:, 1]]).all()
+
+
+def test_many_ranks_share_prompts_too(tiny, rollouts, tmp_path, monkeypatch):
+    """Rows of completions must not shrink to one only because there are many ranks."""
+    data = train.read_data(settings(tiny, rollouts, tmp_path / "out"), *evaluation.load_model(tiny, "float32", "cpu"))
+    sizes = []
+    for ranks in (1, 4):
+        monkeypatch.setattr(train, "world", lambda: ranks)
+        sizes.append(max(map(len, train.bundled(settings(tiny, rollouts, tmp_path), data, data.units, True))))
+    assert sizes[0] == sizes[1] > 1
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--epochs", "0"], "--epochs 0: 1 or more"), (["--learning-rate", "-1"], "--learning-rate -1.0: 0 or more"),
+    (["--warmup", "-1"], "--warmup -1"), (["--grad-clip", "nan"], "--grad-clip nan"), (["--rounds", "2"], "--rounds needs --task"),
+    (["--eval-every", "5"], "--eval-every needs --task"), (["--neg-limits", "1"], "two numbers are needed"),
+    (["--loss", "dpo", "--baseline", "0.5"], "no place in --loss dpo"), (["--shard"], "more than one process")])
+def test_settings_that_cannot_work(tiny, rollouts, tmp_path, monkeypatch, options, words):
+    """Found before anything is loaded, or at least before a weight moves."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", tiny, "--rollouts", rollouts, "--out", str(tmp_path / "out"), *options])
+    with pytest.raises(Problem, match=words):
+        train.main()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_mu_is_computed_once_and_stays(tiny, rollouts, tmp_path):
     """Re-anchoring mu on the current weights turns TOPR into naive REINFORCE unnoticed."""
     rows = [{name: row[name] for name in ("id", "prompt", "completion", "reward")} for row in read_rollouts(rollouts)]
