@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from data import apples
 from data.common import gather, parse, rank, run_main, say, setting, start_ranks, table, world
 from data.rollouts import write_rollouts
 
@@ -98,7 +99,8 @@ def main():
     if rank() == 0:
         write_rollouts(wish.rollouts, make_rollouts(settings))
     model = make_model(settings.shape, wish.weights, device)
-    train.evaluation.load_model = lambda *_: (model, None)
+    tokenizer = apples.make_tokenizer(apples.vocabulary())  # any will do: the file holds tokens
+    train.evaluation.load_model = lambda *_: (model, tokenizer)
     train.finish = lambda *_: None  # nobody wants these weights
     log = train.train(wish)
     shutil.rmtree(folder, ignore_errors=True)

@@ -283,7 +283,7 @@ def test_a_collection_and_a_model_of_ones_own(base, job, monkeypatch, capsys, tm
     (["--metric", "ndgc@10"], "no measure 'ndgc@10'"),
     (["--losses", "sft,ppo"], "'ppo' is not one of"), (["--losses", "topr:1.5"], "'topr:1.5'"), (["--losses", ""], "''"),
     (["--seeds", 0], "--seeds 0: 1 or more"), (["--repeats", 0], "--repeats 0: 1 or more"),
-    (["--k1", -1], "k1 must be 0 or more"), (["--split", "dev"], "qrels_dev.tsv: cannot be read"),
+    (["--k1", -1], "--k1 -1.0: 0 or more"), (["--split", "dev"], "qrels_dev.tsv: cannot be read"),
     (["--corpus", "{small}", "--model", "{small}"], "cannot be loaded"),
     (["--corpus", "{small}", "--model", "{small}", "--split", "train", "--train-split", "train"], "no query with a relevant document")])
 def test_wrong_settings(options, said, monkeypatch, capsys, tmp_path):

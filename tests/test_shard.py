@@ -162,4 +162,4 @@ def test_what_it_cannot_do_is_one_line(tiny, rollouts, tmp_path, monkeypatch):
     assert result.returncode == 2 and "needs more than one process" in result.stdout and len(result.stdout.splitlines()) == 1
     monkeypatch.setattr(train, "world", lambda: 2)
     with pytest.raises(Problem, match="--eval-every 0"):
-        train.check_shard(train.Settings(shard=True, task="apples", eval_every=5))
+        train.check_settings(train.Settings(shard=True, task="apples", eval_every=5))
