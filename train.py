@@ -183,7 +183,8 @@ def train(settings, evaluate=None):
             "step": step, "epoch": step * settings.epochs // steps, **metrics, "gradient_norm": norm,
             "learning_rate": optimizer.param_groups[0]["lr"], "sequences": len(sequences),
             "tokens_per_second": data.lengths[sequences].sum() / seconds, "seconds": seconds, "peak_memory_gib": peak_memory()})
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", negatives=f"{metrics['negative_weight'] or 0:.2f}", refresh=False)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", refresh=False,
+                        negatives=f"{metrics['negative_weight'] or 0:.2f}")
         bar.update()
         asked = [number for _, numbers in everyone for number in numbers]
         if asked or settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
@@ -227,11 +228,12 @@ def read_data(settings, model, tokenizer):
         prompts.extend(hash(tuple(prompt)) for prompt, _ in tokens)
         prompt_lengths.extend(len(prompt) for prompt, _ in tokens)
         completions.extend(hash(tuple(completion)) for _, completion in tokens)
-        return [fault(*ids, foreign) or len(ids[0]) + len(ids[1]) for ids, foreign in zip(tokens, foreign_tokens(rows, tokenizer))]
+        foreign = foreign_tokens(rows, tokenizer)
+        return [fault(*ids, other) or len(ids[0]) + len(ids[1]) for ids, other in zip(tokens, foreign)]
 
     data = RolloutFile(settings.rollouts, settings.map_rewards, check)
     data.prompts, data.prompt_lengths, data.model_width = np.asarray(prompts), np.asarray(prompt_lengths), text.hidden_size
-    data.tokens = hashlib.sha256(prompts.tobytes() + completions.tobytes()).hexdigest()  # of one text each tokenizer makes its own
+    data.tokens = hashlib.sha256(prompts.tobytes() + completions.tobytes()).hexdigest()  # a text has others in each tokenizer
     data.units = np.arange(len(data))[:, None]  # [units, 1]
     rows = lambda: [{"row": row, "id": data.questions[row], "reward": data.rewards[row]} for row in data.units[:, 0]]
     if settings.anna_karenina:
@@ -292,7 +294,8 @@ def bundled(settings, data, units, share):
     for group in np.split(units, 1 + np.flatnonzero(np.diff(data.prompts[units[:, 0]]))):  # [units of one prompt, width]
         prompt, width = data.prompt_lengths[group[0, 0]], group.shape[1]
         completion = (data.lengths[group] - data.prompt_lengths[group]).mean()
-        most = min(units.size // world(), group.size, (settings.micro_batch or group.size), settings.tokens_per_pass // (prompt + completion))
+        most = min(units.size // world(), group.size, settings.micro_batch or group.size,
+                   settings.tokens_per_pass // (prompt + completion))
         fit = max(1, topr.completions_per_row(prompt, completion, int(most), data.model_width) // width)
         bundles += [part.ravel() for part in np.array_split(group, math.ceil(len(group) / fit))]
     return sorted(bundles, key=lambda rows: -space(data, rows, share)[1])
@@ -395,7 +398,8 @@ def make_mu(settings, policy, tokenizer, data, share, model_fingerprint):
             check_fit(settings, policy, tokenizer, data, share, from_file)
         return from_file, "from the file"
     if settings.mu == "file":
-        raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, but --mu file was asked for")
+        raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, and --mu file wants "
+                      "them: --mu start computes them")
     path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.tokens[:8]}-{settings.precision}.safetensors"
     if not all(gather(os.path.exists(path))):  # on every machine, where they share no disk
         compute_mu(settings, policy, tokenizer, data, share, path)
@@ -676,7 +680,7 @@ def check_same_run(settings, run):
     """What was trained in a folder belongs to one command: another one is refused, naming what differs."""
     path = os.path.join(settings.out, "run.json")
     if os.path.exists(path) and (checkpoints(settings) or finished(settings)):
-        flat = lambda record: {**record["settings"], **{name: record[name] for name in ("model_weights", "file") if name in record}}
+        flat = lambda record: record["settings"] | {name: record[name] for name in ("model_weights", "file") if name in record}
         before, now = flat(read_json(path)), flat(run)
         free = ("out", "checkpoint_every", "eval_every", "batch_size", "rounds", "shard")  # nothing in the weights hangs on these
         differ = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now
@@ -844,9 +848,10 @@ def check_settings(settings):
         raise Problem("--rounds needs --task: what to sample from in the second round")
     if settings.eval_every and not settings.task:
         raise Problem("--eval-every needs --task: what to measure on")
-    done = read_json(os.path.join(settings.out, "run.json"))["settings"]["rounds"] if settings.out and finished(settings) else settings.rounds
-    if done != settings.rounds:
-        raise Problem(f"{settings.out} holds {done} round(s): use another --out, and go on from its policy with --model {settings.out}")
+    if settings.out and finished(settings):
+        done = read_json(os.path.join(settings.out, "run.json"))["settings"]["rounds"]
+        if done != settings.rounds:
+            raise Problem(f"{settings.out} holds {done} round(s): use another --out; --model {settings.out} goes on from there")
     if settings.shard and world() == 1:
         raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py --shard ...")
     if settings.shard and settings.task and settings.eval_every:
@@ -869,7 +874,8 @@ def show(settings, results):
     spread = lambda value: f"{value['mean']:.3f} +-{value['high'] - value['mean']:.3f}"
     say(text_curve(results["curve"]))
     say(table((f"{after['questions']} held-out questions", "before", "after", "change"),
-              [(name, spread(before[name]), spread(after[name]), f"{after[name]['mean'] - before[name]['mean']:+.3f}") for name in names]))
+              [(name, spread(before[name]), spread(after[name]), f"{after[name]['mean'] - before[name]['mean']:+.3f}")
+               for name in names]))
     say(f"{results['seconds']:.0f} s; the trained policy, results.json and the log are in {settings.out}")
     if rank() == 0:
         write_json(os.path.join(settings.out, "results.json"), results)

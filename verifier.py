@@ -312,7 +312,8 @@ def voting(candidates, scores):
     groups, curve = list(by_question(candidates).values()), []
     for n in (2**e for e in range(max(map(len, groups)).bit_length())):
         enough = [group for group in groups if len(group) >= n]
-        values = {name: np.array([np.mean([method(group[i : i + n]) for i in range(0, len(group) - n + 1, n)]) for group in enough])
+        blocks = [[group[i : i + n] for i in range(0, len(group) - n + 1, n)] for group in enough]
+        values = {name: np.array([np.mean([method(block) for block in of_one]) for of_one in blocks])
                   for name, method in methods.items()}  # each [questions]
         curve.append({"n": n, "questions": len(enough), **{name: evaluation.interval(value) for name, value in values.items()},
                       "gain": {name: evaluation.interval(value - values["majority"]) for name, value in values.items()}})
@@ -337,7 +338,8 @@ def main():
 def job(settings):
     """Prompts, split, verdicts, training, and what came of it. Returns the results; None without a model."""
     training, held_out = both_sides(settings)
-    chosen, even = balanced(distinct(training), settings.candidates, settings.seed), balanced(distinct(held_out), 0, settings.seed)
+    chosen = balanced(distinct(training), settings.candidates, settings.seed)
+    even = balanced(distinct(held_out), 0, settings.seed)
     say(shares({"training": training, "distinct": distinct(training), "balanced": chosen,
                 "held out": held_out, "held out, distinct": distinct(held_out), "held out, balanced": even}))
     if not settings.model:
@@ -393,8 +395,9 @@ def embedded(settings):
                                      ("test", settings.test_solutions, settings.test_questions, settings.seed + 1)):
         problems = evaluation.load_questions(evaluation.Settings(split=split, questions=count, seed=seed), tokenizer)
         sampled(settings, policy, problems, evaluation.grader("apples"), settings.samples, seed, path, logprobs=False)
-    imitate = train.Settings(model=policy, rollouts=f"{out}/demonstrations.jsonl", out=settings.model, loss="sft", optimizer="adamw",
-                             learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=settings.seed)
+    imitate = train.Settings(
+        model=policy, rollouts=f"{out}/demonstrations.jsonl", out=settings.model, loss="sft", optimizer="adamw",
+        learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=settings.seed)
     if rank() == 0 and not train.finished(imitate):
         prompt = lambda question, solution: make_prompt(question, solution, tokenizer, settings.longest)
         write_rollouts(imitate.rollouts, apples.verdict_demonstrations(300 * 32, settings.seed, tokenizer, prompt))

@@ -153,7 +153,8 @@ def make_tokenizer(words):
 def vocabulary():
     """Every word that a problem, a solution or a check of a solution can hold."""
     words = {word for seed in range(2000) for word in make_problem(random.Random(seed))["question"].split()}
-    return words | set("Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...".split()) | {str(n) for n in range(LARGEST + 1)}
+    words |= set("Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...".split())
+    return words | {str(n) for n in range(LARGEST + 1)}
 
 
 def make_model(tokenizer, seed, width=64, layers=3):

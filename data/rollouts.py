@@ -276,7 +276,8 @@ def foreign_tokens(rows, tokenizer):
     """
     held = [row for row in rows if row.get("completion_ids") and max(row["completion_ids"]) < 2**31]
     texts = dict(zip(map(id, held), decode([row["completion_ids"] for row in held], tokenizer)))
-    return [texts.get(id(row), row["completion"]) != row["completion"] and not fits(row, texts[id(row)], tokenizer) for row in rows]
+    same = lambda row: texts.get(id(row), row["completion"]) == row["completion"]
+    return [not same(row) and not fits(row, texts[id(row)], tokenizer) for row in rows]
 
 
 def fits(row, text, tokenizer):

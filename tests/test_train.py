@@ -65,6 +65,20 @@ def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollout
                 assert other[key] == pytest.approx(entry[key], abs=2e-4), (name, key)
 
 
+def test_speed_ups_change_nothing(tiny, rollouts, tmp_path, monkeypatch):
+    """Ten steps with and without: prompts read once, the fused AdamW, the own backward pass of the log-softmax."""
+    run = lambda name, **changes: (train.train(settings(tiny, rollouts, tmp_path / name, epochs=2, sequences=10, **changes)),
+                                   load_file(tmp_path / name / "model.safetensors"))
+    log, weights = run("fast")
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **options: plain(*given, foreach=False, **options))
+    monkeypatch.setattr(topr.TokenLogProbs, "apply", lambda logits, targets: -torch.nn.functional.cross_entropy(
+        logits, targets, reduction="none"))
+    slow_log, slow_weights = run("slow", share_prompts=False)
+    assert len(log) == 10 and furthest(weights, slow_weights) < 1e-4
+    assert log[0]["gradient_norm"] == pytest.approx(slow_log[0]["gradient_norm"], abs=1e-5)
+
+
 def test_completions_of_a_prompt_stand_together():
     """Each unit once an epoch, prompts in random order, `together` of one prompt in a row and no more by design."""
     data = type("Data", (), dict(units=np.arange(600)[:, None], prompts=np.arange(600) % 50))
