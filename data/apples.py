@@ -12,6 +12,8 @@ import io
 import random
 import zlib
 
+from data.common import Problem
+
 LARGEST = 40  # numbers 0..40 are one token each: digits would cost most of the accuracy in the same time
 ADD, SUBTRACT, FACTORS = ("finds", "buys", "gets"), ("loses", "gives", "sells"), {"doubles": 2, "triples": 3}
 NAMES, FRIENDS = ("Tom", "Max", "Leo"), ("Ann", "Eva", "Mia")
@@ -50,9 +52,11 @@ def make_problem(rng):
 
 def make_problems(count, seed, split):
     """Different problems. A question is a test question or a training question by its own text, so never both."""
-    rng, seen, problems = random.Random(f"{seed} {split}"), set(), []
+    rng, seen, problems, drawn = random.Random(f"{seed} {split}"), set(), [], 0
     while len(problems) < count:
-        problem = make_problem(rng)
+        problem, drawn = make_problem(rng), drawn + 1
+        if drawn > 100 * count + 10_000:
+            raise Problem(f"there are not {count:,} different problems in this task: ask for fewer questions")
         question = problem["question"]
         if split_of(question) == split and question not in seen:
             seen.add(question)

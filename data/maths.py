@@ -54,7 +54,7 @@ def main(argv=None):
         return write_solutions(*options)
     if name not in SAME and name not in ("-h", "--help"):
         raise Problem("which one? python data/maths.py gsm8k, or python data/maths.py math")
-    settings = parse(Settings, options if name in SAME else [name], "python data/maths.py gsm8k|math [options]")
+    settings = parse(Settings, options if name in SAME else [name], __doc__)
     for split in ("train", "test"):
         prepare(name, split, getattr(settings, split), settings.out)
 
