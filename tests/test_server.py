@@ -260,7 +260,8 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path, capsys):
         hanging.set()
         alone = subprocess.Popen(
             [sys.executable, ROOT / "eval.py", "--model", tiny, "--server", fake.url, "--questions", "8", "--samples", "2",
-             "--no-greedy", "--max-new-tokens", "30", "--out", str(out), "--requests", "2"], stderr=subprocess.PIPE, text=True)
+             "--no-greedy", "--max-new-tokens", "30", "--out", str(out), "--requests", "2"], stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where the tests run in the background
         while len(fake.asked) < 5:
             time.sleep(0.05)
         time.sleep(0.3)
