@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import apples
-from data.common import gather, parse, rank, run_main, say, setting, start_ranks, table, world
+from data.common import barrier, gather, parse, rank, run_main, say, setting, start_ranks, table, world
 from data.rollouts import write_rollouts
 
 SHAPES = {
@@ -98,11 +98,13 @@ def main():
     wish = wish_of(settings, folder)
     if rank() == 0:
         write_rollouts(wish.rollouts, make_rollouts(settings))
+    barrier()
     model = make_model(settings.shape, wish.weights, device)
     tokenizer = apples.make_tokenizer(apples.vocabulary())  # any will do: the file holds tokens
     train.evaluation.load_model = lambda *_: (model, tokenizer)
     train.finish = lambda *_: None  # nobody wants these weights
     log = train.train(wish)
+    barrier()  # no rank takes the folder away from another
     shutil.rmtree(folder, ignore_errors=True)
     parts = train.memory(wish, model, min(wish.tokens_per_pass, settings.longest * wish.sequences // world()), world())
     seconds, name = sum(entry["seconds"] for entry in log[1:]), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
