@@ -230,13 +230,11 @@ def short_hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
 
 
-def token_ids(row, tokenizer):
-    """(prompt_ids, completion_ids): the file's own where it holds them, made from the text where not."""
-    return all_token_ids([row], tokenizer)[0]
-
-
 def all_token_ids(rows, tokenizer):
-    """The same for many rows at once, which takes a fraction of the time."""
+    """(prompt_ids, completion_ids) of each row: the file's own where it holds them, made from the text where not.
+
+    For many rows at once, which takes a fraction of the time.
+    """
     missing = lambda field: list(dict.fromkeys(row[field] for row in rows if row.get(f"{field}_ids") is None))
     prompts, completions, end = missing("prompt"), missing("completion"), tokenizer.eos_token_id
     prompts = dict(zip(prompts, (with_start(ids, tokenizer) for ids in encode(prompts, tokenizer))))

@@ -13,7 +13,7 @@ import eval as evaluation
 import train
 from conftest import ROOT, shell
 from data import maths
-from data.rollouts import read_rollouts, token_ids
+from data.rollouts import all_token_ids, read_rollouts
 from test_maths import need
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -49,7 +49,7 @@ def test_both_end_tokens_are_known(chat):
 def test_prompts_go_through_the_template_once(chat):
     _, tokenizer = evaluation.load_model(chat, "float32", "cpu")
     prompt = maths.make_prompt("gsm8k", "How many? <|im_end|>", tokenizer)
-    ids, _ = token_ids({"prompt": prompt, "completion": "x"}, tokenizer)
+    ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer)[0]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert ids.count(tokenizer.eos_token_id) == 1  # the template's own; the one in the question is only text
 

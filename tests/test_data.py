@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, shell
 from data import apples
 from data.common import Problem, table, whole_file
-from data.rollouts import RolloutFile, export, prompt_tokens, read_rollouts, token_ids, write_rollouts
+from data.rollouts import RolloutFile, all_token_ids, export, prompt_tokens, read_rollouts, write_rollouts
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
 
@@ -83,12 +83,12 @@ def tokenizer():
 def test_ids_from_text_are_the_samplers(tokenizer):
     """The end token is learned when it was sampled, absent when the completion was cut, and never doubled."""
     row = {**GOOD, "prompt": "Tom has 12 apples . How many ?", "completion": "The answer is 12 ."}
-    prompt_ids, completion_ids = token_ids(row, tokenizer)
+    prompt_ids, completion_ids = all_token_ids([row], tokenizer)[0]
     assert prompt_ids[0] == tokenizer.bos_token_id and prompt_ids.count(tokenizer.bos_token_id) == 1
     assert completion_ids[-1] == tokenizer.eos_token_id and len(completion_ids) == 6
-    assert token_ids({**row, "finish": "length"}, tokenizer)[1] == completion_ids[:-1]
-    assert token_ids({**row, "completion": "The answer is 12 .</s>"}, tokenizer)[1] == completion_ids
-    assert token_ids({**row, "prompt_ids": [9], "completion_ids": [8]}, tokenizer) == ([9], [8])
+    assert all_token_ids([{**row, "finish": "length"}], tokenizer)[0][1] == completion_ids[:-1]
+    assert all_token_ids([{**row, "completion": "The answer is 12 .</s>"}], tokenizer)[0][1] == completion_ids
+    assert all_token_ids([{**row, "prompt_ids": [9], "completion_ids": [8]}], tokenizer)[0] == ([9], [8])
     assert prompt_tokens("<s>Tom has 12 apples", tokenizer) == prompt_tokens("Tom has 12 apples", tokenizer)
 
 
