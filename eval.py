@@ -30,11 +30,13 @@ from data.common import (Problem, barrier, first_line, from_first, gather, parse
 from data.rollouts import RolloutFile, prompt_tokens, read_rollouts, short_hash, to_line
 from topr import can_share_prompts, completion_logprobs, completions_per_row, pack
 
+TASKS = ("apples", "gsm8k", "math")
+
 
 @dataclass
 class Settings:
     model: str = setting("", "model to sample from: a directory or a hub name; with --server its name there")
-    task: str = setting("apples", "what to ask and how to grade it", ("apples", "gsm8k", "math"))
+    task: str = setting("apples", "what to ask and how to grade it", TASKS)
     split: str = setting("test", "which questions", ("train", "test"))
     questions: int = setting(0, "how many questions (0: all; 250 of the generated ones)")
     samples: int = setting(16, "completions of each question", least=1)

@@ -44,7 +44,7 @@ class Settings:
     model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded one, made here)")
     rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with --task)")
     out: str = setting("", "folder for the trained policy (default: runs/MODEL-LOSS)")
-    task: str = setting("", "task to sample from and to measure on, before and after", ("", "apples", "gsm8k", "math"))
+    task: str = setting("", "task to sample from and to measure on, before and after", ("", *evaluation.TASKS))
     rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last (--rollouts: the first's)",
                           least=1)
     # the loss
@@ -811,23 +811,30 @@ def main():
 
 def job(settings, start=None):
     """Rounds of sample-then-train, measured before and after when there is a task. Returns the results."""
-    start, policy, logs = start or time.time(), settings.model, []
+    start = start or time.time()
     check_settings(settings)
-    before = measured(settings, policy, "before") if settings.task else None
+    before = measured(settings, settings.model, "before") if settings.task else None
+    trained = rounds(settings, curve_point(settings) if settings.task else None)
+    if not settings.task:
+        say(f"the trained policy is in {settings.out}")
+        return None
+    results = {"settings": dataclasses.asdict(settings), "before": before, "after": measured(settings, settings.out, "after"),
+               "curve": curve([log for _, log in trained]), "seconds": time.time() - start}
+    show(settings, results)
+    return results
+
+
+def rounds(settings, evaluate=None):
+    """Rounds of sample-then-train; the last policy is in settings.out. Returns (folder of the policy, log) of each."""
+    policy, trained = settings.model, []
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
         this = dataclasses.replace(settings, model=policy, out=settings.out if last else f"{settings.out}/round-{number}")
         if number > 1 or not settings.rollouts:
             this.rollouts = sampled(settings, policy, f"{settings.out}/rollouts-{number}.jsonl")
-        logs.append(train_or_reuse(this, evaluate=curve_point(settings) if settings.task else None))
         policy = this.out
-    if not settings.task:
-        say(f"the trained policy is in {settings.out}")
-        return None
-    results = {"settings": dataclasses.asdict(settings), "before": before, "after": measured(settings, policy, "after"),
-               "curve": curve(logs), "seconds": time.time() - start}
-    show(settings, results)
-    return results
+        trained.append((policy, train_or_reuse(this, evaluate)))
+    return trained
 
 
 def train_or_reuse(settings, evaluate=None):
@@ -883,10 +890,10 @@ def show(settings, results):
                    title=settings.loss, xlabel="optimizer step", ylabel="share of completions", ylim=(0, 1))
 
 
-def base_policy(folder, seed, task=apples, steps=1000, **size):
+def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
     """An embedded policy: a small Llama that imitates flawed demonstrations, trained by the loop above."""
     out, start, file = f"{folder}/base", f"{folder}/random", f"{folder}/demonstrations.jsonl"
-    imitate = Settings(model=start, rollouts=file, out=out, loss="sft", optimizer="adamw", learning_rate=5e-3, warmup=50,
+    imitate = Settings(model=start, rollouts=file, out=out, loss="sft", optimizer="adamw", learning_rate=rate, warmup=50,
                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
     if from_first(finished(imitate)):
         say(f"{out}: the base policy is there, reusing it")

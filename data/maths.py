@@ -52,9 +52,10 @@ def main(argv=None):
     name, *options = (sys.argv[1:] if argv is None else argv) or [""]
     if name == "solutions" and len(options) == 2:
         return write_solutions(*options)
-    if name not in SAME and name not in ("-h", "--help"):
+    known = {known for known, _ in PUBLISHED}
+    if name not in known and name not in ("-h", "--help"):
         raise Problem("which one? python data/maths.py gsm8k, or python data/maths.py math")
-    settings = parse(Settings, options if name in SAME else [name], __doc__)
+    settings = parse(Settings, options if name in known else [name], __doc__)
     for split in ("train", "test"):
         prepare(name, split, getattr(settings, split), settings.out)
 
