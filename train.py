@@ -485,7 +485,7 @@ def make_optimizer(settings, model):
 def update(settings, optimizer, step):
     """One optimizer step; bfloat16 weights take it in float32, one tensor at a time, and are rounded at random.
 
-    bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a hundredth of the spacing, and rounding to nearest
+    bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the spacing, and rounding to nearest
     would lose every one of them in silence. Rounded up with the probability of the part lost, it arrives in the mean.
     (A compensated sum would arrive too, but needs a second tensor for each weight.)
     """

@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import random
 import signal
+from typing import Optional
 
 import numpy as np
 import torch
 
 import eval as evaluation
 import train
-from data.common import progress, read_json, setting, table, write_json
+from data.common import Problem, Stopped, progress, read_json, setting, table, write_json
 from data.rollouts import read_rollouts, write_rollouts
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # the grid that every arm chooses its learning rate from
@@ -29,8 +30,9 @@ QUESTIONS = {"test": slice(0, 500), "validation": slice(500, 750)}  # no trainin
 PART = 2400  # completions in a data set with a share of positives of its own
 STYLES = {  # colour, line, marker, hatch: the same for a method in every picture, and told apart without colours
     "TOPR": ("#1f4e9c", "-", "o", ""), "positives only": ("#2f9e44", "--", "s", "//"), "PPO": ("#f08c00", "-.", "^", ""),
-    "naive REINFORCE": ("#c92a2a", ":", "X", ""), "DPO": ("#7048a8", (0, (6, 1, 1, 1)), "v", ""),
-    "base": ("#868e96", ":", ".", "xx"), "importance sampling": ("#b5651d", "-.", "D", ".."),
+    "naive REINFORCE": ("#c92a2a", ":", "X", ""), "DPO": ("#7048a8", (0, (4, 1, 1, 1, 1, 1)), "v", ""),
+    "base": ("#868e96", ":", ".", "xx"), "majority": ("#ced4da", "--", ".", ""),
+    "importance sampling": ("#b5651d", "-.", "D", ".."),
     "truncated importance sampling": ("#a9c46c", ":", "P", "//")}
 
 
@@ -38,9 +40,10 @@ STYLES = {  # colour, line, marker, hatch: the same for a method in every pictur
 class Settings:
     quick: bool = setting(False, "one seed, one pass over the rollouts, the working learning rate instead of the grid")
     show: bool = setting(False, "run nothing: tables, pictures and claims of the results that are there")
-    seeds: int = setting(5, "base policies, each with its own rollouts and questions", least=1)
+    seeds: Optional[int] = setting(None, "base policies, each with its own rollouts and questions (default: 5; with --quick 1)",
+                                   least=1)
     processes: int = setting(0, "arms trained at once (0: one on each core)")
-    out: str = setting("", "folder for results and pictures (default: experiments/results; with --quick runs/quick)")
+    out: str = setting("", "folder for results and pictures (default: experiments/results; unless all is as there, runs/results)")
 
 
 # ---- many arms at once ----
@@ -50,11 +53,14 @@ class Settings:
 def workers(settings):
     """each(function, jobs, what) -> its results in the order of the jobs; a job is a tuple of arguments."""
     os.makedirs("runs", exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(settings.processes or os.cpu_count(), spawn, start)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it counts what processes leave that were stopped
+    processes, spawn = settings.processes or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,))
 
     def each(function, jobs, what):
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process, which tells the others
         futures = [pool.submit(in_silence, function, *job) for job in jobs]
+        signal.signal(signal.SIGINT, handler)
         for future in jobs and progress(concurrent.futures.as_completed(futures), total=len(jobs), what=what, unit="arm"):
             future.result()
         return [future.result() for future in futures]
@@ -62,22 +68,24 @@ def workers(settings):
     try:
         yield each
         pool.shutdown()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise Problem("a process died, perhaps for want of memory (--processes 1 takes less); the same command goes on from "
+                      "what is finished; runs/experiments.log has its last words")
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()  # one that trains ends its step and keeps it
+        pool.shutdown()
         raise
-
-
-def start():
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which tells these
 
 
 def in_silence(function, *job):
     """What an arm says of itself goes to a file: the terminal shows how many are done."""
     with open("runs/experiments.log", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        return function(*job)
+        try:
+            return function(*job)
+        except Stopped as stopped:  # by a signal, in good order: this process is not to take up another arm
+            os._exit(stopped.exit_code)
 
 
 def compare(settings, each, run, arms, what):
@@ -93,11 +101,9 @@ def compare(settings, each, run, arms, what):
     scores = collections.defaultdict(lambda: {rate: [] for rate in rates})
     for (name, rate, _), measured in zip(tries, measures):
         scores[name][rate].append(measured["score"])
-    mean = lambda values: float(np.mean(values)) if values else None
-    validation = {name: {rate: mean(values) for rate, values in scores[name].items()} for name in arms}
-    best = {name: max(rates, key=lambda rate: validation[name][rate] or 0) for name in arms}
+    best = {name: max(rates, key=lambda rate: np.sum(scores[name][rate])) for name in arms}
     tests = iter(each(run, [(seed, arm, best[name], "test") for name, arm in arms.items() for seed in seeds], f"{what}: test"))
-    return {name: {"settings": arm, "learning_rate": best[name], "validation": validation[name],
+    return {name: {"settings": arm, "learning_rate": best[name], "validation": scores[name],
                    **by_seed([next(tests) for _ in seeds])} for name, arm in arms.items()}
 
 
@@ -120,14 +126,18 @@ def prepare(seed, larger=False):
     train.sampled(train.Settings(**train.EMBEDDED, seed=seed), model, f"{folder}/rollouts-512x16.jsonl")
 
 
+def name_of(arm, rate):
+    """What the folder of an arm is called."""
+    return "-".join([f"{key}={value}" for key, value in arm.items()] + [f"{rate:g}"])
+
+
 def settings_of(seed, arm, rate):
-    """train.py's settings for an arm; its folder is named after them."""
-    changes, folder = dict(arm), folder_of(seed, arm.get("larger"))
-    changes.pop("larger", None)
-    name = "-".join([f"{key}={value}" for key, value in changes.items()] + [f"{rate:g}"])
-    rollouts = data_set(folder, seed, changes.pop("positives", None))
+    """train.py's settings for an arm."""
+    folder = folder_of(seed, arm.get("larger"))
+    changes = {name: value for name, value in arm.items() if name not in ("larger", "positives")}
+    rollouts = data_set(folder, seed, arm.get("positives"))
     return train.Settings(**{**train.EMBEDDED, "model": f"{folder}/base", "rollouts": rollouts, "seed": seed,
-                             "learning_rate": rate, "out": f"{folder}/experiments/{name}", **changes})
+                             "learning_rate": rate, "out": f"{folder}/experiments/{name_of(arm, rate)}", **changes})
 
 
 def data_set(folder, seed, share):
@@ -139,6 +149,9 @@ def data_set(folder, seed, share):
     rows, rng = read_rollouts(whole), random.Random(seed)
     sides = [[n for n, row in enumerate(rows) if (row["reward"] > 0) == positive] for positive in (True, False)]
     counts = round(share * PART), PART - round(share * PART)
+    if any(len(side) < count for side, count in zip(sides, counts)):
+        raise Problem(f"{whole}: {counts[0]} positives and {counts[1]} negatives are needed, it has {len(sides[0])} and "
+                      f"{len(sides[1])}: leave this seed out")
     kept = sorted(n for side, count in zip(sides, counts) for n in rng.sample(side, count))
     write_rollouts(path, [rows[n] for n in kept])
     return path
@@ -200,8 +213,9 @@ def difference(one, other):
 
 def show_arms(arms, measures, title):
     """A row for each arm: its rate and its measures."""
-    rate = lambda arm: f"{arm['learning_rate']:g}" if "learning_rate" in arm else ""
-    return table((title, "rate", *measures), [(name, rate(arm), *(spread(arm[measure]) for measure in measures))
+    edge = lambda arm: "*" if len(arm["validation"]) > 1 and arm["learning_rate"] in (min(RATES), max(RATES)) else " "
+    rate = lambda arm: f"{arm['learning_rate']:g}{edge(arm)}" if "learning_rate" in arm else ""
+    return table((title, "rate (* edge)", *measures), [(name, rate(arm), *(spread(arm[measure]) for measure in measures))
                                               for name, arm in arms.items()])
 
 
@@ -217,9 +231,13 @@ def picture(path, rows=1, columns=1):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context({"font.size": 15, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 12}):
-        figure, axes = pyplot.subplots(rows, columns, figsize=(5.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
+    with pyplot.rc_context({"font.size": 15, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
+                            "legend.fontsize": 14}):
+        width = 5.4 * columns if columns > 1 else 8.6
+        figure, axes = pyplot.subplots(rows, columns, figsize=(width, 4.2 * rows), squeeze=False, layout="constrained")
         yield axes.ravel()
+        names = {name: handle for ax in axes.ravel() for handle, name in zip(*ax.get_legend_handles_labels())}
+        figure.legend(names.values(), names.keys(), loc="outside upper center", ncols=3 if len(names) < 6 else 2)
         figure.savefig(path, dpi=100, metadata={"Software": None})
         pyplot.close(figure)
 
@@ -232,11 +250,13 @@ def line(axes, x, values, name, label=None, **changes):
     axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
-def bars(axes, groups, values):
-    """Bars side by side with their standard deviation. values: {name: [seeds, groups]}"""
+def bars(axes, groups, values, labels=None):
+    """Bars side by side with their standard deviation. values: {name: [seeds, groups]}, labels: other names for some"""
     for number, (name, one) in enumerate(values.items()):
         colour, _, _, hatch = STYLES[name]
         place = np.arange(len(groups)) + (number - (len(values) - 1) / 2) * 0.8 / len(values)
-        axes.bar(place, np.mean(one, 0), 0.8 / len(values), yerr=np.std(one, 0, ddof=1) if len(one) > 1 else None, label=name,
-                 color=colour, hatch=hatch, edgecolor="white", capsize=3)
+        drawn = axes.bar(place, np.mean(one, 0), 0.8 / len(values), yerr=np.std(one, 0, ddof=1) if len(one) > 1 else None,
+                         label=(labels or {}).get(name, name), color=colour, hatch=hatch, edgecolor="white", capsize=3)
+        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)
     axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.12)  # room for the numbers

@@ -8,7 +8,7 @@ import numpy as np
 import search
 import train
 from data import library
-from experiments.common import bars, by_seed, compare, difference, picture, show_arms, spread, verdict
+from experiments.common import bars, by_seed, compare, difference, name_of, picture, show_arms, spread, verdict
 
 ARMS = {"positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
 MEASURE, HELD_OUT = "recall@10", 128  # training queries to choose the rate on
@@ -18,7 +18,7 @@ OUT = "runs/search-library"
 def run(settings, each):
     each(collection, [()], "the collection and its index")
     each(expander, [(seed,) for seed in range(settings.seeds)], "base expanders")
-    base = each(measures_of, [(seed, "", "test") for seed in range(settings.seeds)], "base expanders: test")
+    base = each(run_base, [(seed,) for seed in range(settings.seeds)], "base expanders: test")
     arms = compare(settings, each, run_expander, ARMS, "queries")
     return {"no expansion": each(without, [()], "the queries alone")[0],
             "base": by_seed(base), "arms": arms}
@@ -32,13 +32,12 @@ def collection():
 
 
 def expander(seed):
-    """The base expander and its rewarded rollouts, on all training queries and without those of the validation."""
+    """Makes the base expander and its rewarded rollouts, on all training queries and without those of the validation."""
     settings, index = collection()
     base = train.base_policy(f"{OUT}/seed{seed}", seed, library, steps=500, layers=2)
     for split in ("test", "validation"):
         learn, _ = topics(split)
         search.rewarded_rollouts(settings, index, learn, base, folder_of(seed, split), seed)
-    return base
 
 
 def topics(split):
@@ -53,26 +52,27 @@ def topics(split):
 
 
 def folder_of(seed, split):
-    return f"{OUT}/seed{seed}" + ("" if split == "test" else f"/{split}")
+    return f"{OUT}/seed{seed}" + ("" if split == "test" else f"/{split}")  # torchrun search.py has its own here too
+
+
+def run_base(seed):
+    return measured(f"{OUT}/seed{seed}/base", folder_of(seed, "test"), seed, "test")
 
 
 def run_expander(seed, arm, rate, split):
-    settings, index = collection()
-    learn, _ = topics(split)
-    folder = folder_of(seed, split)
-    rollouts, _ = search.rewarded_rollouts(settings, index, learn, expander(seed), folder, seed)
+    settings, _ = collection()
     settings = dataclasses.replace(settings, learning_rate=rate, epochs=arm.get("epochs", settings.epochs))
-    policy = search.trained(settings, expander(seed), rollouts, f"{folder}/{rate:g}",
-                            arm["loss"], "", seed)
-    return measures_of(seed, policy, split, f"{folder}/{rate:g}")
+    rollouts, folder = f"{folder_of(seed, split)}/rollouts.jsonl", f"{folder_of(seed, split)}/{name_of(arm, rate)}"
+    policy = search.trained(settings, f"{OUT}/seed{seed}/base", rollouts, folder, arm["loss"], "", seed)
+    return measured(policy, folder, seed, split)
 
 
-def measures_of(seed, policy, split, folder=""):
+def measured(policy, folder, seed, split):
     settings, index = collection()
     _, test = topics(split)
-    policy, folder = policy or expander(seed), folder or folder_of(seed, split)
     kept = search.measured(settings, index, test, policy, list(search.SHOWN), folder, seed)
-    sampled, greedy = (float(np.mean(kept[kind]["scores"], 0)[search.SHOWN.index(MEASURE)]) for kind in ("sampled", "greedy"))
+    column = search.SHOWN.index(MEASURE)
+    sampled, greedy = (float(np.mean(kept[kind]["scores"], 0)[column]) for kind in ("sampled", "greedy"))
     return {"score": sampled, "sampled": sampled, "greedy": greedy}
 
 
@@ -93,13 +93,12 @@ def draw(result, path):
             "base": result["base"], **result["arms"]}.items()})
         axes.axhline(result["no expansion"], color="black", linestyle="--", label="no expansion")
         axes.set(ylabel=MEASURE)
-        axes.legend()
 
 
 def claims(result):
     arms, base = result["arms"], result["base"]["sampled"]
     topr, positives = arms["TOPR"]["sampled"], arms["positives only"]["sampled"]
-    yield ("An expander learns from the score of a search engine (search)",
-           f"{MEASURE}: no expansion {result['no expansion']:.3f}, base {spread(base)}, positives only {spread(positives)}, "
-           f"TOPR {spread(topr)}: TOPR over positives {spread(difference(topr, positives), sign=True)}",
+    yield ("A query expander learns from nothing but a search engine's score (search)",
+           f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base {spread(base)}, positives only "
+           f"{spread(positives)}, TOPR {spread(topr)}: TOPR over positives {spread(difference(topr, positives), sign=True)}",
            verdict(min(difference(topr, base)) > 0 and min(difference(topr, positives)) > 0, np.mean(topr) > np.mean(base)))

@@ -30,16 +30,16 @@ def draw(result, path):
             for data, style in LINES.items():
                 values = np.array([of(result, data, share, measure) for share in SHARES]).T
                 line(ax, SHARES, values, "TOPR", f"{data} of the data positive", **style)
-            ax.set(xlabel="effective share of positives", ylabel=measure)
-        axes[1].legend(loc="lower right")
+            ax.set(xlabel="effective share of positives", ylabel=measure, ylim=(0, 1))
 
 
 def claims(result):
     for data in DATA:
         means = {share: np.mean(of(result, data, share)) for share in SHARES}
-        best = max(SHARES[1:-1], key=means.get)
-        inside = means[best] > means[0.1] + 0.02 and means[best] > means[1.0] + 0.02
-        yield (f"Data with {data} positives: best at an effective share of 0.1 to 0.2, less above 0.5 (Figure 5)",
-               f"best share {best}: pass@1 {spread(of(result, data, best))}; at 0.1 {spread(of(result, data, 0.1))}, at 0.5 "
-               f"{spread(of(result, data, 0.5))}, at 1.0 {spread(of(result, data, 1.0))}",
-               verdict(inside and best <= 0.2, inside and means[1.0] < means[0.5]))
+        best = max(SHARES, key=means.get)
+        falls = means[best] > means[1.0] + 0.02 and all(means[share] < means[best] for share in SHARES if share > 0.5)
+        yield (f"Best at an effective share of 0.1 to 0.2, less above 0.5 (Figure 5, {data} of the data positive)",
+               f"of {result['completions']:,} completions; best share {best}: pass@1 {spread(of(result, data, best))}; "
+               f"at 0.1 {spread(of(result, data, 0.1))}, at 0.5 {spread(of(result, data, 0.5))}, at 1.0 "
+               f"{spread(of(result, data, 1.0))}",
+               verdict(falls and best <= 0.2, falls and best <= 0.5))

@@ -4,7 +4,7 @@ bfloat16 peak. The model has the named shape and random weights, made on the car
     python tests/gpu.py --shape 8b                         Llama 3 8B, bfloat16 weights, Adafactor, the paper's step
     python tests/gpu.py --shape 1b --optimizer adamw       Llama 3.2 1B, float32 weights
     torchrun --nproc-per-node 2 tests/gpu.py --shape 8b    the same under DDP, or with --shard
-    python tests/gpu.py --table                            only the counts, anywhere (README.md has them)
+    python tests/gpu.py --table                            only the counts, anywhere (docs/performance.md has them)
 """
 
 import dataclasses
