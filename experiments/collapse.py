@@ -66,14 +66,14 @@ def claims(result):
     yield ("PPO hardly moves (Figures 1, 3)",
            f"pass@1 {spread(ppo, sign=True)} at its best rate (held to reproduce within 0.1 of the base)",
            verdict(abs(np.mean(ppo)) < 0.1, False))
-    means = {name: np.mean(arm["pass@1"]) for name, arm in arms.items()}
-    ahead = difference(arms["TOPR"]["pass@1"], arms["DPO"]["pass@1"])
-    well = means["DPO"] > means["positives only"]
+    ahead = {name: difference(arms["TOPR"]["pass@1"], arm["pass@1"]) for name, arm in arms.items() if name != "TOPR"}
+    best = all(np.mean(values) > 2 * np.std(values) / np.sqrt(len(values)) for values in ahead.values())  # two standard errors
+    well = np.mean(arms["DPO"]["pass@1"]) > np.mean(arms["positives only"]["pass@1"])
     yield ("DPO does well, TOPR is best (Figures 1, 3)",
            "pass@1 at the best rate of each: " + ", ".join(
                f"{name} {spread(arms[name]['pass@1'])}" for name in ("TOPR", "DPO", "positives only"))
-           + f" (TOPR without a baseline); TOPR minus DPO {spread(ahead, sign=True)}",
-           verdict(well and max(means, key=means.get) == "TOPR", well or max(means, key=means.get) == "TOPR"))
+           + f" (TOPR without a baseline); TOPR minus DPO {spread(ahead['DPO'], sign=True)} (best if beyond two standard errors)",
+           verdict(well and best, well or best))
     yield ("TOPR nearly ends invalid answers (Figures 1, 3)",
            f"invalid {spread(base['invalid'])} to {spread(arms['TOPR']['invalid'])}",
            verdict(np.mean(arms["TOPR"]["invalid"]) < 0.1 * np.mean(base["invalid"]),
