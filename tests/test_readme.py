@@ -131,7 +131,7 @@ def test_every_name_in_backticks_is_there(name):
         attribute = first.rstrip("=(")
         module, _, function = attribute.rpartition(".")
         assert ((folder / first).exists() or (ROOT / first).exists() or first.startswith(("runs/", "FILE.mu-", "data/svamp/"))
-                or first == "log.jsonl" or attribute in fields | keys or any(hasattr(one, attribute) for one in modules)
+                or first in ("log.jsonl", "results.json") or attribute in fields | keys or any(hasattr(one, attribute) for one in modules)
                 or any(one.__name__ == module and hasattr(one, function) for one in modules)), token
 
 
