@@ -135,6 +135,8 @@ def settings_of(seed, arm, rate):
     """train.py's settings for an arm."""
     folder = folder_of(seed, arm.get("larger"))
     changes = {name: value for name, value in arm.items() if name not in ("larger", "positives")}
+    if set(arm) - {"loss", "epochs"}:
+        changes["eval_every"] = 0  # only collapse.py, whose arms differ in the loss alone, draws curves
     rollouts = data_set(folder, seed, arm.get("positives"))
     return train.Settings(**{**train.EMBEDDED, "model": f"{folder}/base", "rollouts": rollouts, "seed": seed,
                              "learning_rate": rate, "out": f"{folder}/experiments/{name_of(arm, rate)}", **changes})

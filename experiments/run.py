@@ -2,7 +2,7 @@
 
     python experiments/run.py                       all of them: some 90 minutes on two cores
     python experiments/run.py collapse shares       some of them
-    python experiments/run.py --quick               one seed, one pass: ten minutes, to see it go
+    python experiments/run.py --quick               one seed, one pass: some 12 minutes, to see it go
     python experiments/run.py --show                tables and pictures of the results that are kept
 """
 

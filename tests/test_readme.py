@@ -128,7 +128,7 @@ def test_every_name_in_backticks_is_there(name):
             option = first[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
             assert option in fields | {"help"}, token
             continue
-        attribute = first.rstrip("=(")
+        attribute = re.match(r"[\w./-]*", first)[0]
         module, _, function = attribute.rpartition(".")
         assert ((folder / first).exists() or (ROOT / first).exists() or first.startswith(("runs/", "FILE.mu-", "data/svamp/"))
                 or first in ("log.jsonl", "results.json") or attribute in fields | keys or any(hasattr(one, attribute) for one in modules)
