@@ -236,3 +236,8 @@ def test_what_was_found_holds():
     for data in shares.DATA:
         of = {share: mean(shares.of(kept["shares"], data, share)) for share in shares.SHARES}
         assert max(list(of.values())[1:-1]) > max(of[0.1], of[1.0]) + 0.02
+        assert max(of, key=of.get) in (0.33, 0.5) and "at 0.33 to 0.5, lies between" in README
+        if data == "10%":
+            assert of[0.1] < of[1.0] and "with 10% of them and no baseline TOPR\nis worse than positives only" in README
+    tis, topr = (kept["importance"]["arms"][f"{name}, clipped loose"] for name in ("truncated importance sampling", "TOPR"))
+    assert mean(tis["pass@1"]) > mean(topr["pass@1"]) and mean(tis["maj@16"]) <= mean(topr["maj@16"])
