@@ -27,6 +27,7 @@ WORKING_RATE = 1e-3  # train.py's own for the embedded job
 QUICK = {"epochs": 1}  # what differs in the quick form
 TUNING_SEEDS = 2  # seeds on which an arm chooses
 QUESTIONS = {"test": slice(0, 500), "validation": slice(500, 750)}  # no training question is among them
+ROLLOUTS = "rollouts-512x16.jsonl"  # as train.py names those of the embedded job
 PART = 2400  # completions in a data set with a share of positives of its own
 STYLES = {  # colour, line, marker, hatch: the same for a method in every picture, and told apart without colours
     "TOPR": ("#1f4e9c", "-", "o", ""), "positives only": ("#2f9e44", "--", "s", "//"), "PPO": ("#f08c00", "-.", "^", ""),
@@ -123,7 +124,7 @@ def prepare(seed, larger=False):
     """A base policy and its rollouts, as the embedded job of train.py makes them; five times larger on request."""
     folder = folder_of(seed, larger)
     model = train.base_policy(folder, seed, **(dict(width=128, layers=4, rate=2e-3) if larger else {}))
-    train.sampled(train.Settings(**train.EMBEDDED, seed=seed), model, f"{folder}/rollouts-512x16.jsonl")
+    train.sampled(train.Settings(**train.EMBEDDED, seed=seed), model, f"{folder}/{ROLLOUTS}")
 
 
 def name_of(arm, rate):
@@ -144,7 +145,7 @@ def settings_of(seed, arm, rate):
 
 def data_set(folder, seed, share):
     """The rollout file; with a share PART of its completions, so many of them positive."""
-    whole = f"{folder}/rollouts-512x16.jsonl"
+    whole = f"{folder}/{ROLLOUTS}"
     path = whole.replace(".jsonl", f"-{share}.jsonl")
     if share is None or os.path.exists(path):
         return path if share else whole

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 import train
-from experiments.common import (STYLES, by_seed, compare, difference, line, measured, picture, run_arm, run_base, settings_of,
-                                show_arms, spread, train_arm, verdict)
+from experiments.common import (STYLES, by_seed, compare, difference, line, measured, picture, run_arm, run_base, show_arms,
+                                spread, train_arm, verdict)
 
 ROUNDS = 3
 ARMS = {"TOPR": dict(loss="topr"), "TOPR, Anna Karenina": dict(loss="topr", anna_karenina=True),
@@ -27,7 +27,7 @@ def run_rounds(seed, arm, rate, split):
     if split == "validation":
         return run_arm(seed, arm, rate, split)
     first, _ = train_arm(seed, arm, rate)
-    rest = dataclasses.replace(settings_of(seed, arm, rate), model=first.out, rollouts="", rounds=ROUNDS - 1, eval_every=0,
+    rest = dataclasses.replace(first, model=first.out, rollouts="", rounds=ROUNDS - 1, eval_every=0,
                                out=f"{first.out}-rounds")
     measures = [measured(policy, seed, split) for policy in (first.out, *(policy for policy, _ in train.rounds(rest)))]
     return {**measures[-1], "rounds": [one["pass@1"] for one in measures]}
