@@ -22,11 +22,22 @@ import numpy as np
 import eval as evaluation
 import train
 from data import library
-from data.bm25 import (ANALYSERS, document_ids, index_corpus, measure, open_index, place, read_topics, search_many, texts)
-from data.common import (Problem, barrier, gather, parse, part_of, rank, read_json, run_main, say, setting,
-                         start_ranks, table, whole_file, world, write_json)
 from data.maths import without_marks
 from data.rollouts import read_rollouts, write_rollouts
+from engine import measures, run_folder, sampler
+from engine.bm25 import (
+    ANALYSERS,
+    document_ids,
+    index_corpus,
+    measure,
+    open_index,
+    place,
+    read_topics,
+    search_many,
+    texts,
+)
+from engine.common import Problem, parse, part_of, read_json, run_main, say, setting, table, whole_file, write_json
+from engine.parallel import barrier, gather, rank, start_ranks, world
 
 # ---- the task: a query, the words that the model adds to it, and what comes back ----
 
@@ -236,11 +247,11 @@ def compare(settings, index, learn, test, bases, start):
 
 def expand(settings, policy, topics, seed, out="", **changes):
     """Rollout rows that a policy writes for the queries, with a reward of -1 that holds the place of the real one."""
-    model, tokenizer = evaluation.load_model(policy, settings.precision, start_ranks())
+    model, tokenizer = sampler.load_model(policy, settings.precision, start_ranks())
     questions = [{"id": id, "question": text, "prompt": make_prompt(text, tokenizer, settings)}
                  for id, (text, _) in topics.items()]
     sampling = part_of(evaluation.Settings, settings, model=policy, seed=seed, **changes)
-    return evaluation.sample_rollouts(model, tokenizer, questions, lambda *_: (None, -1.0), sampling, out)
+    return sampler.sample_rollouts(model, tokenizer, questions, lambda *_: (None, -1.0), sampling, out)
 
 
 def rewarded_rollouts(settings, index, topics, policy, folder, seed):
@@ -292,7 +303,7 @@ def measured(settings, index, topics, policy, names, folder, seed):
 
 def report(settings, names, none, runs, facts):
     """Prints means, paired differences over the queries and a picture; writes results.json and results.svg."""
-    intervals = lambda values: dict(zip(names, map(evaluation.interval, values.mean(0).T)))  # [seeds, queries, names]
+    intervals = lambda values: dict(zip(names, map(measures.interval, values.mean(0).T)))  # [seeds, queries, names]
     every = lambda what: {f"{policy}, {kind}": np.array([run[policy][kind][what] for run in runs])
                           for kind in KINDS for policy in runs[0]}
     scores, faults = {"no expansion": none[None]} | every("scores"), every("faults")  # faults: [seeds, FAULTS]
@@ -346,7 +357,7 @@ def ask(argv):
     wish = parse(Ask, options, 'python search.py ask "a query": its expansion, the documents before and after')
     if not re.search(r"\w", query):
         raise Problem('the query has no words: python search.py ask "heart kidney children"')
-    if not train.finished(train.Settings(out=f"{wish.out}/{wish.expander}")):
+    if not run_folder.finished(train.Settings(out=f"{wish.out}/{wish.expander}")):
         raise Problem(f"no trained expander in {wish.out}/{wish.expander}: torchrun search.py --out {wish.out} makes one")
     job = read_json(f"{wish.out}/job.json")
     settings = Settings(**{name: job[name] for name in vars(Settings())})

@@ -22,10 +22,11 @@ import numpy as np
 import eval as evaluation
 import train
 from data import apples, maths
-from data.common import (Problem, barrier, draw_lines, gather, parse, part_of, progress, rank, run_main, say,
-                         setting, start_ranks, table, world, write_json)
 from data.grade import read_answer
 from data.rollouts import read_rollouts, short_hash, write_rollouts
+from engine import measures, run_folder, sampler
+from engine.common import Problem, draw_lines, parse, part_of, progress, run_main, say, setting, table, write_json
+from engine.parallel import barrier, gather, rank, start_ranks, world
 
 
 @dataclass
@@ -220,9 +221,9 @@ def shares(stages):
 
 def sampled(settings, model_name, questions, grade, samples, seed, path, logprobs=True):
     """Rollout rows of the model, from the file where it holds just these. Log mu is needed only to train on them."""
-    model, tokenizer = evaluation.load_model(model_name, settings.precision, start_ranks())
+    model, tokenizer = sampler.load_model(model_name, settings.precision, start_ranks())
     wish = part_of(evaluation.Settings, settings, model=model_name, samples=samples, seed=seed)
-    return evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, path, os.path.basename(path), logprobs)
+    return sampler.sample_rollouts(model, tokenizer, questions, grade, wish, path, os.path.basename(path), logprobs)
 
 
 def scores_of(settings, model_name, rows):
@@ -232,7 +233,7 @@ def scores_of(settings, model_name, rows):
         groups[row["id"]].append(row)
     if settings.score == "share":
         return {id: sum(row["answer"] == "correct" for row in group) / len(group) for id, group in groups.items()}
-    model, tokenizer = evaluation.load_model(model_name, settings.precision, start_ranks())
+    model, tokenizer = sampler.load_model(model_name, settings.precision, start_ranks())
     mine = {}
     for id in progress(list(groups)[rank()::world()], what="probability of the verdicts"):
         mine[id] = sum(verdict_probabilities(model, tokenizer, groups[id])) / len(groups[id])
@@ -245,7 +246,7 @@ def verdict_probabilities(model, tokenizer, rows):
     if not ends:
         return []
     ids = tokenizer([end + word for end in ends for word in ("correct", "incorrect")], add_special_tokens=False).input_ids
-    logp = [sum(tokens) for tokens in evaluation.score(model, rows[0]["prompt_ids"], ids, share=False)]  # what they share cancels
+    logp = [sum(tokens) for tokens in sampler.score(model, rows[0]["prompt_ids"], ids, share=False)]  # what they share cancels
     return [1 / (1 + math.exp(min(wrong - right, 700))) for right, wrong in zip(logp[::2], logp[1::2])]
 
 
@@ -315,8 +316,8 @@ def voting(candidates, scores):
         blocks = [[group[i : i + n] for i in range(0, len(group) - n + 1, n)] for group in enough]
         values = {name: np.array([np.mean([method(block) for block in of_one]) for of_one in blocks])
                   for name, method in methods.items()}  # each [questions]
-        curve.append({"n": n, "questions": len(enough), **{name: evaluation.interval(value) for name, value in values.items()},
-                      "gain": {name: evaluation.interval(value - values["majority"]) for name, value in values.items()}})
+        curve.append({"n": n, "questions": len(enough), **{name: measures.interval(value) for name, value in values.items()},
+                      "gain": {name: measures.interval(value - values["majority"]) for name, value in values.items()}})
     return curve
 
 
@@ -365,7 +366,7 @@ def job(settings):
 
 def both_sides(settings):
     """(training, held out) candidates, from two files or one, no question on both sides."""
-    tokenizer = evaluation.load_tokenizer(settings.model) if settings.model else None
+    tokenizer = sampler.load_tokenizer(settings.model) if settings.model else None
     read = lambda path: make_candidates(read_rollouts(path, zero_is_wrong=True), tokenizer, settings.longest)
     sides = (read(settings.solutions), read(settings.test_solutions)) if settings.test_solutions else split(
         read(settings.solutions), settings.test_share, settings.seed)
@@ -390,7 +391,7 @@ def embedded(settings):
     policy, out = train.base_policy(folder, settings.seed), settings.out or f"{folder}/verifier"
     settings = dataclasses.replace(settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
                                    test_solutions=f"{out}/test-solutions.jsonl")
-    tokenizer = evaluation.load_tokenizer(policy)
+    tokenizer = sampler.load_tokenizer(policy)
     for split, path, count, seed in (("train", settings.solutions, settings.questions, settings.seed),
                                      ("test", settings.test_solutions, settings.test_questions, settings.seed + 1)):
         problems = evaluation.load_questions(evaluation.Settings(split=split, questions=count, seed=seed), tokenizer)
@@ -398,7 +399,7 @@ def embedded(settings):
     imitate = train.Settings(
         model=policy, rollouts=f"{out}/demonstrations.jsonl", out=settings.model, loss="sft", optimizer="adamw",
         learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=settings.seed)
-    if rank() == 0 and not train.finished(imitate):
+    if rank() == 0 and not run_folder.finished(imitate):
         prompt = lambda question, solution: make_prompt(question, solution, tokenizer, settings.longest)
         write_rollouts(imitate.rollouts, apples.verdict_demonstrations(300 * 32, settings.seed, tokenizer, prompt))
     barrier()

@@ -12,7 +12,7 @@ import io
 import random
 import zlib
 
-from data.common import Problem
+from engine.common import Problem
 
 LARGEST = 40  # numbers 0..40 are one token each: digits would cost most of the accuracy in the same time
 ADD, SUBTRACT, FACTORS = ("finds", "buys", "gets"), ("loses", "gives", "sells"), {"doubles": 2, "triples": 3}

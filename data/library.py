@@ -15,7 +15,7 @@ import random
 import zlib
 from itertools import combinations
 
-from data.common import whole_file
+from engine.common import whole_file
 
 # Two everyday words, then three technical ones. Lines 1 and 2, 3 and 4 ... are easily confused with each other.
 CONCEPTS = [line.split() for line in """

@@ -20,8 +20,8 @@ from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script: find the package data
-from data.common import Problem, parse, progress, run_main, say, setting, whole_file
 from data.grade import last_boxed, read_answer, same_maths, same_number
+from engine.common import Problem, parse, progress, run_main, say, setting, whole_file
 
 # name and split -> home, SHA-256, questions. The MATH checksums are those of the Git LFS pointers in openai/prm800k;
 # its train.jsonl holds all of MATH but MATH-500, of which only the questions of MATH's own training set are taken.

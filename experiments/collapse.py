@@ -2,8 +2,21 @@
 
 import numpy as np
 
-from experiments.common import (WORKING_RATE, by_seed, compare, difference, line, measured, picture, run_arm, run_base,
-                                show_arms, spread, train_arm, verdict)
+from experiments.common import (
+    WORKING_RATE,
+    by_seed,
+    compare,
+    difference,
+    line,
+    measured,
+    picture,
+    run_arm,
+    run_base,
+    show_arms,
+    spread,
+    train_arm,
+    verdict,
+)
 
 ARMS = {"TOPR": dict(loss="topr"), "positives only": dict(loss="sft"), "DPO": dict(loss="dpo"), "PPO": dict(loss="ppo"),
         "naive REINFORCE": dict(loss="reinforce")}

@@ -19,8 +19,10 @@ import torch
 
 import eval as evaluation
 import train
-from data.common import Problem, Stopped, progress, read_json, setting, table, write_json
 from data.rollouts import read_rollouts, write_rollouts
+from engine import sampler
+from engine.measures import measure
+from engine.common import Problem, Stopped, progress, read_json, setting, table, write_json
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # the grid that every arm chooses its learning rate from
 WORKING_RATE = 1e-3  # train.py's own for the embedded job
@@ -163,10 +165,10 @@ def data_set(folder, seed, share):
 def train_arm(seed, arm, rate):
     """(train.py's settings, the curve along the training): trained, or reused."""
     settings = settings_of(seed, arm, rate)
-    tokenizer = evaluation.load_tokenizer(settings.model)
+    tokenizer = sampler.load_tokenizer(settings.model)
 
     def along(model):
-        measures = evaluation.measure(answers(model.eval(), tokenizer, seed, "test", samples=1))  # of all 500 questions
+        measures = measure(answers(model.eval(), tokenizer, seed, "test", samples=1))  # of all 500 questions
         return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
 
     return settings, train.curve([train.train_or_reuse(settings, along)])
@@ -184,15 +186,15 @@ def answers(model, tokenizer, seed, split, samples=16):
     wish = evaluation.Settings(split="test", questions=QUESTIONS["validation"].stop, samples=samples, seed=seed + 1,
                                max_new_tokens=train.EMBEDDED["max_new_tokens"], batch_size=512)
     questions = evaluation.load_questions(wish, tokenizer)[QUESTIONS[split]]
-    return evaluation.sample_rollouts(model, tokenizer, questions, evaluation.grader("apples"), wish)
+    return sampler.sample_rollouts(model, tokenizer, questions, evaluation.grader("apples"), wish)
 
 
 def measured(policy, seed, split):
     """Measures of a policy's 16 answers to each question, kept in its folder; the score is what arms are chosen by."""
     path = f"{policy}/{split}.json"
     if not os.path.exists(path):
-        rows = answers(*evaluation.load_model(policy, "float32", "cpu"), seed, split)
-        every = evaluation.measure(rows, draws=1)
+        rows = answers(*sampler.load_model(policy, "float32", "cpu"), seed, split)
+        every = measure(rows, draws=1)
         measures = {name: every[name]["mean"] for name in ("pass@1", "maj@16", "invalid")}
         right = collections.Counter({row["id"]: 0 for row in rows})
         right.update(row["id"] for row in rows if row["reward"] > 0)

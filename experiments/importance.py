@@ -2,8 +2,19 @@
 
 import numpy as np
 
-from experiments.common import (STYLES, bars, by_seed, compare, difference, picture, run_arm, run_base, show_arms, spread,
-                                verdict)
+from experiments.common import (
+    STYLES,
+    bars,
+    by_seed,
+    compare,
+    difference,
+    picture,
+    run_arm,
+    run_base,
+    show_arms,
+    spread,
+    verdict,
+)
 
 LOSSES = {"TOPR": "topr", "truncated importance sampling": "tis", "importance sampling": "is"}
 CLIPS = {"loose": 100.0, "at 1": 1.0}

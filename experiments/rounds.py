@@ -5,8 +5,21 @@ import dataclasses
 import numpy as np
 
 import train
-from experiments.common import (STYLES, by_seed, compare, difference, line, measured, picture, run_arm, run_base, show_arms,
-                                spread, train_arm, verdict)
+from experiments.common import (
+    STYLES,
+    by_seed,
+    compare,
+    difference,
+    line,
+    measured,
+    picture,
+    run_arm,
+    run_base,
+    show_arms,
+    spread,
+    train_arm,
+    verdict,
+)
 
 ROUNDS = 3
 ARMS = {"TOPR": dict(loss="topr"), "TOPR, Anna Karenina": dict(loss="topr", anna_karenina=True),

@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script: find the scripts beside the folder
 
-from data.common import Problem, parse, read_json, run_main, say, whole_file, write_json
+from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
 from experiments import collapse, importance, negatives, queries, rounds, shares, verdicts
 from experiments.common import Settings, prepare, workers
 

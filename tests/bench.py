@@ -22,9 +22,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch  # noqa: E402
-
 from bench_trl import my_turn  # noqa: E402
-from data.common import Problem, gather, parse, progress, rank, read_json, run_main, say, setting, table, write_json  # noqa: E402
+
+from engine.common import Problem, parse, progress, read_json, run_main, say, setting, table, write_json  # noqa: E402
+from engine.parallel import gather, rank
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs"
@@ -326,14 +327,15 @@ def sampling_work(folder, wanted=24):
 
 def work_sample(folder):
     import eval as evaluation
-    from data.common import start_ranks
+    from engine import sampler
+    from engine.parallel import start_ranks
 
     start_ranks()
     model, prompts = sampling_work(folder)
     settings = evaluation.Settings(samples=16, max_new_tokens=96)
     uniforms = lambda p: torch.rand(16, 96, generator=torch.Generator().manual_seed(p))
     while my_turn():
-        assert sum(len(completions) for _, completions in evaluation.generate(model, prompts, uniforms, [0], settings)) == 1024
+        assert sum(len(completions) for _, completions in sampler.generate(model, prompts, uniforms, [0], settings)) == 1024
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import bm25 as engine  # noqa: E402
-from data.common import Problem, parse, progress, run_main, say, setting, table, write_json  # noqa: E402
+from engine.common import Problem, parse, progress, run_main, say, setting, table, write_json  # noqa: E402
 
 
 @dataclasses.dataclass

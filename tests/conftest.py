@@ -44,13 +44,14 @@ def tiny(tmp_path_factory):
 def rollouts(tiny, tmp_path_factory):
     """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, some rewards set to +1."""
     import eval as evaluation
+    from engine import sampler
     from data.rollouts import write_rollouts
 
     path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     settings = evaluation.Settings(model=tiny, questions=10, samples=5, max_new_tokens=30, split="train")
     questions = evaluation.load_questions(settings, tokenizer)
-    rows = evaluation.sample_rollouts(model, tokenizer, questions, lambda question, text: (text[-3:], -1.0), settings, str(path))
+    rows = sampler.sample_rollouts(model, tokenizer, questions, lambda question, text: (text[-3:], -1.0), settings, str(path))
     for number, row in enumerate(rows):
         row["reward"] = 1.0 if number % 3 == 0 else -1.0
     write_rollouts(path, rows)

@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import eval as evaluation  # noqa: E402
+import eval as evaluation
+from engine import sampler  # noqa: E402
 from data import apples  # noqa: E402
 from data.rollouts import write_rollouts  # noqa: E402
 
@@ -40,10 +41,10 @@ def material(folder, rows=200):
     tokenizer = apples.make_tokenizer(apples.vocabulary())
     tokenizer.save_pretrained(model)
     apples.make_model(tokenizer, seed=3, width=32, layers=2).save_pretrained(model)
-    model_, tokenizer = evaluation.load_model(model, "float32", "cpu")
+    model_, tokenizer = sampler.load_model(model, "float32", "cpu")
     settings = evaluation.Settings(model=model, questions=rows // 4, samples=4, max_new_tokens=12, split="train")
     questions = evaluation.load_questions(settings, tokenizer)
-    written = evaluation.sample_rollouts(model_, tokenizer, questions, lambda *_: (None, RANDOM.choice((-1.0, 1.0))), settings, path)
+    written = sampler.sample_rollouts(model_, tokenizer, questions, lambda *_: (None, RANDOM.choice((-1.0, 1.0))), settings, path)
     write_rollouts(path, written)
     return model, path
 
@@ -267,10 +268,10 @@ def flip(folder, times=20000):
 def ranks(folder):
     model, rollouts = material(folder)
     script = Path(folder, "broken.py")
-    script.write_text("import os, train\nown, seen = train.collate, []\n"
-                      "def collate(*given):\n    seen.append(1)\n    if len(seen) == 40 and train.rank() == 1:\n"
+    script.write_text("import os, train\nown, seen = batches.collate, []\n"
+                      "def collate(*given):\n    seen.append(1)\n    if len(seen) == 40 and parallel.rank() == 1:\n"
                       "        raise ValueError('a mistake of rank 1 alone')\n    return own(*given)\n"
-                      "if os.environ.get('RAISE'):\n    train.collate = collate\ntrain.run_main(train.main)\n")
+                      "if os.environ.get('RAISE'):\n    batches.collate = collate\ntrain.run_main(train.main)\n")
     right, ways = 0, ("SIGKILL rank 1", "SIGSTOP rank 1", "SIGSTOP rank 0", "raise rank 1")
     for way in ways:
         what, _, number = way.split()
@@ -367,7 +368,7 @@ def nodes(folder):
 def million(folder, many=1_000_000):
     """With text alone the loss is one that needs no log mu: computing it for every line takes the model, and its time."""
     model, _ = material(folder)
-    tokenizer = evaluation.load_tokenizer(model)
+    tokenizer = sampler.load_tokenizer(model)
     words, right = "the answer is 7 + 4 = 11 . He finds 4 . Ann buys 3 . How many ?".split(), 0
     for kind in ("text", "ids"):
         seen = {}

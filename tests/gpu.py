@@ -1,4 +1,4 @@
-"""Measures train.py's own steps on a GPU: peak memory beside train.memory's count, tokens a second, share of the card's
+"""Measures train.py's own steps on a GPU: peak memory beside optim.memory's count, tokens a second, share of the card's
 bfloat16 peak. The model has the named shape and random weights, made on the card; nothing is downloaded.
 
     python tests/gpu.py --shape 8b                         Llama 3 8B, bfloat16 weights, Adafactor, the paper's step
@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import apples
-from data.common import barrier, gather, parse, rank, run_main, say, setting, start_ranks, table, world
 from data.rollouts import write_rollouts
+from engine import optim, run_folder, sampler
+from engine.common import parse, run_main, say, setting, table
+from engine.parallel import barrier, gather, rank, start_ranks, world
 
 SHAPES = {
     "8b": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -84,7 +86,7 @@ def needed(log, model, settings):
 def count(settings, shape, **changes):
     settings = dataclasses.replace(settings, shape=shape, **changes)
     wish = wish_of(settings, "")
-    parts = train.memory(wish, make_model(shape, wish.weights, "meta"), wish.tokens_per_pass, world())
+    parts = optim.memory(wish, make_model(shape, wish.weights, "meta"), wish.tokens_per_pass, world())
     return {name: f"{size / 2**30:.1f}" for name, size in parts.items()}
 
 
@@ -101,12 +103,12 @@ def main():
     barrier()
     model = make_model(settings.shape, wish.weights, device)
     tokenizer = apples.make_tokenizer(apples.vocabulary())  # any will do: the file holds tokens
-    train.evaluation.load_model = lambda *_: (model, tokenizer)
-    train.finish = lambda *_: None  # nobody wants these weights
+    sampler.load_model = lambda *_: (model, tokenizer)
+    run_folder.finish = lambda *_: None  # nobody wants these weights
     log = train.train(wish)
     barrier()  # no rank takes the folder away from another
     shutil.rmtree(folder, ignore_errors=True)
-    parts = train.memory(wish, model, min(wish.tokens_per_pass, settings.longest * wish.sequences // world()), world())
+    parts = optim.memory(wish, model, min(wish.tokens_per_pass, settings.longest * wish.sequences // world()), world())
     seconds, name = sum(entry["seconds"] for entry in log[1:]), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     say(table((f"{settings.shape} on {world()} x {name}", "GiB"), [(part, size / 2**30) for part, size in parts.items()]))
     say(f"peak memory measured: {max(gather(log[-1]['peak_memory_gib'])):.2f} GiB")

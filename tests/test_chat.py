@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_maths import need
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -13,8 +14,10 @@ import eval as evaluation
 import train
 from conftest import ROOT, shell
 from data import maths
-from data.rollouts import all_token_ids, read_rollouts
-from test_maths import need
+from data.rollouts import read_rollouts
+from data.tokens import all_token_ids
+from engine import sampler
+from engine.measures import measure
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -42,12 +45,12 @@ def chat(tmp_path_factory):
 
 
 def test_both_end_tokens_are_known(chat):
-    model, tokenizer = evaluation.load_model(chat, "float32", "cpu")
-    assert len(evaluation.end_tokens(model, tokenizer)) == 2
+    model, tokenizer = sampler.load_model(chat, "float32", "cpu")
+    assert len(sampler.end_tokens(model, tokenizer)) == 2
 
 
 def test_prompts_go_through_the_template_once(chat):
-    _, tokenizer = evaluation.load_model(chat, "float32", "cpu")
+    _, tokenizer = sampler.load_model(chat, "float32", "cpu")
     prompt = maths.make_prompt("gsm8k", "How many? <|im_end|>", tokenizer)
     ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer)[0]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
@@ -60,11 +63,11 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     rows = [dict(id=f"q{i}", question=f"What is {i} + 2?", gold=str(i + 2), solution="") for i in range(6)]
     (tmp_path / "gsm8k/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(maths, "HERE", tmp_path)
-    model, tokenizer = evaluation.load_model(chat, "float32", "cpu")
+    model, tokenizer = sampler.load_model(chat, "float32", "cpu")
     settings = evaluation.Settings(model=chat, task="gsm8k", split="train", samples=6, max_new_tokens=24)
     out = str(tmp_path / "r.jsonl")
-    evaluation.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), evaluation.grader("gsm8k"), settings, out)
-    rollouts, ends = read_rollouts(out), evaluation.end_tokens(model, tokenizer)
+    sampler.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), evaluation.grader("gsm8k"), settings, out)
+    rollouts, ends = read_rollouts(out), sampler.end_tokens(model, tokenizer)
     assert {row["finish"] for row in rollouts} == {"stop", "length"}
     assert len({row["completion_ids"][-1] for row in rollouts if row["finish"] == "stop"}) == 2
     assert all((row["completion_ids"][-1] in ends) == (row["finish"] == "stop") for row in rollouts)
@@ -74,11 +77,11 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     result = shell(sys.executable, ROOT / "train.py", "--model", chat, "--rollouts", tmp_path / "scored.jsonl", "--out", tmp_path / "out",
                    "--learning-rate", "1e-4", "--sequences", "12", "--gradient-checkpointing")
     assert result.returncode == 0, result.stdout
-    trained, tokenizer = evaluation.load_model(str(tmp_path / "out"), "float32", "cpu")
-    assert tokenizer.chat_template == TEMPLATE and evaluation.end_tokens(trained, tokenizer) == ends
+    trained, tokenizer = sampler.load_model(str(tmp_path / "out"), "float32", "cpu")
+    assert tokenizer.chat_template == TEMPLATE and sampler.end_tokens(trained, tokenizer) == ends
     assert (tmp_path / "out/chat_template.jinja").read_text() == TEMPLATE
     assert same_generation(chat, tmp_path / "out")
-    measures = evaluation.measure(evaluation.sample_rollouts(
+    measures = measure(sampler.sample_rollouts(
         trained, tokenizer, evaluation.load_questions(settings, tokenizer), evaluation.grader("gsm8k"), settings))
     assert measures["completions"] == 36
 
@@ -91,10 +94,10 @@ def same_generation(one, other):
 
 def test_odd_generation_settings_are_handed_on(chat, tmp_path):
     """Many published models name a temperature and do not sample, which transformers calls invalid: the run still ends well."""
-    model, tokenizer = evaluation.load_model(chat, "float32", "cpu")
+    model, tokenizer = sampler.load_model(chat, "float32", "cpu")
     model.save_pretrained(tmp_path / "odd")
     tokenizer.save_pretrained(tmp_path / "odd")
-    odd = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": evaluation.end_tokens(model, tokenizer)}
+    odd = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": sampler.end_tokens(model, tokenizer)}
     (tmp_path / "odd/generation_config.json").write_text(json.dumps(odd))
     (tmp_path / "r.jsonl").write_text(json.dumps(dict(id="q", prompt="How many?", completion="The answer is 5.", reward=1)) + "\n")
     train.train(train.Settings(model=str(tmp_path / "odd"), rollouts=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out")))

@@ -8,8 +8,9 @@ import pytest
 
 from conftest import ROOT, shell
 from data import apples
-from data.common import Problem, table, whole_file
-from data.rollouts import RolloutFile, all_token_ids, export, prompt_tokens, read_rollouts, write_rollouts
+from data.rollouts import RolloutFile, export, read_rollouts, write_rollouts
+from data.tokens import all_token_ids, prompt_tokens
+from engine.common import Problem, table, whole_file
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
 

@@ -14,8 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as evaluation
 from conftest import ROOT, shell, torchrun
-from data.common import Problem
 from data.rollouts import read_rollouts, write_rollouts
+from engine import sampler
+from engine import measures
+from engine.measures import measure
+from engine.common import Problem
 
 FAMILIES = dict(
     llama={}, qwen2={}, qwen3={"head_dim": 8}, mistral={"sliding_window": 6}, gemma2={"head_dim": 8, "sliding_window": 6},
@@ -37,7 +40,7 @@ def random_model(kind, seed=0):
 
 def completions(model, prompts, settings, ends=(2,)):
     uniforms = lambda p: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p))
-    return dict(evaluation.generate(model, prompts, uniforms, list(ends), settings))
+    return dict(sampler.generate(model, prompts, uniforms, list(ends), settings))
 
 
 PROMPTS = [[1, 5, 6, 7], [1, 9], [1, 3, 4, 5, 6, 7, 8, 9, 10, 11], [1, 20, 21], [1, 30, 31, 32, 33, 34]]
@@ -108,10 +111,10 @@ def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_p
 
 def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
     """Whatever temperature, top-k and top-p chose the tokens; the end token counts when it was sampled."""
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     settings = evaluation.Settings(model=tiny, questions=4, samples=3, max_new_tokens=25, temperature=0.5, top_k=10, top_p=0.9)
     questions = evaluation.load_questions(settings, tokenizer)
-    rows = evaluation.sample_rollouts(model, tokenizer, questions, evaluation.grader("apples"), settings, str(tmp_path / "r.jsonl"))
+    rows = sampler.sample_rollouts(model, tokenizer, questions, evaluation.grader("apples"), settings, str(tmp_path / "r.jsonl"))
     assert rows == read_rollouts(tmp_path / "r.jsonl")
     for row in rows:
         ids = row["prompt_ids"] + row["completion_ids"]
@@ -125,7 +128,7 @@ def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
 
 def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
     """Finished questions are kept, a torn line is dropped, nothing is sampled twice."""
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     settings = evaluation.Settings(model=tiny, questions=9, samples=2, max_new_tokens=20, batch_size=4)
     questions, grade, graded = evaluation.load_questions(settings, tokenizer), evaluation.grader("apples"), []
 
@@ -137,14 +140,14 @@ def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
 
     out = str(tmp_path / "r.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        evaluation.sample_rollouts(model, tokenizer, questions, dying, settings, out)
+        sampler.sample_rollouts(model, tokenizer, questions, dying, settings, out)
     assert not (tmp_path / "r.jsonl").exists()
     (part,) = tmp_path.glob("*.part-*")
     part.write_bytes(part.read_bytes()[:-10])  # and the machine lost power
     later = []
-    rows = evaluation.sample_rollouts(model, tokenizer, questions, lambda q, t: (later.append(q["id"]), grade(q, t))[1], settings, out)
+    rows = sampler.sample_rollouts(model, tokenizer, questions, lambda q, t: (later.append(q["id"]), grade(q, t))[1], settings, out)
     assert len(later) == 2 * (9 - 3) and len(rows) == 18
-    assert rows == evaluation.sample_rollouts(model, tokenizer, questions, grade, settings, str(tmp_path / "whole.jsonl"))
+    assert rows == sampler.sample_rollouts(model, tokenizer, questions, grade, settings, str(tmp_path / "whole.jsonl"))
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -154,7 +157,7 @@ def test_pass_at_k_by_enumeration():
             for k in range(1, n + 1):
                 subsets = list(itertools.combinations(range(n), k))
                 expected = sum(any(i < right for i in subset) for subset in subsets) / len(subsets)
-                assert evaluation.pass_at_k(n, right, k) == pytest.approx(expected)
+                assert measures.pass_at_k(n, right, k) == pytest.approx(expected)
 
 
 def test_majority_by_enumeration():
@@ -168,14 +171,14 @@ def test_majority_by_enumeration():
                 votes = Counter(a for a in subset if a is not None).most_common()
                 best = [a for a, count in votes if count == votes[0][1]]
                 expected.append(("5" in best) / len(best) if best else 0.0)
-            got = evaluation.majority_at_k(answers, [a == "5" for a in answers], k, random.Random(1), 4000)
+            got = measures.majority_at_k(answers, [a == "5" for a in answers], k, random.Random(1), 4000)
             assert got == pytest.approx(sum(expected) / len(expected), abs=0.04)
 
 
 def test_measures_over_questions():
     rows = [dict(id="a", reward=1.0, answer="5", finish="stop"), dict(id="a", reward=-1.0, answer=None, finish="length"),
             dict(id="b", reward=1.0, answer="7", finish="stop"), dict(id="b", reward=1.0, answer="7", finish="stop")]
-    measures = evaluation.measure(rows)
+    measures = measure(rows)
     assert measures["questions"] == 2 and measures["completions"] == 4
     assert measures["pass@1"]["mean"] == 0.75 and measures["invalid"]["mean"] == 0.25 and measures["cut off"]["mean"] == 0.25
     assert measures["pass@2"]["mean"] == 1.0 and measures["maj@2"]["mean"] == 1.0
@@ -198,24 +201,24 @@ def test_grading_an_existing_file(tmp_path):
 
 
 def test_a_prompt_without_room_is_named(tiny):
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     settings = evaluation.Settings(model=tiny, questions=2, max_new_tokens=250)
     with pytest.raises(Problem, match="apples-test-0-0.*--max-new-tokens"):
-        evaluation.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), None, settings)
+        sampler.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), None, settings)
     assert dataclasses.asdict(settings)["samples"] == 16
 
 
 def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys):
     """The same command again costs nothing; other settings under the same name are refused."""
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     wish = evaluation.Settings(model=tiny, questions=3, samples=2, max_new_tokens=8)
     questions, grade = evaluation.load_questions(wish, tokenizer), evaluation.grader("apples")
     out = str(tmp_path / "rollouts.jsonl")
-    first = evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, out)
+    first = sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out)
     stamp = open(out, "rb").read()
-    assert evaluation.sample_rollouts(model, tokenizer, questions, grade, wish, out) == first
+    assert sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out) == first
     assert "reusing" in capsys.readouterr().out
     for changes in (dict(temperature=0.5), dict(samples=3), dict(seed=1)):
         with pytest.raises(Problem, match="holds other rollouts"):
-            evaluation.sample_rollouts(model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out)
+            sampler.sample_rollouts(model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out)
     assert open(out, "rb").read() == stamp

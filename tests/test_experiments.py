@@ -10,8 +10,8 @@ import pytest
 import train
 import verifier
 from conftest import ROOT, shell
-from data.common import Problem, read_json
 from data.rollouts import read_rollouts, write_rollouts
+from engine.common import Problem, read_json
 from experiments import collapse, common, importance, negatives, queries, rounds, run, shares, verdicts
 
 RESULTS = ROOT / "experiments/results"

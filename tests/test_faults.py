@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
 import train
 from conftest import ROOT, shell, torchrun
 from data import apples, common
-from data.common import Problem, visible, whole_file
-from data.rollouts import foreign_tokens, write_rollouts
+from data.rollouts import write_rollouts
+from data.tokens import foreign_tokens
+from engine import batches, sampler
+from engine.common import Problem, visible, whole_file
 
 # id, prompt, completion, reward, and tokens of the embedded task's tokenizer
 PROMPT, COMPLETION = "Tom has 3 apples . He finds 2 . How many ?", "3 + 2 = 5 . The answer is 5 ."
@@ -31,7 +32,7 @@ def policy(tmp_path_factory):
     tokenizer = apples.make_tokenizer(apples.vocabulary())
     tokenizer.save_pretrained(folder)
     apples.make_model(tokenizer, seed=1, width=16, layers=1).save_pretrained(folder)
-    return folder, *evaluation.load_model(folder, "float32", "cpu")
+    return folder, *sampler.load_model(folder, "float32", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def good(policy):
 
 def read(policy, path, **changes):
     folder, model, tokenizer = policy
-    return train.read_data(train.Settings(model=folder, rollouts=str(path), **changes), model, tokenizer)
+    return batches.read_data(train.Settings(model=folder, rollouts=str(path), **changes), model, tokenizer)
 
 
 def in_a_file(folder, *lines):
@@ -93,13 +94,13 @@ BAD_LINES = {  # what is wrong with a line: (the line, or the fields that differ
 def test_bad_lines(policy, good, tmp_path, what):
     line, words = BAD_LINES[what]
     path = in_a_file(tmp_path, good, good, line if isinstance(line, bytes) else {**good, **line})
-    before, start = evaluation.fingerprint(policy[1]), time.time()
+    before, start = sampler.fingerprint(policy[1]), time.time()
     with pytest.raises(Problem) as error:
         read(policy, path)
     message = visible(str(error.value))
     assert message.startswith(f"{path}:3: ") and words in message and len(message.splitlines()) == 1, message
     assert len(message) < 600 and "\x1b" not in message
-    assert time.time() - start < 5 and evaluation.fingerprint(policy[1]) == before
+    assert time.time() - start < 5 and sampler.fingerprint(policy[1]) == before
 
 
 def test_bad_files(policy, good, tmp_path):
@@ -168,7 +169,7 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(policy, good):
 
 def flipped_files(model, rollouts, folder, times, seed=0):
     """(files refused in words, files read) of so many with up to four bytes changed. Anything else is raised."""
-    policy = model, *evaluation.load_model(model, "float32", "cpu")
+    policy = model, *sampler.load_model(model, "float32", "cpu")
     rng, whole, counts = random.Random(seed), open(rollouts, "rb").read(), [0, 0]
     say, train.say = train.say, lambda *_: None
     try:
@@ -183,7 +184,7 @@ def flipped_files(model, rollouts, folder, times, seed=0):
                 rows = [data[row] for row in range(len(data))]
                 assert len(rows) > 0 and all(isinstance(row["reward"], float) for row in rows)
                 mu = data.has_logprobs.all() and (lambda number, row: row["logprobs"])
-                train.collate(data, np.arange(len(data))[:, None], policy[2], mu, torch.device("cpu"), share=False)
+                batches.collate(data, np.arange(len(data))[:, None], policy[2], mu, torch.device("cpu"), share=False)
                 counts[1] += 1
             except Problem as problem:
                 assert str(problem)
@@ -232,14 +233,14 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
     for name in ("pytorch_model.bin", "model.bin"):
         (folder / name).write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(Problem, match="cannot be loaded"):
-        evaluation.load_model(str(folder), "float32", "cpu")
+        sampler.load_model(str(folder), "float32", "cpu")
     code = folder / "modeling_mine.py"
     code.write_text(f"open({mark!r}, 'w')\nclass Mine: pass\n")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": {
         "AutoConfig": "modeling_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}}))
     with pytest.raises(Problem, match="cannot be loaded"):
-        evaluation.load_model(str(folder), "float32", "cpu")
+        sampler.load_model(str(folder), "float32", "cpu")
     write_rollouts(tmp_path / "rollouts.jsonl", [good] * 4)
     settings = train.Settings(model=policy[0], rollouts=str(tmp_path / "rollouts.jsonl"), out=str(tmp_path / "out"), mu="file")
     os.makedirs(tmp_path / "out")

@@ -11,8 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.grade import (LONGEST, final_answer, last_boxed, read_answer, read_number, same_maths,  # noqa: E402
-                        same_number)
+from data.grade import LONGEST, final_answer, last_boxed, read_answer, read_number, same_maths, same_number  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 

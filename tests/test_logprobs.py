@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
+from test_eval import FAMILIES, random_model
 
 import topr
 from conftest import ROOT, shell
-from test_eval import FAMILIES, random_model
+from engine import batches
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -56,12 +57,12 @@ def test_behind_one_prompt_or_alone(kind):
     prompt, completions = [1, 5, 6, 7, 8], [[9, 10], [11], [12, 13, 14, 15], [9, 16, 17]]
     results = []
     for rows in ([(prompt, [c]) for c in completions], [(prompt, completions)], [(prompt, completions[:1]), (prompt, completions[1:])]):
-        packed = topr.pack(rows)
+        packed = batches.pack(rows)
         model.zero_grad()
         logp = topr.completion_logprobs(model, **packed)[packed["mask"]]
         (logp * torch.arange(1.0, 11)).sum().backward()
         results.append((logp.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-    can = topr.can_share_prompts(model)
+    can = batches.can_share_prompts(model)
     assert can == (kind not in ("mistral", "gemma2", "gemma3_text"))  # windows of 6 tokens, and a mask that is added
     for logp, gradients in results[1:]:
         differ = max((a - b).abs().max().item() / max(1, b.abs().max()) for a, b in zip([logp, *gradients], [results[0][0], *results[0][1]]))
@@ -72,16 +73,16 @@ def test_who_cannot_share_a_prompt():
     """A state-space model carries the row along; a sliding window counts only while it is shorter than a sequence."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    assert not topr.can_share_prompts(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)).eval())
+    assert not batches.can_share_prompts(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)).eval())
     model = random_model("mistral")
     model.config.sliding_window = 100
-    assert topr.can_share_prompts(model, 100) and not topr.can_share_prompts(model, 101)
+    assert batches.can_share_prompts(model, 100) and not batches.can_share_prompts(model, 101)
 
 
 def test_how_many_share_a_prompt():
     """Long prompts are worth sharing, short ones with long completions are not: pairs that the mask hides cost too."""
-    assert topr.completions_per_row(512, 96, 8, 512) == 8 and topr.completions_per_row(16, 2000, 8, 64) == 1
-    assert topr.completions_per_row(512, 400, 16, 4096) > 4 and topr.completions_per_row(64, 96, 1, 512) == 1
+    assert batches.completions_per_row(512, 96, 8, 512) == 8 and batches.completions_per_row(16, 2000, 8, 64) == 1
+    assert batches.completions_per_row(512, 400, 16, 4096) > 4 and batches.completions_per_row(64, 96, 1, 512) == 1
 
 
 PEAK = """

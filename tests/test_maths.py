@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import maths  # noqa: E402
-from data.common import Problem  # noqa: E402
+from engine.common import Problem  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 GSM8K_ROW = {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\u2028.\n#### 5"}

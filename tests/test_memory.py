@@ -1,4 +1,4 @@
-"""What train.memory counts, against what is really held; and the script that measures it on a GPU."""
+"""What optim.memory counts, against what is really held; and the script that measures it on a GPU."""
 
 import sys
 
@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import topr
 import train
 from conftest import ROOT, shell, torchrun
+from engine import optim
 
 
 def held(run):
@@ -33,8 +34,8 @@ def test_the_count_is_what_is_held(weights, precision, optimizer, checkpointing,
                                          num_key_value_heads=2, intermediate_size=352)).to(getattr(torch, weights)).eval()
     settings = train.Settings(weights=weights, precision=precision, optimizer=optimizer, gradient_checkpointing=checkpointing)
     if checkpointing:
-        train.checkpoint_layers(model)
-    policy, steps = train.LogProbs(model), train.make_optimizer(settings, model)
+        optim.checkpoint_layers(model)
+    policy, steps = train.LogProbs(model), optim.make_optimizer(settings, model)
     ids = torch.randint(1024, (8, 128))
     mask = (torch.arange(128) > 32).expand(8, -1)
 
@@ -44,10 +45,10 @@ def test_the_count_is_what_is_held(weights, precision, optimizer, checkpointing,
         logp.mean().backward()
 
     passes()
-    train.update(settings, steps, 0)
+    optim.update(settings, steps, 0)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # as under DDP, where they stay
-    counted = train.memory(settings, model, ids.numel())
+    counted = optim.memory(settings, model, ids.numel())
     size = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert counted["weights"] == size(model.parameters())
     assert counted["gradients"] == size(p.grad for p in model.parameters())
@@ -57,7 +58,7 @@ def test_the_count_is_what_is_held(weights, precision, optimizer, checkpointing,
     measured = held(passes)
     print(f"passes: {measured / 2**20:.2f} MiB measured, {expected / 2**20:.2f} counted")
     assert expected == pytest.approx(measured, rel=0.15)
-    measured = held(lambda: train.update(settings, steps, 1))
+    measured = held(lambda: optim.update(settings, steps, 1))
     print(f"update: {measured / 2**20:.2f} MiB measured, {counted['update'] / 2**20:.2f} counted")
     if optimizer == "adafactor":  # AdamW goes through all weights at once on a GPU, and one by one here
         assert counted["update"] == pytest.approx(measured, rel=0.15)
@@ -65,9 +66,9 @@ def test_the_count_is_what_is_held(weights, precision, optimizer, checkpointing,
 
 def test_any_model_is_counted_and_shards_divide():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100))
-    whole = train.memory(train.Settings(), model, 1000)
+    whole = optim.memory(train.Settings(), model, 1000)
     assert whole["weights"] == 4 * sum(p.numel() for p in model.parameters()) and whole["at most"] > whole["weights"]
-    shards = train.memory(train.Settings(shard=True), model, 1000, ranks=4)
+    shards = optim.memory(train.Settings(shard=True), model, 1000, ranks=4)
     assert shards["weights"] == whole["weights"] // 4 and shards["activations"] == whole["activations"]
 
 

@@ -8,7 +8,6 @@ import types
 from pathlib import Path
 
 import pytest
-
 import test_topr
 
 SOURCE = (Path(__file__).parents[1] / "topr.py").read_text()

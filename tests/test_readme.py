@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from test_mutants import MUTANTS, load
+from test_topr import A, F, tensors
 
 import eval as evaluation
 import search
@@ -18,10 +20,8 @@ import train
 import verifier
 from conftest import ROOT, shell, torchrun
 from data import bm25, maths, rollouts
-from data.common import parse
+from engine.common import parse
 from experiments import run as experiments
-from test_mutants import MUTANTS, load
-from test_topr import A, F, tensors
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (
     ROOT / "README.md", ROOT / "data/README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/performance.md")}

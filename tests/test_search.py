@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_search_engine import write
 
 import search
 import train
 from conftest import shell, torchrun
 from data import library
-from data.common import run_main
 from data.rollouts import read_rollouts
-from test_search_engine import write
+from engine.common import run_main
 
 DOCUMENTS = {"d1": "cardiac arrest", "d2": "cardiac valve surgery", "d3": "renal failure", "d4": "kidney stone",
              "d5": "heart of gold"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data import bm25 as engine
-from data.common import Problem
+from engine.common import Problem
 
 SCIFACT = Path(__file__).parents[2] / "shared" / "data" / "scifact"
 needs_scifact = pytest.mark.skipif(not SCIFACT.exists(), reason="SciFact is not here")

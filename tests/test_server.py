@@ -21,9 +21,10 @@ import pytest
 import eval as evaluation
 import train
 from conftest import ROOT
-from data import server
-from data.common import Problem, run_main
-from data.rollouts import prompt_tokens, read_rollouts
+from data.rollouts import read_rollouts
+from data.tokens import prompt_tokens
+from engine import sampler, server
+from engine.common import Problem, run_main
 
 
 class Fake:
@@ -87,8 +88,8 @@ def settings_for(fake, tiny, **changes):
 
 
 def sample(settings, out="", grade=lambda question, text: (None, -1.0)):
-    tokenizer = evaluation.load_tokenizer(settings.tokenizer or settings.model)
-    return evaluation.sample_rollouts(None, tokenizer, evaluation.load_questions(settings, tokenizer), grade, settings, str(out))
+    tokenizer = sampler.load_tokenizer(settings.tokenizer or settings.model)
+    return sampler.sample_rollouts(None, tokenizer, evaluation.load_questions(settings, tokenizer), grade, settings, str(out))
 
 
 def one_line(monkeypatch, capsys, *options):
@@ -142,7 +143,7 @@ def test_every_prompt_has_exactly_its_completions(tiny, tmp_path, capsys):
     assert set(collections.Counter(row["id"] for row in rows).values()) == {4}
     assert len({row["completion"] for row in rows}) == 24 * 4
     assert all("completion_ids" not in row and "logprobs" not in row and row["sampling"]["server"] for row in rows)
-    kept = {tuple(prompt_tokens(row["prompt"], evaluation.load_tokenizer(tiny))) for row in rows if row["id"] in finished[: 4 * 15]}
+    kept = {tuple(prompt_tokens(row["prompt"], sampler.load_tokenizer(tiny))) for row in rows if row["id"] in finished[: 4 * 15]}
     assert len(kept) == 15 and not kept & {tuple(body["prompt"]) for body in servers[1].asked}
     servers[1].stop()
     assert len(failures) == 6
@@ -199,7 +200,7 @@ def test_answers_without_end_are_not_read(monkeypatch):
 
 def test_the_tokens_are_the_samplers(tiny):
     """Prompts go out as tokens; tokens that come back are kept, unless the end token that was sampled is missing from them."""
-    tokenizer = evaluation.load_tokenizer(tiny)
+    tokenizer = sampler.load_tokenizer(tiny)
     word, end = tokenizer("buys", add_special_tokens=False).input_ids[0], tokenizer.eos_token_id
     for ids, finish, kept in (([word, end], "stop", True), ([word], "length", True), ([word], "stop", False),
                               ([word] * 31, "length", False), ([10**6], "length", False), ([True], "length", False)):
@@ -221,7 +222,7 @@ def test_a_server_that_repeats_itself_is_asked_one_by_one(tiny):
 
 def test_a_server_that_takes_text_alone(tiny, monkeypatch):
     """`transformers serve` refuses tokens and unknown fields, and adds the start token itself: never two, never none."""
-    tokenizer = evaluation.load_tokenizer(tiny)
+    tokenizer = sampler.load_tokenizer(tiny)
 
     def strict(body, tokens=0):
         if not isinstance(body["prompt"], str):
@@ -235,7 +236,7 @@ def test_a_server_that_takes_text_alone(tiny, monkeypatch):
         rows = sample(settings)
         assert len(rows) == 8 and {body["prompt"] for body in fake.asked} == {row["prompt"] for row in rows}
         templated = [{"id": "a", "prompt": tokenizer.bos_token + rows[0]["prompt"]}]
-        evaluation.sample_rollouts(None, tokenizer, templated, lambda *_: (None, 0.0), settings)
+        sampler.sample_rollouts(None, tokenizer, templated, lambda *_: (None, 0.0), settings)
         assert fake.asked[-1]["prompt"].strip() == rows[0]["prompt"]
     with Fake(lambda body: strict(body, tokens=3)) as fake, pytest.raises(Problem, match="--tokenizer"):
         sample(settings_for(fake, tiny))
@@ -247,7 +248,7 @@ def test_the_file_trains(tiny, tmp_path):
     with Fake(lambda body: (200, choices(*itertools.islice(texts, body["n"])))) as fake:
         settings = settings_for(fake, tiny, questions=6)
         sample(settings, tmp_path / "r.jsonl", lambda question, text: (text, 1.0 if "3" in text else -1.0))
-        measures = evaluation.evaluate(None, evaluation.load_tokenizer(tiny), settings)
+        measures = evaluation.evaluate(None, sampler.load_tokenizer(tiny), settings)
         assert measures["greedy"] and {body["temperature"] for body in fake.asked} == {0.0, 1.0}
     train.train(train.Settings(model=tiny, rollouts=str(tmp_path / "r.jsonl"), out=str(tmp_path / "trained"), sequences=12))
     assert list(tmp_path.glob("r.jsonl.mu-*")) and (tmp_path / "trained" / "model.safetensors").exists()
@@ -306,7 +307,7 @@ def test_transformers_serve(tiny, tmp_path):
         serving.terminate()
         serving.wait(20)
         log.close()
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     local = evaluation.Settings(model=tiny, **greedy)
-    ours = evaluation.sample_rollouts(model, tokenizer, evaluation.load_questions(local, tokenizer), lambda *_: (None, -1.0), local)
+    ours = sampler.sample_rollouts(model, tokenizer, evaluation.load_questions(local, tokenizer), lambda *_: (None, -1.0), local)
     assert [row["completion"] for row in theirs] == [row["completion"] for row in ours]

@@ -13,24 +13,25 @@ import topr
 import train
 from conftest import ROOT, shell, torchrun
 from data import apples
-from data.common import Problem
+from engine import sampler
+from engine.common import Problem
 
 SCRIPT = """
 import os, shutil, sys, torch, train, topr
-from data.common import rank, barrier
+from engine.parallel import rank, barrier
 tied, rollouts, folder = sys.argv[1:]
 topr.completion_logprobs.__kwdefaults__["chunk_tokens"] = 16  # the head in several chunks, run again in the backward pass
-own_clip, own_collate, own_share, gradients, uneven = torch.nn.utils.clip_grad_norm_, train.collate, train.share_out, [], []
+own_clip, own_collate, own_share, gradients, uneven = torch.nn.utils.clip_grad_norm_, batches.collate, batches.share_out, [], []
 
 def clip(parameters, limit):
     parameters = list(parameters)
-    gradients.append([train.whole(p.grad).clone() for p in parameters])
+    gradients.append([parallel.whole(p.grad).clone() for p in parameters])
     return own_clip(parameters, limit)
 
 def share_out(settings, data, units, share):
     parts, real = own_share(settings, data, units, share)
-    uneven.append(set(train.gather(real)))
-    assert not settings.shard or len(set(train.gather(len(parts)))) == 1
+    uneven.append(set(parallel.gather(real)))
+    assert not settings.shard or len(set(parallel.gather(len(parts)))) == 1
     return parts, real
 
 def run(name, **changes):
@@ -49,17 +50,17 @@ def breaks_off(*arguments):
     return own_collate(*arguments)
 
 def broken(name, before, after, **changes):
-    train.collate = breaks_off
+    batches.collate = breaks_off
     try:
         run(name, shard=before, **changes)
     except KeyboardInterrupt:
         if rank() == 0:
             train.held_lock.close()
-            assert train.checkpoints(train.Settings(out=f"{folder}/{name}"))[0].endswith("-00000003")
-    train.collate = own_collate
+            assert run_folder.checkpoints(train.Settings(out=f"{folder}/{name}"))[0].endswith("-00000003")
+    batches.collate = own_collate
     run(name, shard=after, **changes)
 
-torch.nn.utils.clip_grad_norm_, train.share_out = clip, share_out
+torch.nn.utils.clip_grad_norm_, batches.share_out = clip, share_out
 for optimizer in ("adamw", "adafactor"):
     run(f"{optimizer}-ddp", optimizer=optimizer)
     run(f"{optimizer}-shard", optimizer=optimizer, shard=True)
@@ -72,7 +73,7 @@ broken("ddp-then-shard", False, True, optimizer="adafactor")
 def spoiled(parameters, limit):
     parameters = list(parameters)
     if rank() == 1:
-        train.local(parameters[3].grad)[0] = float("nan")
+        parallel.local(parameters[3].grad)[0] = float("nan")
     return own_clip(parameters, limit)
 
 torch.nn.utils.clip_grad_norm_ = spoiled
@@ -89,7 +90,7 @@ assert any(len(real) > 1 for real in uneven) and any(0 in real for real in uneve
 def runs(tiny, rollouts, tmp_path_factory):
     """One start of two ranks does everything: their start takes longer than the training."""
     folder = tmp_path_factory.mktemp("shard")
-    tokenizer = train.evaluation.load_tokenizer(tiny)
+    tokenizer = sampler.load_tokenizer(tiny)
     tokenizer.save_pretrained(folder / "tied")
     model = apples.make_model(tokenizer, 0, width=32, layers=2)
     model.config.tie_word_embeddings = True
@@ -152,7 +153,7 @@ def test_one_process_opens_what_was_saved(runs, name):
     assert furthest(start, weights) > 1e-3
     ids = torch.arange(12).reshape(2, 6)
     assert topr.completion_logprobs(model, ids, ids % 6 > 1).isfinite().all()
-    assert train.evaluation.load_tokenizer(str(runs / name)).eos_token_id is not None
+    assert sampler.load_tokenizer(str(runs / name)).eos_token_id is not None
     assert all(math.isfinite(entry["gradient_norm"]) for entry in log_of(runs / name))
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval as evaluation
 import topr
 import train
 from conftest import ROOT, shell, torchrun
-from data.common import Problem
 from data.rollouts import read_rollouts, write_rollouts
+from engine import batches, optim, run_folder, sampler
+from engine.common import Problem
 
 RUN = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", "12", "--epochs", "2"]  # 5 steps an epoch, the last of 2
 
@@ -28,7 +28,7 @@ def trained(tiny, rollouts, out, *options, ranks=0):
         "own, seen = torch.nn.utils.clip_grad_norm_, []\n"
         "def record(parameters, limit):\n"
         "    parameters = list(parameters)\n"
-        "    if not seen and train.rank() == 0:\n"
+        "    if not seen and parallel.rank() == 0:\n"
         f"        torch.save([p.grad.clone() for p in parameters], {str(gradient)!r})\n"
         "    seen.append(1)\n"
         "    return own(parameters, limit)\n"
@@ -82,12 +82,12 @@ def test_speed_ups_change_nothing(tiny, rollouts, tmp_path, monkeypatch):
 def test_completions_of_a_prompt_stand_together():
     """Each unit once an epoch, prompts in random order, `together` of one prompt in a row and no more by design."""
     data = type("Data", (), dict(units=np.arange(600)[:, None], prompts=np.arange(600) % 50))
-    orders = [train.epoch_order(data, seed, epoch, 4).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    orders = [batches.epoch_order(data, seed, epoch, 4).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for order in orders:
         assert sorted(order) == list(range(600))
         assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
     assert orders[0] != orders[1] and orders[0] != orders[2]
-    neighbours = sum(a % 50 == b % 50 for a, b in itertools.pairwise(train.epoch_order(data, 0, 0, 1)))
+    neighbours = sum(a % 50 == b % 50 for a, b in itertools.pairwise(batches.epoch_order(data, 0, 0, 1)))
     assert neighbours < 40
 
 
@@ -97,14 +97,14 @@ def test_dropout_does_not_touch_the_ratio(tmp_path):
 
     model = random_model("gpt2")
     assert model.config.resid_pdrop > 0
-    train.checkpoint_layers(model)
-    packed = topr.pack([([1, 2, 3], [[4, 5, 6]])])
+    optim.checkpoint_layers(model)
+    packed = batches.pack([([1, 2, 3], [[4, 5, 6]])])
     assert topr.completion_logprobs(model, **packed).equal(topr.completion_logprobs(model, **packed))
     assert any(module.training for module in model.modules())
 
 
 def test_left_padding_gives_the_same_gradient(tiny, rollouts):
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     rows = read_rollouts(rollouts)[:6]
     gradients = []
     for left in (False, True):
@@ -166,7 +166,7 @@ def test_another_tokenizer_has_its_own_mu(tiny, rollouts, tmp_path):
     """The same text under another end token: kept log-probs of other tokens would be taken for these."""
     rows = [{name: row[name] for name in ("id", "prompt", "completion", "reward")} for row in read_rollouts(rollouts)]
     write_rollouts(tmp_path / "plain.jsonl", rows)
-    model, tokenizer = evaluation.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
     model.save_pretrained(tmp_path / "other")
     tokenizer.eos_token = "▁Tom"
     tokenizer.save_pretrained(tmp_path / "other")
@@ -180,17 +180,17 @@ def test_pairs_have_one_prompt(tiny, rollouts, tmp_path):
     """DPO on a file in which one id has several prompts: answers to different prompts make no pair."""
     rows = [{**row, "id": "the same"} for row in read_rollouts(rollouts)]
     write_rollouts(tmp_path / "one.jsonl", rows)
-    data = train.read_data(settings(tiny, tmp_path / "one.jsonl", tmp_path / "out", loss="dpo"), *evaluation.load_model(tiny, "float32", "cpu"))
+    data = batches.read_data(settings(tiny, tmp_path / "one.jsonl", tmp_path / "out", loss="dpo"), *sampler.load_model(tiny, "float32", "cpu"))
     assert len(data.units) > 5 and (data.prompts[data.units[:, 0]] == data.prompts[data.units[:, 1]]).all()
 
 
 def test_many_ranks_share_prompts_too(tiny, rollouts, tmp_path, monkeypatch):
     """Rows of completions must not shrink to one only because there are many ranks."""
-    data = train.read_data(settings(tiny, rollouts, tmp_path / "out"), *evaluation.load_model(tiny, "float32", "cpu"))
+    data = batches.read_data(settings(tiny, rollouts, tmp_path / "out"), *sampler.load_model(tiny, "float32", "cpu"))
     sizes = []
     for ranks in (1, 4):
         monkeypatch.setattr(train, "world", lambda: ranks)
-        sizes.append(max(map(len, train.bundled(settings(tiny, rollouts, tmp_path), data, data.units, True))))
+        sizes.append(max(map(len, batches.bundled(settings(tiny, rollouts, tmp_path), data, data.units, True))))
     assert sizes[0] == sizes[1] > 1
 
 
@@ -272,11 +272,11 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkey
             raise KeyboardInterrupt
         return own(*arguments)
 
-    own = train.collate
+    own = batches.collate
     monkeypatch.setattr(train, "collate", fail)
     with pytest.raises(KeyboardInterrupt):
         train.train(broken)
-    assert [path.endswith("checkpoint-00000004") for path in train.checkpoints(broken)] == [True]
+    assert [path.endswith("checkpoint-00000004") for path in run_folder.checkpoints(broken)] == [True]
     train.held_lock.close()
     monkeypatch.setattr(train, "collate", own)
     with pytest.raises(Problem, match="learning_rate was 0.001 and is 0.002"):
@@ -342,10 +342,10 @@ def test_small_updates_are_not_lost_in_bfloat16(optimizer):
         model.weight.data = (torch.randn(256, 256) * 0.02).to(torch.bfloat16).to(dtype)
         start, gradient = model.weight.detach().float().clone(), torch.rand(256, 256) + 0.5
         run = train.Settings(optimizer=optimizer, weights="bfloat16" if kind == "bfloat16" else "float32")
-        steps = train.make_optimizer(run, model)
+        steps = optim.make_optimizer(run, model)
         for step in range(300):
             model.weight.grad = gradient.to(dtype)
-            train.update(run, steps, step)
+            optim.update(run, steps, step)
         moved[kind] = (model.weight.detach().float() - start).mean().item()
     assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.1) and moved["float32"] < -1e-5
     assert abs(moved["rounded to nearest"]) < abs(moved["float32"]) / 10

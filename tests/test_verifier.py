@@ -13,8 +13,8 @@ import pytest
 import verifier
 from conftest import ROOT, shell, torchrun
 from data import maths
-from data.common import Problem
 from data.rollouts import read_rollouts, write_rollouts
+from engine.common import Problem
 
 REAL = ROOT.parent / "shared/data/model_solutions/gsm8k_model_solutions_long.jsonl"
 

@@ -14,8 +14,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from data.common import Problem
 from data.rollouts import short_hash
+from engine.common import Problem
 
 LARGEST = 64 * 2**20  # bytes; a longer answer is not read to its end
 PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)  # no connection, no answer, no JSON, no choices

@@ -16,7 +16,7 @@ from array import array
 
 import numpy as np
 
-from data.common import Problem, progress, read_json, say, whole_file, write_json
+from engine.common import Problem, progress, read_json, say, whole_file, write_json
 
 ANALYSERS = {  # text -> words, as often as they stand: "BM-25, bm!" -> ["bm", "25", "bm"]
     "simple": lambda text: re.findall("[a-z0-9]+", text.lower()),
