@@ -16,35 +16,21 @@ from data.rollouts import RolloutFile, to_line
 from engine.common import Problem, parse, run_main, say, setting, whole_file, write_json
 from engine.measures import interval, measure, report
 from engine.parallel import rank, start_ranks
-from engine.sampler import load_model, load_tokenizer, sample_rollouts
+from engine.sampler import Sampling, load_model, load_tokenizer, sample_rollouts
 
 TASKS = ("apples", "gsm8k", "math")
 
 
 @dataclass
-class Settings:
-    model: str = setting("", "model to sample from: a directory or a hub name; with --server its name there")
-    task: str = setting("apples", "what to ask and how to grade it", TASKS)
-    split: str = setting("test", "which questions", ("train", "test"))
-    questions: int = setting(0, "how many questions (0: all; 250 of the generated ones)")
-    samples: int = setting(16, "completions of each question", least=1)
-    temperature: float = setting(1.0, "of sampling; 0 takes the likeliest token")
-    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share", least=0.001)
-    max_new_tokens: int = setting(512, "longest completion", least=1)
-    seed: int = setting(0, "of the sampling, and of generated questions")
-    batch_size: int = setting(256, "completions written at once", least=1)
+class Settings(Sampling):
+    model: str = setting("", "model to sample from: a directory or a hub name; with --server its name there", main=True)
+    task: str = setting("apples", "what to ask and how to grade it", TASKS, main=True)
+    split: str = setting("test", "which questions", ("train", "test"), main=True)
+    questions: int = setting(0, "number of questions (0: all; 250 of the generated ones)", main=True)
+    out: str = setting("", "rollout file to write; its measures go beside it", main=True)
+    grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
-    out: str = setting("", "rollout file to write; its measures go beside it")
-    grade: str = setting("", "grade and measure this rollout file, sample nothing")
     answer_marker: str = setting("The answer is", "words in front of an answer (gsm8k and math)")
-    precision: str = setting("float32", "of weights and arithmetic", ("float32", "bfloat16"))
-    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, SGLang, transformers serve); "
-                          "its key, if any, is read from OPENAI_API_KEY")
-    tokenizer: str = setting("", "with --server: a directory or a hub name, where --model is neither")
-    requests: int = setting(16, "with --server: questions asked at once, by each rank")
-    timeout: float = setting(600.0, "with --server: seconds to wait for an answer before asking again")
-    patience: float = setting(300.0, "with --server: seconds to go on asking while it fails")
 
 
 # ---- the questions and their graders ----

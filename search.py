@@ -22,7 +22,7 @@ import numpy as np
 import eval as evaluation
 import train
 from data import library
-from data.maths import without_marks
+from data.tasks import render_prompt, without_marks
 from data.rollouts import read_rollouts, write_rollouts
 from engine import measures, run_folder, sampler
 from engine.bm25 import (
@@ -97,7 +97,7 @@ class Settings:
     seeds: int = setting(1, "runs to average, each with the next seed", least=1)
 
 
-EMBEDDED = dict(optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128, together=1, tokens_per_pass=4096,
+EMBEDDED = dict(optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128, prompt_group=1, tokens_per_pass=4096,
                 max_new_tokens=12, batch_size=512, seeds=3)
 
 
@@ -107,10 +107,7 @@ def make_prompt(query, tokenizer, settings):
     if not settings.model:
         return " ".join(ANALYSERS[settings.analyser](query))
     query = " ".join(without_marks(query, tokenizer).split())
-    if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": f"{ASK}\n\nQuery: {query}"}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return f"{EXAMPLES}\n\nQuery: {query}\nWords:"
+    return render_prompt(f"{ASK}\n\nQuery: {query}", f"{EXAMPLES}\n\nQuery: {query}\nWords:", tokenizer)
 
 
 def read_expansion(row, settings):

@@ -42,6 +42,7 @@ from engine.common import (
 )
 from engine.optim import checkpoint_layers, make_optimizer, peak_memory, say_memory, update
 from engine.parallel import barrier, from_first, gather, rank, shard, start_ranks, whole, world
+from engine.sampler import Sampling
 from engine.run_folder import (
     check_same_run,
     finish,
@@ -57,59 +58,51 @@ from engine.run_folder import (
 
 
 @dataclass
-class Settings:
-    model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded one, made here)")
-    rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with --task)")
-    out: str = setting("", "folder for the trained policy (default: runs/MODEL-LOSS)")
-    task: str = setting("", "task to sample from and to measure on, before and after", ("", *evaluation.TASKS))
-    rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last (--rollouts: the first's)",
-                          least=1)
-    # the loss
-    loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"))
+class Optimisation:
+    """How a policy learns from a rollout file: a part of the settings of train.py, verifier.py and search.py."""
+
+    loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"), main=True)
+    learning_rate: float = setting(5e-7, "step size; the default is the paper's for Adafactor", main=True)
+    optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"), main=True)
+    sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1, main=True)
+    epochs: int = setting(1, "passes over the file", least=1, main=True)
+    positive_share: Optional[float] = setting(None, "effective share of positives to reach by the baseline", main=True)
+    baseline: float = setting(0.0, "c in A = R - c", least=-math.inf)
     pos_limits: str = setting("", "own range a,b of a positive's weight instead of the loss's, for instance 1,1")
     neg_limits: str = setting("", "own range a,b of a negative's weight instead of the loss's, for instance 0,1")
-    baseline: float = setting(0.0, "c in A = R - c", least=-math.inf)
-    positive_share: Optional[float] = setting(None, "effective share of positives to reach by the baseline")
     anna_karenina: bool = setting(False, "of each question keep the first correct completion and every wrong one")
-    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them: --map-rewards=-1,1")
     ppo_clip: float = setting(0.2, "epsilon of ppo")
     dpo_beta: float = setting(0.1, "beta of dpo")
-    mu: str = setting("checked", "where log mu comes from: the file, 64 lines of which must fit the starting weights (checked); "
+    mu: str = setting("checked", "source of log mu: the file, 64 lines of which must fit the starting weights (checked); "
                       "the file, whoever wrote it (file); the starting weights, once (start)", ("checked", "file", "start"))
     mu_tolerance: Optional[float] = setting(None, "largest |log pi/mu| before the first step with --mu checked "
                                             "(default: 0.1 in float32, 2 in bfloat16)")
-    # the optimizer
-    optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"))
-    learning_rate: float = setting(5e-7, "size of a step; the paper's for Adafactor")
-    schedule: str = setting("constant", "of the learning rate", ("constant", "cosine"))
+    schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
     warmup: int = setting(0, "steps in which the rate rises from 0")
-    weight_decay: float = setting(0.0, "pull of the weights towards 0")
-    grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)")
-    epochs: int = setting(1, "passes over the file", least=1)
-    sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1)
-    together: int = setting(4, "completions of a prompt that follow each other in the random order: they share a row",
-                            least=1)
-    share_prompts: bool = setting(True, "read a prompt once for its completions in a step, where the model can")
+    weight_decay: float = setting(0.0, "decay of the weights towards 0")
+    grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
+    pack_prompts: bool = setting(True, "read a prompt once for its completions in a step, where the model can")
+    prompt_group: int = setting(4, "completions of a prompt that stay adjacent in the random order", least=1)
     micro_batch: int = setting(0, "completions in a forward pass (0: as many as --tokens-per-pass allows)")
     tokens_per_pass: int = setting(16384, "tokens in a forward pass, padding included", least=1)
-    precision: str = setting("float32", "of the arithmetic; the weights have their own", ("float32", "bfloat16"))
-    weights: str = setting("float32", "of the weights; bfloat16 halves the memory and is rounded at random, so that small "
-                           "updates are not lost", ("float32", "bfloat16"))
     gradient_checkpointing: bool = setting(False, "compute activations again in the backward pass: slower, less memory")
     shard: bool = setting(False, "a part of every weight, gradient and optimizer state on each rank (FSDP2), for a model "
                           "beyond one card")
-    seed: int = setting(0, "of the order, the sampling and the embedded task")
-    # the run
     checkpoint_every: int = setting(100, "steps between checkpoints (0: none)")
-    eval_every: int = setting(0, "steps between measurements on the task (0: before and after alone)")
-    # sampling, where --task is given
-    samples: int = setting(16, "completions of each question", least=1)
+
+
+@dataclass
+class Settings(Optimisation, Sampling):
+    model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded one, made here)", main=True)
+    rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with --task)", main=True)
+    out: str = setting("", "folder for the trained policy (default: runs/MODEL-LOSS)", main=True)
+    task: str = setting("", "task to sample from and to measure on, before and after", ("", *evaluation.TASKS), main=True)
+    rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last (--rollouts: the first's)",
+                          least=1, main=True)
+    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them: --map-rewards=-1,1")
     questions: int = setting(0, "training questions to sample from (0: all; 250 of the generated ones)")
     test_questions: int = setting(0, "questions to measure on (0: all; 250 of the generated ones)")
-    temperature: float = setting(1.0, "of sampling")
-    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    max_new_tokens: int = setting(512, "longest completion", least=1)
-    batch_size: int = setting(256, "completions written at once", least=1)
+    eval_every: int = setting(0, "steps between measurements on the task (0: before and after alone)")
 
 
 # What differs in the embedded job: a model of 0.14 million weights likes larger steps than one of 8 billion.
@@ -141,7 +134,7 @@ def train(settings, evaluate=None):
     data = read_data(settings, model, tokenizer)
     run = {"settings": dataclasses.asdict(settings), "model_weights": sampler.fingerprint(model), "file": data.fingerprint}
     check_same_run(settings, run)
-    share = settings.share_prompts and batches.can_share_prompts(model, data.lengths.max())
+    share = settings.pack_prompts and batches.can_share_prompts(model, data.lengths.max())
     baseline, loss_function = make_loss(settings, data)
     policy = LogProbs(model)
     if settings.shard:
@@ -150,7 +143,7 @@ def train(settings, evaluate=None):
     steps = math.ceil(len(data.units) / data.units_per_step) * settings.epochs
     say(f"{data.path}: {data.units.size:,} completions, {(data.rewards[data.units] > 0).mean():.1%} positive; {steps:,} steps of "
         f"{settings.sequences} with loss {settings.loss}, baseline {baseline:.3f}, log mu {source}"
-        + ("" if share or not settings.share_prompts else "; this model cannot read a prompt once for several completions"))
+        + ("" if share or not settings.pack_prompts else "; this model cannot read a prompt once for several completions"))
     say_memory(settings, model, data)
 
     if settings.gradient_checkpointing:

@@ -21,8 +21,9 @@ import numpy as np
 
 import eval as evaluation
 import train
-from data import apples, maths
+from data import apples
 from data.grade import read_answer
+from data.tasks import render_prompt, without_marks
 from data.rollouts import read_rollouts, short_hash, write_rollouts
 from engine import measures, run_folder, sampler
 from engine.common import Problem, draw_lines, parse, part_of, progress, run_main, say, setting, table, write_json
@@ -64,7 +65,7 @@ class Settings:
 
 
 EMBEDDED = dict(questions=768, test_questions=1000, samples=8, longest=160, verdicts=10, test_verdicts=4, epochs=2, sequences=32,
-                together=1, optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48,
+                prompt_group=1, optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48,
                 batch_size=512)
 
 
@@ -99,14 +100,11 @@ def make_prompt(question, solution, tokenizer=None, longest=4000):
     The solution is another's text. Every line of it is quoted and template marks lose their form, so that it can neither
     end its own turn nor pass for a heading; what it says of a verdict is never read, only the completion is.
     """
-    question, solution = (maths.without_marks(text.strip(), tokenizer) for text in (question, shortened(solution, longest)))
+    question, solution = (without_marks(text.strip(), tokenizer) for text in (question, shortened(solution, longest)))
     if has_few_words(tokenizer):
         return f"{question} Solution : {' '.join(solution.split())} Check :"
     body = f"Problem:\n{quoted(question)}\nSolution:\n{quoted(solution or '(it is empty)')}\n"
-    if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": f"{ASK}\n\n{body}"}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return f"{EXAMPLES}{body}Check:"
+    return render_prompt(f"{ASK}\n\n{body}", f"{EXAMPLES}{body}Check:", tokenizer)
 
 
 def shortened(text, longest):

@@ -21,6 +21,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script: find the package data
 from data.grade import last_boxed, read_answer, same_maths, same_number
+from data.tasks import render_prompt, without_marks
 from engine.common import Problem, parse, progress, run_main, say, setting, whole_file
 
 # name and split -> home, SHA-256, questions. The MATH checksums are those of the Git LFS pointers in openai/prm800k;
@@ -200,23 +201,9 @@ def make_prompt(name, question, tokenizer):
     A chat prompt already holds its begin token, so it is tokenized with add_special_tokens=False.
     """
     question = without_marks(question, tokenizer)
-    if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": f"{question}\n\n{ASK[name]}"}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    question = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
-    return f"{EXAMPLES[name]}\n\nQuestion: {question}\nAnswer:"
-
-
-def without_marks(question, tokenizer):
-    """A question cannot end its own turn: each special token in it gets a space inside, <|eot|> becomes < |eot|>.
-
-    A template whose marks are ordinary text, as [INST] is for some models, cannot be kept safe in this way."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
-    for mark in sorted(marks, key=len, reverse=True):
-        if len(mark) > 1 and not mark.isspace() and not mark.isalnum():
-            question = question.replace(mark, f"{mark[0]} {mark[1:]}")
-    return question
+    one_line = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
+    plain = f"{EXAMPLES[name]}\n\nQuestion: {one_line}\nAnswer:"
+    return render_prompt(f"{question}\n\n{ASK[name]}", plain, tokenizer)
 
 
 # ---- what the model is told ----

@@ -74,7 +74,7 @@ def step_sequences(settings, data, step):
     """The rows of an optimizer step, by the seed alone: the number of ranks changes nothing. The last may be fewer."""
     steps_per_epoch = math.ceil(len(data.units) / data.units_per_step)
     epoch, step = divmod(step, steps_per_epoch)
-    order = epoch_order(data, settings.seed, epoch, max(1, settings.together // data.units.shape[1]))
+    order = epoch_order(data, settings.seed, epoch, max(1, settings.prompt_group // data.units.shape[1]))
     chosen = order[step * data.units_per_step : (step + 1) * data.units_per_step]
     return data.units[chosen].ravel()
 

@@ -38,25 +38,29 @@ class Stopped(Problem):
 # ---- settings: a dataclass per script, each field with its sentence ----
 
 
-def setting(default, help, choices=None, least=0):
-    """`least` is for numbers; below it is an error."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def setting(default, help, choices=None, least=0, main=False):
+    """A field of a settings class. `least`: below it a number is an error; `main`: --help shows it first."""
+    metadata = {"help": help, "choices": choices, "least": least, "main": main}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(settings_class, argv=None, description=None, **defaults):
     """Reads the command line into the dataclass; an unknown or mistyped option is an error."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(settings_class):
+    more = parser.add_argument_group("more options")
+    own_first = sorted(dataclasses.fields(settings_class), key=lambda field: field.name not in vars(settings_class)["__annotations__"])
+    for field in own_first:
+        group = parser if field.metadata["main"] else more
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         default = defaults.get(field.name, field.default)
         shown = "" if default in ("", None) else f" (default: {default})"
         help = f"{field.metadata['help']}{shown}".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
             continue
         kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # Optional[int] -> int
-        parser.add_argument(flag, type=kind, default=default, choices=field.metadata["choices"], help=help,
+        group.add_argument(flag, type=kind, default=default, choices=field.metadata["choices"], help=help,
                             metavar=None if field.metadata["choices"] else kind.__name__.upper())
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):

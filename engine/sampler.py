@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -15,9 +16,31 @@ from data.rollouts import read_rollouts, short_hash, to_line
 from data.tokens import prompt_tokens
 from engine import server
 from engine.batches import can_share_prompts, completions_per_row, pack
-from engine.common import Problem, first_line, progress, say, whole_file, writing
+from engine.common import Problem, first_line, progress, say, setting, whole_file, writing
 from engine.parallel import barrier, from_first, gather, rank, world
 from topr import completion_logprobs
+
+
+@dataclass
+class Sampling:
+    """How completions are sampled: a part of the settings of every script."""
+
+    samples: int = setting(16, "completions of each question", least=1, main=True)
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
+    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share", least=0.001)
+    max_new_tokens: int = setting(512, "longest completion", least=1, main=True)
+    batch_size: int = setting(256, "completions written at once", least=1)
+    seed: int = setting(0, "seed of the sampling, of the data order and of generated questions", main=True)
+    weights: str = setting("float32", "dtype of the weights; in training bfloat16 halves the memory and is rounded at "
+                           "random, so that small updates are not lost", ("float32", "bfloat16"))
+    precision: str = setting("float32", "compute dtype (for the weights see --weights)", ("float32", "bfloat16"))
+    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, SGLang, transformers "
+                          "serve); its key, if any, is read from OPENAI_API_KEY")
+    tokenizer: str = setting("", "with --server: a directory or a hub name, where --model is neither")
+    requests: int = setting(16, "with --server: concurrent requests of each rank")
+    timeout: float = setting(600.0, "with --server: seconds to wait for an answer before asking again")
+    patience: float = setting(300.0, "with --server: seconds of retries while it fails")
 
 
 def load_model(name, precision, device):

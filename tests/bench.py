@@ -281,7 +281,7 @@ def work_ours(model, rollouts, share):
         sequences = len(file.readlines())
     train.train(train.Settings(
         model=model, rollouts=rollouts, out=f"{rollouts}.{share}-{os.getppid()}", mu="start", optimizer="adamw",
-        learning_rate=1e-5, sequences=sequences, share_prompts=share == "share", epochs=10**6, checkpoint_every=0, eval_every=1), evaluate=wait)
+        learning_rate=1e-5, sequences=sequences, pack_prompts=share == "share", epochs=10**6, checkpoint_every=0, eval_every=1), evaluate=wait)
 
 
 def work_plain(model, rollouts):

@@ -55,7 +55,7 @@ def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollout
     start = load_file(f"{tiny}/model.safetensors")
     assert furthest(weights, start) > 1e-3
     for name, ranks, options in (("micro1", 0, ["--micro-batch", 1]), ("micro3", 0, ["--micro-batch", 3]),
-                                 ("apart", 0, ["--no-share-prompts", "--tokens-per-pass", 100]),
+                                 ("apart", 0, ["--no-pack-prompts", "--tokens-per-pass", 100]),
                                  ("ranks2", 2, ["--micro-batch", 3])):
         other_weights, other_log, other_gradient = trained(tiny, rollouts, tmp_path / name, *options, ranks=ranks)
         assert furthest(gradient, other_gradient) < 1e-6, name
@@ -74,7 +74,7 @@ def test_speed_ups_change_nothing(tiny, rollouts, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **options: plain(*given, foreach=False, **options))
     monkeypatch.setattr(topr.TokenLogProbs, "apply", lambda logits, targets: -torch.nn.functional.cross_entropy(
         logits, targets, reduction="none"))
-    slow_log, slow_weights = run("slow", share_prompts=False)
+    slow_log, slow_weights = run("slow", pack_prompts=False)
     assert len(log) == 10 and furthest(weights, slow_weights) < 1e-4
     assert log[0]["gradient_norm"] == pytest.approx(slow_log[0]["gradient_norm"], abs=1e-5)
 
