@@ -113,7 +113,7 @@ def bundled(settings, data, units, share):
         completion = (data.lengths[group] - data.prompt_lengths[group]).mean()
         most = min(units.size // world(), group.size, settings.micro_batch or group.size,
                    settings.tokens_per_pass // (prompt + completion))
-        fit = max(1, topr.completions_per_row(prompt, completion, int(most), data.model_width) // width)
+        fit = max(1, completions_per_row(prompt, completion, int(most), data.model_width) // width)
         bundles += [part.ravel() for part in np.array_split(group, math.ceil(len(group) / fit))]
     return sorted(bundles, key=lambda rows: -space(data, rows, share)[1])
 
@@ -158,7 +158,7 @@ def collate(data, bundles, tokenizer, mu, device, share):
         values = torch.cat([torch.as_tensor(mu(number, row), dtype=torch.float32) for number, row in zip(rows, read)])
         mu_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask, values.to(device))  # [batch, time]
     reward = torch.tensor([row["reward"] for row in read], device=device)  # [batch]
-    return topr.pack(packed, device), mask, mu_logp, reward
+    return pack(packed, device), mask, mu_logp, reward
 
 
 def where(data, rows):
