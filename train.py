@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 import topr
 from data import apples
+from data.tasks import load_questions, load_task
 from data.rollouts import file_fingerprint, write_rollouts
 from engine import batches, sampler
 from engine.batches import collate, make_mu, read_data, share_out, step_sequences, where
@@ -96,7 +97,7 @@ class Settings(Optimisation, Sampling):
     model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded one, made here)", main=True)
     rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with --task)", main=True)
     out: str = setting("", "folder for the trained policy (default: runs/MODEL-LOSS)", main=True)
-    task: str = setting("", "task to sample from and to measure on, before and after", ("", *evaluation.TASKS), main=True)
+    task: str = setting("", "task to sample from and to measure on, before and after", main=True)
     rounds: int = setting(1, "rounds of sample-then-train; each starts from the policy of the last (--rollouts: the first's)",
                           least=1, main=True)
     map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them: --map-rewards=-1,1")
@@ -130,7 +131,7 @@ def train(settings, evaluate=None):
     device = start_ranks()
     open_folder(settings)
     seed_everything(settings.seed)
-    model, tokenizer = sampler.load_model(settings.model, settings.weights, "cpu" if settings.shard else device)
+    model, tokenizer = sampler.load_model(settings.model, settings, "cpu" if settings.shard else device)
     data = read_data(settings, model, tokenizer)
     run = {"settings": dataclasses.asdict(settings), "model_weights": sampler.fingerprint(model), "file": data.fingerprint}
     check_same_run(settings, run)
@@ -399,23 +400,23 @@ def sampling(settings, **changes):
 
 def sampled(settings, policy, path):
     """The rollout file that this policy writes on the training questions; made once."""
-    model, tokenizer = sampler.load_model(policy, settings.precision, start_ranks())
-    wish = sampling(settings, model=policy, split="train")
-    questions = evaluation.load_questions(wish, tokenizer)
-    sampler.sample_rollouts(model, tokenizer, questions, evaluation.grader(settings.task), wish, path)
+    task = load_task(settings.task)
+    sampler.sample_once(settings, policy, lambda tokenizer: load_questions(
+        task, "train", settings.questions, settings.seed, tokenizer, settings), task.grade, path)
     return path
 
 
 def measured(settings, policy, name):
     """What eval.py measures on the test questions; kept in the run's folder."""
     path = os.path.join(settings.out, f"{name}.json")
-    model, tokenizer = sampler.load_model(policy, settings.precision, start_ranks())
+    model, tokenizer = sampler.load_policy(settings, policy)
     wish = sampling(settings, model=policy, split="test", questions=settings.test_questions, seed=settings.seed + 1)
     what = {"settings": dataclasses.asdict(wish), "weights": sampler.fingerprint(model)}
     kept = from_first(read_json(path) if rank() == 0 and os.path.exists(path) else {})
     if {key: kept.get(key) for key in what} == what:
         return kept["measures"]
-    measures = evaluation.evaluate(model, tokenizer, wish, what=f"measuring {name}")
+    measures = evaluation.evaluate(model, tokenizer, load_task(settings.task), wish, "test", settings.test_questions,
+                                   what=f"measuring {name}")
     if rank() == 0:
         write_json(path, {**what, "measures": measures})
     return measures
@@ -423,12 +424,12 @@ def measured(settings, policy, name):
 
 def curve_point(settings):
     """model -> pass@1 and invalid on a few test questions, for the learning curve."""
-    wish = sampling(settings, split="test", questions=min(100, settings.test_questions or 100), samples=4,
-                    seed=settings.seed + 1, greedy=False)
+    wish = sampling(settings, split="test", samples=4, seed=settings.seed + 1)
     tokenizer = sampler.load_tokenizer(settings.model)
 
     def point(model):
-        measures = evaluation.evaluate(model.eval(), tokenizer, wish, what="measuring")
+        measures = evaluation.evaluate(model.eval(), tokenizer, load_task(settings.task), wish, "test",
+                                       min(100, settings.test_questions or 100), what="measuring", greedy=False)
         return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
 
     return point

@@ -35,7 +35,7 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
 
 
 def group_answers(answers, same_answer=operator.eq):
-    """The number of each answer's group, None for None: 18 and 18.00 vote together, right or not."""
+    """The number of each answer's group, None for None: 18 and 18.00 vote together."""
     known, numbers = [], {None: None}  # the first answer of each group; the group of each spelling
     for answer in answers:
         if answer not in numbers:
