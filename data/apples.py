@@ -124,9 +124,25 @@ def as_rows(problems, prompts, completions, tokenizer):
             in zip(problems, prompts, completions, prompt_ids, completion_ids)]
 
 
+def questions(split, seed):
+    """Different problems, one after another."""
+    rng, seen = random.Random(f"{seed} {split}"), set()
+    for drawn in range(10**6):
+        problem = make_problem(rng)
+        question = problem["question"]
+        if split_of(question) == split and question not in seen:
+            yield {"id": f"apples-{split}-{seed}-{len(seen)}", "prompt": question, **problem}
+            seen.add(question)
+        if drawn > 100 * len(seen) + 10_000:
+            raise Problem(f"there are not more than {len(seen):,} different problems in this task: ask for fewer questions")
+
+
 def grade(completion, gold):
     """(answer, reward): an answer counts only after the words "The answer is"."""
     from data.grade import read_answer
+
+    if isinstance(completion, dict):  # (question, completion)
+        completion, gold = gold, completion["gold"]
 
     answer = read_answer(completion)
     answer = answer if answer is not None and answer.isascii() and answer.isdigit() else None

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import tarfile
+import types
 import urllib.request
 from pathlib import Path
 
@@ -203,7 +204,8 @@ def make_prompt(name, question, tokenizer):
     question = without_marks(question, tokenizer)
     one_line = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
     plain = f"{EXAMPLES[name]}\n\nQuestion: {one_line}\nAnswer:"
-    return render_prompt(f"{question}\n\n{ASK[name]}", plain, tokenizer)
+    plain_settings = types.SimpleNamespace(plain_prompt=False, system="", template_arguments="{}")
+    return render_prompt(f"{question}\n\n{ASK[name]}", plain, tokenizer, plain_settings)
 
 
 # ---- what the model is told ----
@@ -215,6 +217,17 @@ def grade(name, completion, gold, marker="The answer is"):
     """(the answer read from the completion, or None where it names none; +1.0 where it is right, else -1.0)"""
     answer = read_answer(completion.partition(STOP)[0], marker)
     return answer, 1.0 if answer is not None and SAME[name](answer, gold) else -1.0
+
+
+def task(name):
+    def questions(split):
+        return load_questions(name, split)
+
+    def graded(question, completion):
+        return grade(name, completion, question["gold"])
+
+    return types.SimpleNamespace(questions=questions, grade=graded, STOP=[STOP], ASK=ASK[name], EXAMPLES=EXAMPLES[name],
+                                 same_answer=SAME[name])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import difflib
 import functools
 import unicodedata
 
+from engine.common import Problem
+
 
 def all_token_ids(rows, tokenizer, end_token):
     """(prompt_ids, completion_ids) of each row: the file's own, or made from its text."""
@@ -98,3 +100,58 @@ def start_token(tokenizer):
     if start is None or tokenizer("").input_ids[:1] != [start]:
         return None
     return start
+
+
+# ---- where a completion ends ----
+
+
+def end_tokens(model, tokenizer):
+    """Every token that ends a completion, in order; `model` may be its configuration, or None."""
+    config = getattr(model, "config", model)
+    ends = {tokenizer.eos_token_id}
+    for source in (config and config.get_text_config(), getattr(model, "generation_config", None)):
+        ids = getattr(source, "eos_token_id", None)
+        ends |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    ends.discard(None)
+    if not ends:
+        raise Problem("neither the tokenizer nor the model names an end-of-sequence token: "
+                      "set eos_token_id in the model's generation_config.json")
+    return sorted(ends)
+
+
+def end_token_of(model, tokenizer):
+    """The end token of a completion of which only the text is known; arguments as of end_tokens.
+
+    It is the one that the chat template writes after an answer (Gemma and Phi end their turns with
+    another than the tokenizer's eos), else eos.
+    """
+    ends, answer, after = end_tokens(model, tokenizer), "An answer.", []
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+        after = tokenizer(text, add_special_tokens=False).input_ids
+    return next((token for token in [*after, tokenizer.eos_token_id] if token in ends), ends[0])
+
+
+def stop_position(text, stop):
+    """Where the first of the stop strings begins in a text; its length when none is in it."""
+    return min([text.find(mark) for mark in stop if mark and mark in text], default=len(text))
+
+
+def until_stop(ids, ended, stop, tokenizer):
+    """The completion, finish and completion_ids of a row; `ended`: the last token ends it.
+
+    A task that stops a completion at a string of its own is what ends it, not the model. So no end
+    token is added, and finish is "stop": the text goes up to the string, the tokens up to the last
+    that holds some of that text (at least one: a row needs a token). log mu is that of these tokens
+    alone, each was sampled, and pi/mu is 1 before the first step as for any other row.
+    """
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+    end = stop_position(text, stop)
+    if end == len(text):
+        finish = "stop" if ended else "length"
+        return {"completion": text, "finish": finish, "completion_ids": ids}
+    count = len(ids)
+    while count > 1 and len(tokenizer.decode(ids[: count - 1], skip_special_tokens=True)) >= end:
+        count -= 1
+    return {"completion": text[:end], "finish": "stop", "completion_ids": ids[:count]}
