@@ -28,7 +28,6 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find data/
 from data.grade import combine, last_boxed, read_answer, same_maths, same_number
 from data.rollouts import write_rollouts
-from data.tasks import render_prompt, without_marks
 from engine.common import Problem, parse, run_main, say, setting
 
 # Name -> split -> address, SHA-256, questions. The MATH checksums are those of the Git LFS pointers
@@ -293,7 +292,7 @@ Question: What is the midpoint of the segment from $(1, 4)$ to $(5, -2)$?
 Answer: Its coordinates are the means $\\frac{1 + 5}{2} = 3$ and $\\frac{4 - 2}{2} = 1$. \
 The answer is $(3, 1)$.""",
 }
-TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}
+TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}  # data/tasks.py makes the prompts
 
 
 def task(name):
@@ -317,14 +316,6 @@ def load_questions(name, split):
     if not path.is_file():
         raise Problem(f"{path} does not exist: run python data/maths.py {name}")
     return read_local(path)
-
-
-def make_prompt(name, question, tokenizer):
-    """The chat template where the tokenizer has one, otherwise three worked examples."""
-    question = without_marks(question, tokenizer)
-    one_line = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
-    plain = f"{TASKS[name]['EXAMPLES']}\n\nQuestion: {one_line}\nAnswer:"
-    return render_prompt(f"{question}\n\n{TASKS[name]['ASK']}", plain, tokenizer)
 
 
 if __name__ == "__main__":
