@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
     tokenizer = apples.make_tokenizer(apples.vocabulary())
     tokenizer.save_pretrained(folder / "random")
     apples.make_model(tokenizer, seed=3, width=32, layers=2).save_pretrained(folder / "random")
-    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3, tokenizer))
+    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3))
     train.train(train.Settings(model=str(folder / "random"), rollouts=str(folder / "demonstrations.jsonl"), loss="sft",
                                out=str(folder / "policy"), optimizer="adamw", learning_rate=1e-2, sequences=32))
     return str(folder / "policy")
