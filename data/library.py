@@ -6,8 +6,8 @@
 
 The base expander, a small model, imitates demonstrations that are often wrong (HABITS): terms of a
 concept that is easily confused with the right one, terms of any concept, or the query again. No
-demonstration says which terms are right, but the search engine's results do. Everything is generated
-from a seed; nothing is downloaded.
+demonstration says which terms are right, but the search engine's results do. Everything is
+generated from a seed; nothing is downloaded.
 """
 
 import random
@@ -64,6 +64,7 @@ LAY, TECHNICAL = [words[:2] for words in CONCEPTS], [words[2:] for words in CONC
 FILLERS = """trial study cohort patients children adults elderly women men outcome risk factor
 placebo dose daily weekly treatment care clinic hospital ward review survey report long short term
 early late onset severe mild relapse remission follow visit group control sample rate""".split()
+PAIRS = list(combinations(range(len(CONCEPTS)), 2))
 CONCEPT_OF = {word: concept for concept, words in enumerate(LAY) for word in words}
 HABITS = {  # what a demonstrated term is
     "right": 0.46,  # a technical term of the concept
@@ -75,7 +76,7 @@ ECHO_ONLY = 0.2  # share of the demonstrations that only repeat the query
 
 
 def make_documents(rng, count=1000):
-    """(concepts, text) of each document: three concepts in technical terms, and misleading words."""
+    """(concepts, text) of each document: terms of three concepts, and misleading words."""
     documents = []
     for _ in range(count):
         concepts = rng.sample(range(len(CONCEPTS)), 3)
@@ -104,21 +105,21 @@ def make_query(pair, rng):
     return " ".join(words)
 
 
-def write_collection(folder, seed=0, counts={"train": 512, "test": 250}):
+def write_collection(folder, counts={"train": 512, "test": 250}):
     """A folder in BEIR's layout. A document is relevant to a query if it has both concepts."""
-    rng = random.Random(f"{seed} library")
+    rng = random.Random("0 library")
     documents = make_documents(rng)
-    corpus = [{"_id": f"d{n}", "text": text} for n, (_, text) in enumerate(documents)]
-    write_lines(folder, "corpus.jsonl", map(to_line, corpus))
+    rows = ({"_id": f"d{n}", "text": text} for n, (_, text) in enumerate(documents))
+    write_lines(folder, "corpus.jsonl", map(to_line, rows))
     relevant = {pair: [n for n, (concepts, _) in enumerate(documents) if concepts >= set(pair)]
-                for pair in combinations(range(len(CONCEPTS)), 2)}
+                for pair in PAIRS}
     for split, tail in (("train", "_train"), ("test", "")):
         pairs = [pair for pair in relevant if relevant[pair] and split_of(pair) == split]
         queries = {}  # text -> pair: the texts differ
         while len(queries) < counts[split]:
             pair = rng.choice(pairs)
             queries[make_query(pair, rng)] = pair
-        rows = [{"_id": f"{split}{n}", "text": text} for n, text in enumerate(queries)]
+        rows = ({"_id": f"{split}{n}", "text": text} for n, text in enumerate(queries))
         judgements = [f"{split}{n}\td{d}\t1\n" for n, pair in enumerate(queries.values())
                       for d in relevant[pair]]
         write_lines(folder, f"queries{tail}.jsonl", map(to_line, rows))
@@ -147,7 +148,7 @@ def demonstrate(query, rng):
 def demonstrations(count, seed):
     """Rows to imitate: reward +1 whether right or wrong; this is how the base expander learns."""
     rng = random.Random(f"{seed} demonstrations")
-    pairs = [pair for pair in combinations(range(len(CONCEPTS)), 2) if split_of(pair) == "train"]
+    pairs = [pair for pair in PAIRS if split_of(pair) == "train"]
     prompts = [make_query(rng.choice(pairs), rng) for _ in range(count)]
     return [{"id": f"demonstration{n}", "prompt": prompt, "completion": demonstrate(prompt, rng),
              "reward": 1.0} for n, prompt in enumerate(prompts)]
