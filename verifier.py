@@ -11,18 +11,15 @@ votes of many solutions.
 
 import collections
 import dataclasses
-import math
-import operator
 import os
 import random
 import re
-import time
 
 import numpy as np
 
 import train
 from data import apples, tasks
-from data.grade import read_answer, same_maths, same_number
+from data.grade import read_answer, same_maths
 from data.rollouts import read_rollouts, short_hash, write_rollouts
 from engine import measures, sampler
 from engine.common import (
@@ -49,7 +46,7 @@ class Settings(train.Optimisation, sampler.Sampling):
     test_fraction: float = setting(0.25, "held-out fraction of the questions, without "
                                    "--test-solutions")
     solutions_per_question: int = setting(0, "solutions of each question (0: all)")
-    candidates: int = setting(0, "training solutions, half of them right (0: as many as there are)")
+    candidates: int = setting(0, "training solutions, half of them right (0: all)")
     longest: int = setting(4000, "characters shown of a solution; a longer one loses its middle")
     score: str = setting("share", "a solution's score: the share of its verdicts that say correct, "
                          "or the mean probability of that word", ("share", "probability"))
@@ -153,24 +150,26 @@ def question_text(row):
     if row.get("question"):
         return str(row["question"])
     turns = USER_TURN.findall(row["prompt"])
-    if not turns and TEMPLATE_MARK.search(row["prompt"]):
-        raise Problem(f"question {row['id']!r}: the prompt is rendered by an unknown chat template; "
-                      'add the text of the question to each row as "question"')
-    return turns[-1].strip() if turns else row["prompt"]
+    if turns:
+        return turns[-1].strip()
+    if TEMPLATE_MARK.search(row["prompt"]):
+        raise Problem(f"question {row['id']!r}: the chat template of its prompt is unknown; add "
+                      'the text of the question to each row, as "question"')
+    return row["prompt"]
 
 
-def make_candidates(rows, settings):
-    """A question dict for each solution: its prompt, the truth about it, and who wrote it."""
+def read_candidates(path, settings):
+    """A question dict for each solution in a file: its prompt, the truth, and who wrote it."""
     tokenizer = sampler.load_tokenizer(settings.model) if settings.model else None
     candidates = []
-    for row in rows:
+    for row in read_rollouts(path, zero_is_wrong=True):
         question = question_text(row)
         solution = NEXT_QUESTION.split(row["completion"])[0]
-        text = f"{same_text(question)}\0{solution}"
+        words = " ".join(question.casefold().split())  # ids do not tell: a question may have two
         candidates.append({
-            "id": f"{short_hash(text) % 2**64:016x}",  # the same text has the same id
+            "id": f"{short_hash(words + chr(0) + solution) % 2**64:016x}",
+            "words": words,
             "question": question,
-            "solution": solution,
             "prompt": make_prompt(question, solution, tokenizer, settings),
             "stop": [STOP],
             "gold": "correct" if row["reward"] > 0 else "incorrect",
@@ -179,25 +178,16 @@ def make_candidates(rows, settings):
     return candidates
 
 
-def same_text(question):
-    """What two spellings of a question share: its words. Its id is no help, it may have two."""
-    return " ".join(question.casefold().split())
-
-
 def is_right(row):
     return row["gold"] == "correct"
 
 
-def grouped(rows, key):
-    """{key: list of rows}, all in the order of the rows."""
+def grouped(rows, field):
+    """{value of the field: list of rows}, all in the order of the rows."""
     groups = collections.defaultdict(list)
     for row in rows:
-        groups[key(row)].append(row)
+        groups[row[field]].append(row)
     return groups
-
-
-def by_question(rows):
-    return grouped(rows, lambda row: same_text(row["question"]))
 
 
 def distinct(candidates):
@@ -213,28 +203,24 @@ def both_sides(settings):
     if settings.test_solutions:
         held_out = read_candidates(settings.test_solutions, settings)
     else:
-        training, held_out = split(training, settings.test_fraction, settings.seed)
+        training, held_out = split(training, settings)
     check_split(training, held_out)
     most = settings.solutions_per_question
     return (limited(training, settings.questions, most),
             limited(held_out, settings.test_questions, most))
 
 
-def read_candidates(path, settings):
-    return make_candidates(read_rollouts(path, zero_is_wrong=True), settings)
-
-
-def split(candidates, test_fraction, seed):
-    """(training, held out): the text of a question decides its side, whatever its id."""
+def split(candidates, settings):
+    """(training, held out): the words of a question decide its side, whatever its id."""
     sides = [], []
     for candidate in candidates:
-        place = short_hash(f"{seed} {same_text(candidate['question'])}") % 10**6
-        sides[place < test_fraction * 10**6].append(candidate)
+        place = short_hash(f"{settings.seed} {candidate['words']}") % 10**6
+        sides[place < settings.test_fraction * 10**6].append(candidate)
     return sides
 
 
 def check_split(training, held_out):
-    both = by_question(training).keys() & by_question(held_out).keys()
+    both = grouped(training, "words").keys() & grouped(held_out, "words").keys()
     if both:
         raise Problem(f"{len(both)} questions are both in training and held out, as "
                       f"{min(both)!r:.200}: remove them from one of the two files")
@@ -245,13 +231,13 @@ def check_split(training, held_out):
 
 def limited(candidates, questions, solutions):
     """The first questions and the first solutions of each; 0 is no limit."""
-    groups = list(by_question(candidates).values())[: questions or None]
+    groups = list(grouped(candidates, "words").values())[: questions or None]
     return [candidate for group in groups for candidate in group[: solutions or None]]
 
 
 def balanced(candidates, limit, seed):
     """As many right as wrong solutions, each text once, `limit` in all at most (0: no limit)."""
-    sides = grouped(distinct(candidates), is_right).values()  # one side, if all are right or wrong
+    sides = grouped(distinct(candidates), "gold").values()  # one side, if all are right or wrong
     size = min(map(len, sides))
     if limit:
         size = min(size, limit // 2)
@@ -264,9 +250,11 @@ def count_table(stages):
     models = {candidate["model"] for stage in stages.values() for candidate in stage}
     rows = []
     for model in ["all", *sorted(models - {""})]:
-        right = [[is_right(c) for c in stage if model in ("all", c["model"])]
-                 for stage in stages.values()]
-        rows.append([model, *(f"{len(r)} ({np.mean(r):.1%})" if r else "0" for r in right)])
+        row = [model]
+        for stage in stages.values():
+            right = [is_right(c) for c in stage if model in ("all", c["model"])]
+            row.append(f"{len(right)} ({mean(right) or 0:.1%})")
+        rows.append(row)
     return table(("solutions (right)", *stages), rows)
 
 
@@ -300,30 +288,30 @@ def sample_verdicts(settings, verifier, candidates, path, **changes):
 
 def score_solutions(settings, verifier, rows):
     """{solution's id: score from 0 to 1}; a missing verdict counts 0."""
-    groups = grouped(rows, operator.itemgetter("id"))
+    groups = grouped(rows, "id")
     if settings.score == "share":
         return {id: mean([row["answer"] == "correct" for row in groups[id]]) for id in groups}
     model, tokenizer = sampler.load_model(verifier, settings, start_ranks())
     mine = {}
     for id in progress(list(groups)[rank()::world()], what="probability of the verdicts"):
-        mine[id] = sum(verdict_probabilities(model, tokenizer, groups[id])) / len(groups[id])
+        mine[id] = probability_of_correct(model, tokenizer, groups[id])
     return collections.ChainMap(*gather(mine))
 
 
-def verdict_probabilities(model, tokenizer, rows):
-    """P(correct) / (P(correct) + P(incorrect)) at each verdict, after the verifier's own working."""
+def probability_of_correct(model, tokenizer, rows):
+    """The mean of P(correct) / (P(correct) + P(incorrect)) at each verdict, given its working."""
     texts = []
     for row in rows:
         found = find_verdict(row["completion"])
         if found:
-            before = row["completion"][: found.start(1)]
-            texts += [before + "correct", before + "incorrect"]
+            working = row["completion"][: found.start(1)]
+            texts += [working + "correct", working + "incorrect"]
     if not texts:
-        return []
+        return 0.0
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     logp = [sum(tokens) for tokens in sampler.score(model, rows[0]["prompt_ids"], ids, share=False)]
-    return [1 / (1 + math.exp(min(incorrect - correct, 700)))  # what both texts share cancels
-            for correct, incorrect in zip(logp[::2], logp[1::2])]
+    gaps = np.diff(np.reshape(logp, (-1, 2)))  # log P(incorrect) - log P(correct), [verdicts, 1]
+    return float(np.exp(-np.logaddexp(0, gaps)).sum() / len(rows))
 
 
 # ---- measures of verdicts and scores; None if there is nothing to count ----
@@ -335,48 +323,54 @@ def mean(values):
 
 def verdict_measures(rows):
     """Of single verdicts; an invalid one is neither correct nor incorrect."""
-    return {"accuracy": mean([row["answer"] == row["gold"] for row in rows]),
-            "precision": mean([is_right(row) for row in rows if row["answer"] == "correct"]),
-            "recall": mean([row["answer"] == "correct" for row in rows if is_right(row)]),
-            "invalid": mean([row["answer"] is None for row in rows]), "verdicts": len(rows)}
+    sides = grouped(rows, "gold")
+    accuracy = {gold: mean([row["answer"] == gold for row in sides[gold]]) for gold in sides}
+    return {
+        "accuracy": mean([row["answer"] == row["gold"] for row in rows]),
+        "balanced accuracy": mean(list(accuracy.values())) if len(accuracy) == 2 else None,
+        "precision": mean([is_right(row) for row in rows if row["answer"] == "correct"]),
+        "recall": accuracy.get("correct"),
+        "invalid": mean([row["answer"] is None for row in rows]),
+        "verdicts": len(rows)}
 
 
-def auroc(scores, right):
-    """The chance that a right solution scores above a wrong one, ties counting half."""
-    scores, right = np.asarray(scores, float), np.asarray(right, bool)
-    wrong_scores = np.sort(scores[~right])
-    below = np.searchsorted(wrong_scores, scores[right], "left")
-    not_above = np.searchsorted(wrong_scores, scores[right], "right")
-    return mean((below + not_above) / 2 / len(wrong_scores)) if len(wrong_scores) else None
+def auroc(pairs):
+    """The chance that a right solution scores above a wrong one, ties counting half.
+
+    pairs: (score, is it right?) of each solution."""
+    right = [score for score, truth in pairs if truth]
+    wrong = np.sort([score for score, truth in pairs if not truth])
+    if not right or not len(wrong):
+        return None
+    ranks = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
+    return mean(ranks / 2 / len(wrong))
 
 
-def reliability(scores, right, bins=5):
+def reliability(pairs, bins=5):
     """[from, to, solutions, mean score, share right] of each bin of scores that holds any."""
-    pairs = grouped(zip(scores, right), lambda pair: min(int(pair[0] * bins), bins - 1))
-    return [[number / bins, (number + 1) / bins, len(pairs[number]),
-             *np.mean(pairs[number], axis=0).tolist()] for number in sorted(pairs)]
+    rows = []
+    for number in range(bins):
+        inside = [pair for pair in pairs if min(int(pair[0] * bins), bins - 1) == number]
+        if inside:
+            score, right = np.mean(inside, axis=0)
+            rows.append([number / bins, (number + 1) / bins, len(inside), score, right])
+    return rows
 
 
 # ---- the vote ----
 
 
-def same_answer(a, b):
-    return a == b or same_number(a, b) or same_maths(a, b)
+def vote(candidates, scores, together):
+    """How right the winner is: most score, then most candidates; a tie is shared.
 
-
-def vote(candidates, scores, ballot):
-    """How right the winner is: the ballot of the highest score, then of most votes; ties share.
-
-    Candidates with equal ballots vote together; the truth about them is looked at last.
-    """
+    Equal answers vote together, or each solution alone. The truth is looked at last."""
     answered = [candidate for candidate in candidates if candidate["answer"] is not None]
-    parties = list(grouped(answered, operator.itemgetter(ballot)).values())
-
-    def strength(party):
-        return round(sum(scores[candidate["id"]] for candidate in party), 9), len(party)
-
-    strongest = max(map(strength, parties), default=None)
-    winners = [party for party in parties if strength(party) == strongest]
+    parties = [[candidate] for candidate in answered]
+    if together:
+        parties = grouped(answered, "same answer").values()
+    strengths = [(round(sum(scores[candidate["id"]] for candidate in party), 9), len(party))
+                 for party in parties]
+    winners = [party for party, own in zip(parties, strengths) if own == max(strengths)]
     return mean([is_right(candidate) for party in winners for candidate in party]) or 0.0
 
 
@@ -385,25 +379,27 @@ def voting(candidates, scores):
 
     scores: {"trained": {candidate's id: score}, ..}. Each question's solutions form blocks of n.
     """
-    methods = {"majority": ({c["id"]: 1.0 for c in candidates}, "same answer")}
+    methods = {"majority": ({c["id"]: 1.0 for c in candidates}, True)}
     for name in scores:
-        methods[f"weighted, {name}"] = scores[name], "same answer"
-        methods[f"best, {name}"] = scores[name], "place"
-    methods["oracle"] = {c["id"]: is_right(c) for c in candidates}, "place"
-    groups = list(by_question(candidates).values())
+        methods[f"weighted, {name}"] = scores[name], True
+        methods[f"best, {name}"] = scores[name], False
+    methods["oracle"] = {c["id"]: is_right(c) for c in candidates}, False
+    groups = grouped(candidates, "words").values()
     for group in groups:
-        numbers = measures.group_answers([c["answer"] for c in group], same_answer)
-        for place, (candidate, number) in enumerate(zip(group, numbers)):
-            candidate.update({"place": place, "same answer": number})
+        numbers = measures.group_answers([c["answer"] for c in group], same_maths)
+        for candidate, number in zip(group, numbers):
+            candidate["same answer"] = number
     curve, n = [], 1
-    while enough := [group for group in groups if len(group) >= n]:
-        curve.append({"n": n, "questions": len(enough), "gain": {}})
+    while n <= max(map(len, groups)):
+        blocks = [[group[i : i + n] for i in range(0, len(group) - n + 1, n)]
+                  for group in groups if len(group) >= n]  # [questions][blocks][n]
+        entry = {"n": n, "questions": len(blocks), "accuracy": {}, "gain": {}}
         values = {}
         for name, method in methods.items():
-            values[name] = [mean([vote(group[i : i + n], *method)
-                                  for i in range(0, len(group) - n + 1, n)]) for group in enough]
-            curve[-1][name] = measures.interval(values[name])
-            curve[-1]["gain"][name] = measures.paired_interval(values["majority"], values[name])
+            values[name] = [mean([vote(block, *method) for block in own]) for own in blocks]
+            entry["accuracy"][name] = measures.interval(values[name])
+            entry["gain"][name] = measures.paired_interval(values["majority"], values[name])
+        curve.append(entry)
         n *= 2
     return curve
 
@@ -412,7 +408,7 @@ def voting(candidates, scores):
 
 
 def main():
-    settings, start = parse(Settings, description=__doc__), time.time()
+    settings = parse(Settings, description=__doc__)
     start_ranks()
     if not settings.solutions:
         if settings.model or settings.test_solutions or settings.server:
@@ -421,47 +417,47 @@ def main():
         settings = embedded(parse(Settings, description=__doc__, **EMBEDDED))
     name = os.path.basename(settings.model.rstrip("/"))
     settings.out = settings.out or f"runs/{name}-verifier"
-    if job(settings):
-        say(f"{time.time() - start:.0f} s; the verifier, its verdicts and results.json are in "
-            f"{settings.out}")
+    job(settings)
 
 
 def job(settings):
     """Split, verdicts, training, measures before and after. Returns them; None without a model."""
     training, held_out = both_sides(settings)
     chosen = balanced(training, settings.candidates, settings.seed)
-    say(count_table({"training": training, "balanced": chosen, "held out": held_out,
-                     "held out, balanced": balanced(held_out, 0, settings.seed)}))
+    even = balanced(held_out, 0, settings.seed)
+    say(count_table({"training": training, "balanced": chosen,
+                     "held out": held_out, "held out, balanced": even}))
     if not settings.model:
-        say(f"\nThe first prompt:\n\n{training[0]['prompt']}\n\n--model trains a verifier on them")
+        say(f"\nThe first prompt:\n\n{training[0]['prompt']}\n\n--model trains a verifier")
         return None
-    if len(set(map(is_right, chosen))) < 2:
-        raise Problem("training needs right and wrong solutions: --solutions must hold both, and "
-                      "--candidates be 0, 2 or more")
+    if len(grouped(chosen, "gold")) < 2:
+        raise Problem("the training solutions must be of both kinds, right and wrong: there is "
+                      "nothing to tell apart")
     trained = train_verifier(settings, chosen)
-    scores, measured, accuracy = {}, {}, {}
+    measured, scores = {}, {}
     for name, verifier in (("untrained", settings.model), ("trained", trained)):
-        scores[name], measured[name], accuracy[name] = judge(settings, verifier, held_out, name)
+        file = name if verifier == settings.model else os.path.basename(trained)
+        path = f"{settings.out}/verdicts-{file}.jsonl"
+        measured[name], scores[name] = judge(settings, verifier, held_out, even, path)
     results = {"settings": dataclasses.asdict(settings), "measures": measured,
-               "gain": measures.paired_interval(accuracy["untrained"], accuracy["trained"]),
                "voting": voting(held_out, scores)}
     report(results, settings.out)
     return results
 
 
-def judge(settings, verifier, held_out, name):
-    """(scores of the held-out solutions, measures on half right ones, accuracy by question)"""
-    even = {c["id"]: is_right(c) for c in balanced(held_out, 0, settings.seed)}
-    judged = [c for c in distinct(held_out) if c["id"] in even or c["answer"] is not None]
-    file = os.path.basename(verifier) if name == "trained" else name  # trained-2 of two rounds
-    rows = sample_verdicts(settings, verifier, judged, f"{settings.out}/verdicts-{file}.jsonl",
+def judge(settings, verifier, held_out, even, path):
+    """(measures on the half right solutions `even`, scores of all that are even or have a vote)"""
+    truth = {candidate["id"]: is_right(candidate) for candidate in even}
+    judged = [c for c in distinct(held_out) if c["id"] in truth or c["answer"] is not None]
+    rows = sample_verdicts(settings, verifier, judged, path, logprobs=False,
                            samples=settings.test_samples, seed=settings.seed + 1)
     scores = score_solutions(settings, verifier, rows)
-    rows = [row for row in rows if row["id"] in even]
-    pairs = [scores[id] for id in even], list(even.values())
-    accuracy = [mean([row["reward"] > 0 for row in group]) for group in by_question(rows).values()]
-    return scores, {**verdict_measures(rows), "AUROC": auroc(*pairs),
-                    "calibration": reliability(*pairs)}, accuracy
+    rows = [row for row in rows if row["id"] in truth]
+    pairs = [(scores[id], truth[id]) for id in truth]
+    by_question = [mean([row["answer"] == row["gold"] for row in group])
+                   for group in grouped(rows, "question").values()]
+    return {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs),
+            "accuracy by question": by_question}, scores
 
 
 def embedded(settings):
@@ -489,34 +485,33 @@ def embedded(settings):
 
 def write_solutions(settings, policy, path, split, count, seed):
     task = tasks.load_task("apples")
-
-    def questions(tokenizer):
-        return tasks.load_questions(task, split, count, seed, tokenizer, settings)
-
-    sampler.sample_once(settings, policy, questions, task.grade, path, seed=seed,
-                        samples=settings.solutions_per_question)
+    sampler.sample_once(
+        settings, policy,
+        lambda tokenizer: tasks.load_questions(task, split, count, seed, tokenizer, settings),
+        task.grade, path, logprobs=False, seed=seed, samples=settings.solutions_per_question)
 
 
 def report(results, out):
     """Tables, the picture and results.json."""
     before, after = results["measures"]["untrained"], results["measures"]["trained"]
-    gain = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    names = [name for name in after if name != "calibration"]
-    say("\n" + table(("verdicts on held-out solutions, half of them right", "untrained", "trained"),
-                     [(name, before[name], after[name]) for name in names]))
-    say("gain in accuracy (95% over questions): " + gain.format(**results["gain"]))
+    interval = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]), [
+        (name, before[name], after[name]) for name in after if not isinstance(after[name], list)]))
+    say("gain in accuracy (95% over questions): " + interval.format(**measures.paired_interval(
+        before["accuracy by question"], after["accuracy by question"])))
     say("\n" + table(("score, trained", "solutions", "mean score", "share right"), [
         (f"{low:.1f} to {high:.1f}", *rest) for low, high, *rest in after["calibration"]]))
-    methods = [name for name in results["voting"][0] if name not in ("n", "questions", "gain")]
-    points = [{name: entry[name]["mean"] for name in methods} for entry in results["voting"]]
-    say("\n" + table(("solutions", "questions", *methods, "trained - majority (95%)"), [
-        (entry["n"], entry["questions"], *point.values(),
-         gain.format(**entry["gain"]["weighted, trained"]))
-        for entry, point in zip(results["voting"], points)]))
+    rows, points = [], []
+    for entry in results["voting"]:
+        accuracy = {name: value["mean"] for name, value in entry["accuracy"].items()}
+        gain = interval.format(**entry["gain"]["weighted, trained"])
+        rows.append((entry["n"], entry["questions"], *accuracy.values(), gain))
+        points.append({"n": str(entry["n"]), **accuracy})
+    say("\n" + table(("solutions", "questions", *accuracy, "trained - majority (95%)"), rows))
+    say(f"the verifier, its verdicts and results.json are in {out}")
     if rank() == 0:
         write_json(f"{out}/results.json", results)
-        points = [{"n": str(2**number), **point} for number, point in enumerate(points)]
-        draw_lines(f"{out}/voting.png", points, "n", methods,
+        draw_lines(f"{out}/voting.png", points, "n", list(accuracy),
                    xlabel="solutions of each question", ylabel="accuracy")
 
 
