@@ -1,11 +1,12 @@
-"""Table 2: the generative verifier, before and after training, and the vote that its verdicts weigh."""
+"""Table 2: the generative verifier, before and after training, and the vote that it weighs."""
 
 import dataclasses
 
 import numpy as np
 
 import verifier
-from experiments.common import bars, compare, difference, folder_of, name_of, picture, show_arms, spread, table, verdict
+from experiments.common import (
+    bars, compare, difference, folder_of, name_of, picture, show_arms, spread, table, verdict)
 
 
 def run(settings, each):
@@ -14,55 +15,65 @@ def run(settings, each):
 
 
 def prepare_verifier(seed):
-    """The untrained verifier, the solutions to judge, and the settings of verifier.py's embedded job."""
-    settings = verifier.Settings(**verifier.EMBEDDED, seed=seed, out=f"{folder_of(seed)}/verifier")
-    return verifier.embedded(settings)
+    """verifier.py's embedded job: the untrained verifier, the solutions to judge, the settings."""
+    out = f"{folder_of(seed)}/verifier"
+    return verifier.embedded(verifier.Settings(**verifier.EMBEDDED, seed=seed, out=out))
 
 
 def run_verifier(seed, arm, rate, split):
-    """verifier.py's job; to choose the rate a quarter of the training questions is held out instead of the test questions."""
+    """verifier.py's job. The rate is chosen on a held-out quarter of the training questions."""
     settings = dataclasses.replace(prepare_verifier(seed), learning_rate=rate, **arm)
     settings.out += f"/{split}-{name_of(arm, rate)}"
     if split == "validation":
         settings.test_solutions = ""
     results = verifier.job(settings)
-    before, after, votes = results["measures"]["untrained"], results["measures"]["trained"], results["voting"][-1]
-    return {"score": after["accuracy"], "accuracy": after["accuracy"], "accuracy before": before["accuracy"],
-            "invalid": after["invalid"], "invalid before": before["invalid"], "solutions": votes["n"],
-            "majority": votes["majority"]["mean"], "weighted before": votes["weighted, untrained"]["mean"],
-            "weighted": votes["weighted, trained"]["mean"]}
+    before, after = results["measures"]["untrained"], results["measures"]["trained"]
+    last = results["voting"][-1]
+    votes = {name: value["mean"] for name, value in last["accuracy"].items()}
+    return {"score": after["accuracy"],
+            "accuracy": after["accuracy"], "accuracy before": before["accuracy"],
+            "invalid": after["invalid"], "invalid before": before["invalid"],
+            "solutions": last["n"], "majority": votes["majority"],
+            "weighted before": votes["weighted, untrained"], "weighted": votes["weighted, trained"]}
 
 
 def show(result):
     (arm,) = result["arms"].values()
-    rows = [("accuracy of a verdict", "accuracy before", "accuracy"), ("invalid verdicts", "invalid before", "invalid"),
-            ("vote, weighted by the verdicts", "weighted before", "weighted")]
-    return "\n\n".join([show_arms(result["arms"], ("accuracy", "invalid"), "the trained verifier"), table(
-        ("", "untrained", "trained"), [(title, spread(arm[before]), spread(arm[after])) for title, before, after in rows]
-        + [(f"majority of {arm['solutions'][0]} solutions", spread(arm["majority"]), "")])])
+    rows = []
+    for title, name in (("accuracy of a verdict", "accuracy"), ("invalid verdicts", "invalid"),
+                        ("vote, weighted by the verdicts", "weighted")):
+        rows.append((title, spread(arm[f"{name} before"]), spread(arm[name])))
+    rows.append((f"majority of {arm['solutions'][0]} solutions", spread(arm["majority"]), ""))
+    arms = show_arms(result["arms"], ("accuracy", "invalid"), "the trained verifier")
+    return arms + "\n\n" + table(("", "untrained", "trained"), rows)
 
 
 def draw(result, path):
     (arm,) = result["arms"].values()
     labels = {"base": "untrained verifier", "TOPR": "trained verifier", "majority": "majority vote"}
+    shares = {"base": np.array([arm["accuracy before"], arm["invalid before"]]).T,  # [seeds, 2]
+              "TOPR": np.array([arm["accuracy"], arm["invalid"]]).T}
+    votes = {"majority": np.array([arm["majority"]]).T,  # [seeds, 1]
+             "base": np.array([arm["weighted before"]]).T, "TOPR": np.array([arm["weighted"]]).T}
     with picture(path, 1, 2) as (left, right):
-        bars(left, ["accuracy", "invalid"], {"base": np.array([arm["accuracy before"], arm["invalid before"]]).T,
-                                             "TOPR": np.array([arm["accuracy"], arm["invalid"]]).T}, labels)
+        bars(left, ["accuracy", "invalid"], shares, labels)
         left.set(ylabel="share of verdicts", ylim=(0, 1))
-        votes = {"majority": arm["majority"], "base": arm["weighted before"], "TOPR": arm["weighted"]}
-        bars(right, [f"vote of {arm['solutions'][0]} solutions"], {name: np.array([values]).T for name, values in votes.items()},
-             labels)
+        bars(right, [f"vote of {arm['solutions'][0]} solutions"], votes, labels)
         right.set(ylabel="accuracy")
 
 
 def claims(result):
     (arm,) = result["arms"].values()
-    gain, before = difference(arm["weighted"], arm["majority"]), difference(arm["weighted before"], arm["majority"])
-    yield ("The verifier's accuracy rises, 32.6% to 70.9%, and invalid verdicts end, 34.2% to 0.9% (Table 2)",
+    gain = difference(arm["weighted"], arm["majority"])
+    gain_before = difference(arm["weighted before"], arm["majority"])
+    accuracy, invalid = np.mean(arm["accuracy"]), np.mean(arm["invalid"])
+    yield ("The verifier's accuracy rises, 32.6% to 70.9%, and invalid verdicts end, 34.2% to "
+           "0.9% (Table 2)",
            f"accuracy {spread(arm['accuracy before'])} to {spread(arm['accuracy'])}, invalid "
-           f"{spread(arm['invalid before'])} to {spread(arm['invalid'])} (held to reproduce above 0.65 and below 0.02)",
-           verdict(np.mean(arm["accuracy"]) > 0.65 and np.mean(arm["invalid"]) < 0.02,
-                   np.mean(arm["accuracy"]) > np.mean(arm["accuracy before"])))
+           f"{spread(arm['invalid before'])} to {spread(arm['invalid'])} "
+           "(held to reproduce above 0.65 and below 0.02)",
+           verdict(accuracy > 0.65 and invalid < 0.02, accuracy > np.mean(arm["accuracy before"])))
     yield ("Its verdicts improve the vote (Table 2)",
-           f"majority of {arm['solutions'][0]} {spread(arm['majority'])}, weighted before {spread(before, sign=True)}, after "
-           f"{spread(gain, sign=True)}", verdict(min(gain) > 0 and np.mean(gain) > np.mean(before), np.mean(gain) > 0))
+           f"majority of {arm['solutions'][0]} {spread(arm['majority'])}, weighted before "
+           f"{spread(gain_before, sign=True)}, after {spread(gain, sign=True)}",
+           verdict(min(gain) > 0 and np.mean(gain) > np.mean(gain_before), np.mean(gain) > 0))
