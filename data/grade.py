@@ -61,8 +61,8 @@ SPELLINGS = [
      r" \\text \1 "),
     (r"\{,\}|,\s*\\!", ","),  # 1{,}000 and 1,\!000
     (r"(?<!\\)\\\\(?=[dtc]?frac)", r"\\"),  # \\frac, escaped once too often
-    (r"(?<!\\)\\[,;:!()\[\]]|\\(?:left|right)\s*\."
-     r"|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed)(?![a-z])", ""),
+    (r"(?<!\\)\\[,;:!()\[\]]|\\(?:left|right)\s*\.", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed)(?![a-z])", ""),
     (r"(?<!\\)\\ |\\q?quad(?![a-z])|~|\\phantom\s*(?:\{[^{}]*\}|\S)", " "),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree", "°"), (r"\\?[$]|[€£¥]", ""),
     (r"° ?$", r" \\text degrees"), (r"\\?% ?$", r" \\text percent"), (r"°|\\?%", ""),

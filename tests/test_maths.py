@@ -246,6 +246,10 @@ class Chat:
     """A tokenizer with a template; all_special_tokens does not name all of its marks."""
     chat_template = "yes"
     all_special_tokens = ["<|end|>"]
+
+    def get_chat_template(self):
+        return self.chat_template
+
     added_tokens_decoder = {7: "<|user|>", 8: "<|model|>", 9: "  ", 10: "word"}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt, **arguments):
