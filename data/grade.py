@@ -1,8 +1,8 @@
 """Reads the answer out of what a model wrote, and judges it against the reference.
 
-What a model wrote is never run: no eval, no computer algebra. Every function answers for any input, in bounded time
-and without an exception: a text above LONGEST characters is no answer (the longest of MATH has 159), nothing nests
-deeper than DEEPEST, no number has more than BITS bits.
+What a model wrote is never run: no eval, no computer algebra. Every function answers for any input,
+in bounded time and without an exception: a text above LONGEST characters is no answer (the longest
+of MATH has 159), lists nest no deeper than DEEPEST, no number has more than BITS bits.
 """
 
 import math
@@ -23,7 +23,7 @@ def read_answer(text, marker="The answer is"):
     Where the rest of the marker's line is empty, the next one counts; \[...\] is read whole.
     'So 9 + 8 = 17. The answer is $17$.' -> '17'; 'so the answer is:\n\\[\\boxed{18}\\]' -> '18'
     """
-    edge = r"\b" if marker[:1].isalnum() else ""  # "Banana: 3" does not hold the marker "A:"
+    edge = "(?<![A-Za-z])" if marker[:1].isalpha() else ""  # no "A:" in "banana: 3"
     found = re.match(rf"(?is).*{edge}{re.escape(marker)}", text) if isinstance(text, str) else None
     if not found:
         return None
@@ -35,44 +35,44 @@ def read_answer(text, marker="The answer is"):
     if boxed is not None:
         return boxed.strip() or None
     line = re.sub(r"\*\*(.+?)\*\*", r"\1", line).strip(" \t:=*`").rstrip(" \t.*`")
-    for left, right in (("$", "$"), ("\\(", "\\)")):
-        inside = line[len(left):-len(right)]
-        if line.startswith(left) and line.endswith(right) and left not in inside:
-            line = inside
+    line = re.sub(r"^(?:\$([^$]*)\$|\\\(((?:(?!\\\().)*)\\\))$", r"\1\2", line)  # $x$, \(x\) -> x
     return line.strip().rstrip(" .") or None
 
 
 def last_boxed(text):
-    """What the last \\boxed{...} or \\fbox{...} holds: 'so \\boxed{\\frac{1}{2}}' -> '\\frac{1}{2}'."""
+    r"""What the last \boxed{...} or \fbox{...} holds: 'so \boxed{\frac{1}{2}}' -> '\frac{1}{2}'."""
     at = max(text.rfind("\\boxed"), text.rfind("\\fbox")) if isinstance(text, str) else -1
     text = text[at:at + LONGEST] if at >= 0 else ""
     start = re.match(r"\\(?:boxed|fbox)\s*(?:\{|([0-9]+))", text)
     if not start or start[1]:
         return start and start[1]  # \boxed 9 is a box too
-    depth = 1
-    for mark in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start.end()):
+    inside, depth = text[start.end():], 1
+    for mark in re.finditer(r"(?s)\\.|[{}]", inside):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
-            return text[start.end():mark.start()]
+            return inside[:mark.start()]
     return None
 
 
 # ---- one spelling for what looks the same on paper ----
 
-SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in [
-    (r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:bf|it|rm)|operatorname)\s*\{([^{}]*)\}", r" \\text \1 "),
-    (r"\{,\}|,\s*\\!", ","),                                              # 1{,}000 and 1,\!000
-    (r"(?<!\\)\\\\(?=[dtc]?frac)", r"\\"),                                  # \\frac, escaped once too often
-    (r"(?<!\\)\\[,;:!()\[\]]|\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed)(?![a-z])", ""),
+SPELLINGS = [
+    (r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:bf|it|rm)|operatorname)\s*\{([^{}]*)\}",
+     r" \\text \1 "),
+    (r"\{,\}|,\s*\\!", ","),  # 1{,}000 and 1,\!000
+    (r"(?<!\\)\\\\(?=[dtc]?frac)", r"\\"),  # \\frac, escaped once too often
+    (r"(?<!\\)\\[,;:!()\[\]]|\\(?:left|right)\s*\.", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed)(?![a-z])", ""),
     (r"(?<!\\)\\ |\\q?quad(?![a-z])|~|\\phantom\s*(?:\{[^{}]*\}|\S)", " "),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree", "°"), (r"\\?[$]|[€£¥]", ""),
     (r"° ?$", r" \\text degrees"), (r"\\?% ?$", r" \\text percent"), (r"°|\\?%", ""),
-    (r"\\(?:cdot|times|ast)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"), (r"[−–]", "-"),
+    (r"\\(?:cdot|times|ast)(?![a-z])|[×·⋅]", "*"),
+    (r"\\div(?![a-z])|÷", "/"), (r"[−–]", "-"),
     (r"(?<![\\A-Za-z])(sqrt|pi(?![A-Za-z]))", r"\\\1 "),
     (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"∪", r"\\cup "),
     (r"\\(le|ge|ne)q(?![a-z])", r"\\\1 "), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"),
     (r"\{[pb]matrix\}", "{matrix}"),
-    (r"\\[dtc]?frac ?([0-9A-Za-z])", r"\\frac{\1}"),                      # \frac12 takes one digit at a time
+    (r"\\[dtc]?frac ?([0-9A-Za-z])", r"\\frac{\1}"),  # \frac12 takes one digit at a time
     (r"\\[dtc]?frac ?\{([^{}]*)\} ?([0-9A-Za-z])", r"\\frac{\1}{\2}"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"(\\sqrt|\^) ?\(([^()]*)\)", r"\1{\2}"), (r"(\\sqrt) ?([0-9A-Za-z])", r"\1{\2}"),
@@ -81,10 +81,12 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in [
     (r"\b([ap])\.m\.?", r"\1m"),
     (r"[ ,]{0,3}(?:\\text[ ,]{0,3})?\b(?:and|or)\b", ", "),
     (r"^ ?(?:=|\\approx)", ""),
-]]
-UNITS = re.compile(r"(?: \\text [A-Za-z. ]+| (?:[A-Za-z]{3,}|cm|mm|km|ft|in|kg|lb|sq)\b[A-Za-z. ]*)(?:\^ ?\{[23]\})?$")
+]
+UNITS = (r"(?: \\text [A-Za-z. ]+| (?:[A-Za-z]{3,}|cm|mm|km|ft|in|kg|lb|sq)\b[A-Za-z. ]*)"
+         r"(?:\^ ?\{[23]\})?$")
 NO_UNIT = r"\b(?:[ap]m|dozen|hundred|thousand|[mbtr]+illion)\b"
-TOKEN = re.compile(r"\\(?:begin|end)\{[a-z]*\}|\\sqrt\[[0-9]\]|\\[A-Za-z]+|\\.|[0-9]*\.?[0-9]+|[A-Za-z]{2,}|\S")
+TOKEN = (r"\\(?:begin|end)\{[a-z]*\}|\\sqrt\[[0-9]\]|\\[A-Za-z]+|\\."
+         r"|[0-9]*\.?[0-9]+|[A-Za-z]{2,}|\S")
 BRACKETS = dict.fromkeys(("(", "[", "{", "\\{", "\\begin{matrix}"), 1) | \
     dict.fromkeys((")", "]", "}", "\\}", "\\end{matrix}"), -1)
 
@@ -92,70 +94,80 @@ BRACKETS = dict.fromkeys(("(", "[", "{", "\\{", "\\begin{matrix}"), 1) | \
 def respell(text):
     text = " ".join(text.split())
     for pattern, spelling in SPELLINGS:
-        text = pattern.sub(spelling, text)
+        text = re.sub(pattern, spelling, text)
     return " ".join(text.split()).rstrip(" .,;:")
 
 
 def without_commas(text):
     """1,234,567 -> 1234567"""
-    return re.sub(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])", lambda number: number[0].replace(",", ""), text)
+    def joined(number):
+        return number[0].replace(",", "")
+
+    return re.sub(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])", joined, text)
 
 
 def tokens_of(text):
     """'\\frac{1}{2}x' -> ['\\frac', '{', '1', '}', '{', '2', '}', 'x']"""
-    tokens = [token for token in TOKEN.findall(text) if token != "\\text"]
+    tokens = [token for token in re.findall(TOKEN, text) if token != "\\text"]
     return [token.lower() if token.isalpha() and len(token) > 2 else token for token in tokens]
 
 
 def as_text(tokens):
     """One string, fractions with a slash: \\frac{x+1}{2} -> (x+1)/2."""
+    def with_slash(fraction):
+        sides = fraction.groups()
+        return "/".join(side if re.fullmatch(r"\\?\w+", side) else f"({side})" for side in sides)
+
     text, found = "".join(tokens).removeprefix("+"), True
     while found:
-        text, found = re.subn(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", lambda match: "/".join(
-            part if re.fullmatch(r"\\?\w+", part) else f"({part})" for part in match.groups()), text)
+        text, found = re.subn(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", with_slash, text)
     return text
 
 
 # ---- numbers: exact fractions, and roots to 60 digits ----
 
-PI = Fraction(31415926535897932384626433832795028841971, 10**40)  # more digits than anybody writes out
+PI = Fraction(31415926535897932384626433832795028841971, 10**40)  # more digits than anyone writes
 SCALE = 10**60
 TIGHTNESS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 3}
 
 
 def value(tokens):
-    """The number that the tokens stand for, or None. A letter stands for a number of its own, so that x/2 equals
-    \\frac12x; but never twice or in a sum: (x-2)(x+2) and x^2-4 are two answers, one factored, one expanded."""
+    """The number that the tokens mean, or None.
+
+    Each letter is a number of its own, so that x/2 equals \\frac12x. A letter twice or in a sum
+    gives None: (x-2)(x+2) and x^2-4 are two answers, one factored, one expanded.
+    """
     letters = [token for token in tokens if token != "i" and re.fullmatch("[A-Za-z]", token)]
     if len(set(letters)) < len(letters) or letters and {"+", "-", "("} & set(tokens[1:]):
         return None
     rest = tokens[::-1]
     try:
-        number = read(rest, 0, 0)
+        number = read(rest, 0)
         return None if rest else number
     except (ValueError, ZeroDivisionError, IndexError):
         return None
 
 
-def read(rest, tightness, depth):
-    """Reads an expression off the end of rest, the tokens in reverse, up to an operator no tighter than tightness."""
-    if depth > DEEPEST:
-        raise ValueError("nested too deep")
+def read(rest, tightness):
+    """The number at the end of rest, tokens in reverse, up to an operator no tighter than this.
+
+    It removes what it reads. LONGEST bounds the recursion.
+    """
     token = rest.pop()
     if token in ("+", "-"):
-        number = read(rest, 2, depth + 1) * (1 if token == "+" else -1)
+        number = read(rest, 2) * (1 if token == "+" else -1)
     elif token in ("(", "{"):
-        number = read(rest, 0, depth + 1)
+        number = read(rest, 0)
         if rest.pop() != {"(": ")", "{": "}"}[token]:
             raise ValueError("not closed")
     elif token == "\\frac":
-        number = combine(read(rest, 9, depth + 1), "/", read(rest, 9, depth + 1))
+        number = combine(read(rest, 9), "/", read(rest, 9))
     elif token.startswith("\\sqrt"):
-        number = root(read(rest, 9, depth + 1), int(token[6:-1] or 2))
+        number = root(read(rest, 9), int(token[6:-1] or 2))
     elif token[-1] in "0123456789":
         number = Fraction(token)
         if re.match(r"\\frac\{[0-9]+\}\{[0-9]+\}", "".join(rest[:-8:-1])):
-            number += read(rest, 9, depth + 1)  # 1\frac{2}{3} is 1 + 2/3
+            number += read(rest, 9)  # 1\frac{2}{3} is 1 + 2/3
     elif re.fullmatch("[A-Za-z]", token):
         number = Fraction(pow(3, ord(token), 2**61 - 1), 2**31 - 1)
     elif token == "\\pi":
@@ -170,14 +182,15 @@ def read(rest, tightness, depth):
             rest.pop()
         elif rest[-1][-1] in "0123456789":
             raise ValueError("two numbers side by side")
-        number = combine(number, operator, read(rest, TIGHTNESS[operator], depth + 1))
+        number = combine(number, operator, read(rest, TIGHTNESS[operator]))
     return number
 
 
 def combine(a, operator, b):
     if operator == "^":
         a, b = root(a, b.denominator) if b.denominator > 1 else a, b.numerator
-    bits = sum(part.bit_length() for part in (a.numerator, a.denominator, b.numerator, b.denominator))
+    parts = (a.numerator, a.denominator, b.numerator, b.denominator)
+    bits = sum(part.bit_length() for part in parts)
     if bits * (abs(b) if operator == "^" else 1) > BITS:
         raise ValueError("too large")
     return {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}[operator](a, b)
@@ -193,7 +206,7 @@ def root(number, n):
 
 
 def whole_root(number, n):
-    """The largest whole number whose n-th power is no more than number: Newton's steps, from above."""
+    """The largest integer whose n-th power is at most number: Newton's method, from above."""
     guess = 1 << -(-number.bit_length() // n)
     while number and (step := ((n - 1) * guess + number // guess ** (n - 1)) // n) < guess:
         guess = step
@@ -202,36 +215,41 @@ def whole_root(number, n):
 
 # ---- judging ----
 
-NUMBER = re.compile(r"[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?")
+NUMBER = (r"[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}"
+          r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?")
 
 
 def read_number(text):
-    """The one number of a short text, exact: '$1,234.50 a day' -> 2469/2. None for none, for two and for a sum."""
+    """The one number of a text, exact, or None: '$1,234.50 a day' -> 2469/2, '2 or 3' -> None."""
     if not isinstance(text, str) or len(text) > LONGEST:
         return None
-    text = without_commas(respell(text)).rpartition("=")[2].replace("\\text", "").strip(" *+")  # 16 - 3 = 13 is 13
+    text = without_commas(respell(text)).rpartition("=")[2]  # 16 - 3 = 13 is 13
+    text = text.replace("\\text", "").strip(" *+")
     text = re.sub(r"(?<=[A-Za-z])\^\{[23]\}", "", text).replace(" / ", "/")  # cm^2
-    found = list(NUMBER.finditer(text))
+    found = list(re.finditer(NUMBER, text))
     if len(found) != 1:
         return None
     before, after = text[:found[0].start()], text[found[0].end():]
     negative = re.search(r"(?:^|[^\w)])-$|^- $", before)
-    if re.search(rf"[+*^<>_\\]|{NO_UNIT}", before + after) or re.search(r"[\w-]$", before) and not negative:
+    if re.search(rf"[+*^<>_\\]|{NO_UNIT}", before + after):
+        return None
+    if re.search(r"[\w-]$", before) and not negative:
         return None
     number = value(tokens_of(re.sub("[eE](.*)", r"*10^{\1}", found[0][0])))
     return -number if number is not None and negative else number
 
 
 def same_number(answer, gold):
-    """Is it the same number? same_number('$1,234.00', '1234') -> True. Percent signs go: 50% is 50, not 1/2."""
-    numbers = read_number(answer), read_number(gold)
-    return None not in numbers and numbers[0] == numbers[1]
+    """Is it the same number? '$1,234.00' is 1234. Percent signs are dropped: 50% is 50, not 1/2."""
+    number = read_number(answer)
+    return number is not None and number == read_number(gold)
 
 
 def same_maths(answer, gold):
-    """Do the two stand for the same answer? same_maths('x = \\frac{1}{2}', '0.5') -> True
+    """Is it the same answer? 'x = \\frac{1}{2}' is 0.5.
 
-    Order counts in (1,2) and in 1,2, not in \\{1,2\\} or a union. A unit, percent, degree or money sign may be missing.
+    Order counts in (1,2) and in 1,2, not in \\{1,2\\} or a union. A unit, percent, degree or money
+    sign may be missing.
     """
     if not all(isinstance(text, str) and len(text) <= LONGEST for text in (answer, gold)):
         return False
@@ -246,8 +264,8 @@ def same_maths(answer, gold):
 
 
 def apart_from_unit(text):
-    """'15 \\text square cm' -> ('15', {'s', 'c'}): the initials tell units apart, however they are shortened."""
-    unit = UNITS.search(text)
+    """'15 \\text square cm' -> ('15', {'s', 'c'}): a unit's initials survive its abbreviation."""
+    unit = re.search(UNITS, text)
     left = text[:unit.start()] if unit else ""
     sign = unit and re.search(r"\\text (degrees|percent)$", unit[0])
     if not sign and (value(tokens_of(left)) is None or re.search(NO_UNIT, unit[0])):
@@ -265,17 +283,18 @@ def alike(a, b, depth):
     if as_text(a) == as_text(b):
         return True
     x, y = value(a), value(b)
-    if x is not None and y is not None:  # the tolerance is for roots: fractions that people write never lie so close
+    if None not in (x, y):  # the tolerance is for roots: no two written fractions are so close
         return x == y or abs(x - y) * 10**40 < min(1, abs(x), abs(y))
     if enclosed(a) and enclosed(b) and (a[0], a[-1]) == (b[0], b[-1]):
         return same_parts(a[1:-1], b[1:-1], SEPARATORS, depth, any_order=a[0] == "\\{")
     for separators in (UNION, SEPARATORS):
-        if len(split(a, separators)) > 1 or len(split(b, separators)) > 1:
+        if len(split(a, separators)) + len(split(b, separators)) > 2:
             return same_parts(a, b, separators, depth, any_order=separators == UNION)
     if len(split(a, RELATIONS)) == len(split(b, RELATIONS)) > 1:
         return same_parts(a, b, RELATIONS, depth)
-    if (a, b) != (plain(a), plain(b)):
-        return alike(plain(a), plain(b), depth + 1)
+    bare = plain(a), plain(b)
+    if bare != (a, b):
+        return alike(*bare, depth + 1)
     return terms(a) == terms(b)
 
 
@@ -284,8 +303,8 @@ def same_parts(a, b, separators, depth, any_order=False):
     if a[1::2] != b[1::2]:
         return False
     a, b = (sorted(side[::2], key=terms) if any_order else side[::2] for side in (a, b))
-    return all(one == other or not unreduced(one) and not unreduced(other) and alike(one, other, depth + 1)
-               for one, other in zip(a, b))
+    return all(one == other or not (unreduced(one) or unreduced(other))
+               and alike(one, other, depth + 1) for one, other in zip(a, b))
 
 
 def unreduced(tokens):
@@ -295,7 +314,10 @@ def unreduced(tokens):
 
 
 def split(tokens, separators):
-    """Parts and separators in turn, brackets kept whole: 1,(2,3) -> [['1'], ',', ['(', '2', ',', '3', ')']]"""
+    """Parts and separators in turn, brackets kept whole.
+
+    1,(2,3) -> [['1'], ',', ['(', '2', ',', '3', ')']]
+    """
     parts, depth = [[]], 0
     for token in tokens:
         depth += BRACKETS.get(token, 0)
@@ -313,15 +335,16 @@ def enclosed(tokens):
 
 
 def plain(tokens):
-    """Without its name or brackets: x = 3 -> 3; f(x) = 3 -> 3; x \\in [1,2] -> [1,2]; (C) -> C; 2x = 3 stays."""
+    """Without name or brackets: f(x) = 3 -> 3; x \\in [1,2] -> [1,2]; (C) -> C; 2x = 3 stays."""
     parts = split(tokens, ("=", "\\in"))
-    if len(parts) == 3 and re.fullmatch(r"(?!\\frac|\\sqrt)[A-Za-z\\][^-+*/^<>]*", "".join(parts[0])):
+    name = r"(?!\\frac|\\sqrt)[A-Za-z\\][^-+*/^<>]*"
+    if len(parts) == 3 and re.fullmatch(name, "".join(parts[0])):
         return parts[2]
     return tokens[1:-1] if enclosed(tokens) and tokens[0] + tokens[-1] == "()" else tokens
 
 
 def terms(tokens):
-    """The terms of a sum in an order and a spelling of their own: the same for 2x-1 and -1+x*2."""
+    """The terms of a sum in an order and a spelling of their own: equal for 2x-1 and -1+x*2."""
     parts = split(tokens, ("+", "-"))
     parts = ["+", *parts] if parts[0] else parts[1:]
     return sorted(sign + (as_text(part) if (number := value(part)) is None else str(number))

@@ -100,10 +100,10 @@ def prepare(name, settings):
             raise Problem(f"{source}: 0 questions for {name} {split}")
     if name == "svamp":
         rows["train"] = without_repeats(rows["train"], rows["test"])
-    for split in rows:
+    for split, kept in rows.items():
         path = Path(settings.out, name, f"{split}.jsonl")
-        write_rollouts(path, rows[split])
-        say(f"{path}: {len(rows[split])} questions ({PUBLISHED[name][split][2]} are published)")
+        write_rollouts(path, kept)
+        say(f"{path}: {len(kept)} questions ({PUBLISHED[name][split][2]} are published)")
 
 
 def without_repeats(train, test):
@@ -200,7 +200,7 @@ def as_row(name, split, number, raw, source):
 
 
 def gsm8k_fields(raw):
-    solution, mark, gold = raw["answer"].rpartition("####")
+    _, mark, gold = raw["answer"].rpartition("####")
     if not mark:
         raise ValueError("no #### before the answer")
     return {"question": raw["question"], "gold": gold.strip(), "solution": raw["answer"]}

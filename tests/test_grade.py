@@ -1,4 +1,4 @@
-"""Reading and judging answers: small cases, then the published labels where ../shared/data is there."""
+"""Reading and judging answers: small cases, then published labels, if ../shared/data exists."""
 
 import json
 import random
@@ -66,6 +66,7 @@ CHAT_MODELS = [
     ("The answer is\r\n\r\n **17** dollars.", "17 dollars"),
     ("So the answer is 18.", "18"),
     ("SO THE ANSWER IS: 18", "18"),
+    ("9 * 2 = 18The answer is 18.", "18"),
     ("The answer is 5. Wait. So the answer is 6.", "6"),
     ("Then the answer is:\n", None),
 ]
