@@ -11,6 +11,7 @@ own. The engine is BM25, in engine/bm25.py; the sampler is eval.py's and the loo
 import collections
 import dataclasses
 import functools
+import glob
 import itertools
 import os
 import re
@@ -237,8 +238,8 @@ def prepare(settings):
             raise Problem(f"--losses: {arm!r} is not a loss, or a loss with a share as topr:0.4")
         train.check_settings(arm_settings(settings, arm))
     if not settings.model and (settings.corpus or settings.server):
-        raise Problem("--corpus and --server need --model: the embedded expander knows the "
-                      "embedded collection alone, and no server holds it")
+        raise Problem("--corpus and --server need --model: the embedded expander knows no other "
+                      "collection, and no server holds it")
     embedded = not settings.corpus
     name = os.path.basename(os.path.normpath(settings.corpus or "library"))
     settings.out = settings.out or f"runs/search-{name}"
@@ -254,10 +255,11 @@ def prepare(settings):
 
 
 def check_same_job(settings):
-    """A folder belongs to one job: another one is refused, naming what differs. (train.py and the
-    sampler compare their own settings.)"""
+    """A folder that has rollouts belongs to one job: another one is refused, naming what differs.
+    (train.py and the sampler compare their own settings.)"""
     path, now = f"{settings.out}/job.json", vars(settings)
-    before = read_json(path) if os.path.exists(path) else now
+    rollouts = glob.glob(glob.escape(settings.out) + "/seed*/unrewarded.jsonl")
+    before = read_json(path) if rollouts and os.path.exists(path) else now
     for name in vars(Settings)["__annotations__"]:
         if name not in ("out", "losses", "seeds") and before.get(name) != now[name]:
             raise Problem(f"{settings.out} holds another job: {name} was {before.get(name)!r} and "
@@ -268,7 +270,10 @@ def read_splits(settings, index):
     """(queries to learn from, queries to measure on)"""
     test = read_split(settings, index, settings.split, settings.test_queries)
     texts = {text for text, _ in test.values()}
-    return read_split(settings, index, settings.train_split, settings.queries, texts), test
+    learn = read_split(settings, index, settings.train_split, settings.queries, texts)
+    if settings.skip_full and settings.bar is None:
+        learn = skip_full(index, learn, settings)
+    return learn, test
 
 
 def arms_of(settings):
@@ -305,8 +310,6 @@ def compare(settings, index, splits, bases, start):
 
 def make_rollouts(settings, index, topics, policy):
     """Writes what a policy samples on the training queries, rewarded. Returns what that holds."""
-    if settings.skip_full and settings.bar is None:
-        topics = skip_full(index, topics, settings)
     path, unrewarded = f"{settings.out}/rollouts.jsonl", f"{settings.out}/unrewarded.jsonl"
     questions = functools.partial(make_questions, topics, settings)
     rows = sampler.sample_once(settings, policy, questions, unknown, unrewarded)
