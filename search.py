@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+import types
 from typing import Optional
 
 import numpy as np
@@ -195,9 +196,9 @@ def skip_full(index, topics, settings):
 def reward(index, topics, rows, settings):
     """Gives each row +1 if what the expansion finds is good enough, else -1. Equal is not better: a
     reward for repeating the query would teach just that."""
-    before = dict(zip(topics, look_up(index, topics, alone(topics), settings)[:, 0]))
-    scores = look_up(index, topics, rows, settings)[:, 0].tolist()
-    for row, score in zip(rows, scores):
+    scores = look_up(index, topics, alone(topics) + rows, settings)[:, 0].tolist()
+    before = dict(zip(topics, scores))
+    for row, score in zip(rows, scores[len(topics):]):
         words, fault = read_expansion(index, row, settings)
         enough = score > before[row["id"]] if settings.bar is None else score >= settings.bar
         row.update(reward=1.0 if enough and not fault else -1.0, answer=" ".join(words) or None,
@@ -401,11 +402,10 @@ def ask(argv):
         (options if value or word.startswith("-") else words).append(word)
     asked = parse(Ask, options, "python search.py ask WORDS [options]")
     policy = f"{asked.out}/{asked.expander}"
-    if not run_folder.finished(train.Settings(out=policy)):
+    if not run_folder.finished(policy):
         raise Problem(f"no expander in {policy}: torchrun search.py --out {asked.out} makes one")
-    job = read_json(f"{asked.out}/job.json")
-    settings = Settings(**{name: job[name] for name in vars(Settings()) if name in job})
-    settings.server = ""
+    job = types.SimpleNamespace(**read_json(f"{asked.out}/job.json"))
+    settings = part_of(Settings, job, server="")  # the trained expander is here
     query = " ".join(words).encode(errors="replace").decode()  # a terminal can pass half characters
     words, topics = analyse(query, settings.analyser), {"query": (query, {})}
     if not words:

@@ -1,4 +1,4 @@
-"""The search task: query expansion learned from what a search engine returns, without any reference answer."""
+"""The search task: query expansion learned from what a search engine returns alone."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def collection():
 
 
 def settings_of(seed, split, **changes):
-    """search.py's settings for a seed. `torchrun search.py` uses the folder of the test split too."""
+    """search.py's settings for a seed; the test split has the folder of `torchrun search.py`."""
     out = f"{OUT}/seed{seed}" + ("" if split == "test" else f"/{split}")
     return dataclasses.replace(collection()[0], seed=seed, out=out, **changes)
 
@@ -115,9 +115,9 @@ def claims(result):
     arms, base = result["arms"], result["base"]["sampled"]
     topr, positives = arms["TOPR"]["sampled"], arms["positives only"]["sampled"]
     over_base, over_positives = difference(topr, base), difference(topr, positives)
-    measured = (f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base {spread(base)}, "
-                f"positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
-                f"{spread(over_positives, sign=True)}")
+    measured = (f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base "
+                f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: "
+                f"TOPR over positives {spread(over_positives, sign=True)}")
     reproduced = min(over_base) > 0 and min(over_positives) > 0
     yield ("A query expander learns from nothing but a search engine's score (search)", measured,
            verdict(reproduced, np.mean(topr) > np.mean(base)))
