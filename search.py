@@ -11,11 +11,13 @@ own. The engine is BM25, in engine/bm25.py; the sampler is eval.py's and the loo
 import collections
 import dataclasses
 import functools
+import glob
 import itertools
 import os
 import re
 import sys
 import time
+import types
 from typing import Optional
 
 import numpy as np
@@ -118,9 +120,9 @@ def make_prompt(query, tokenizer, settings):
 
 
 def make_questions(topics, settings, tokenizer):
-    stop = {"stop": [STOP]} if settings.model else {}
-    return [{"id": id, "question": text, "prompt": make_prompt(text, tokenizer, settings), **stop}
-            for id, (text, _) in topics.items()]
+    stop = [STOP] if settings.model else []
+    return [{"id": id, "question": text, "prompt": make_prompt(text, tokenizer, settings),
+             "stop": stop} for id, (text, _) in topics.items()]
 
 
 def read_expansion(index, row, settings):
@@ -151,22 +153,22 @@ def read_split(settings, index, split, count, besides=()):
 
 
 def columns_of(settings):
-    """What is measured of each expansion: the rewarded measure first, then others and the faults."""
-    return [*dict.fromkeys([settings.metric, *SHOWN]), *FAULTS]
+    """What is measured of an expansion: the rewarded measure first, other measures, the faults."""
+    return list(dict.fromkeys([settings.metric, *SHOWN, *FAULTS]))
 
 
 def look_up(index, topics, rows, settings):
     """What query + expansion find: array [rows, columns_of(settings)]. The ranks share the rows."""
-    columns, depth = columns_of(settings), int(settings.metric.partition("@")[2] or 0)
-    part, scores = [], np.empty((len(rows), len(columns)))
+    columns, depth = columns_of(settings), settings.metric.partition("@")[2]
+    scores, part = np.empty((len(rows), len(columns))), []
     for row in progress(rows[rank()::world()], what="searching"):
         text, grades = topics[row["id"]]
         added, fault = read_expansion(index, row, settings)
-        words = analyse(text, settings.analyser) + added
+        query = analyse(text, settings.analyser) + added
+        numbers, _ = search(index, query, max(1000, int(depth or 0)))
         own = find_text(index.ids, row["id"])  # if queries are documents, BEIR excludes their own
-        found = [number for number in search(index, words, max(depth, 1000))[0].tolist()
-                 if number != own]
-        part.append([float(name == fault) if name in FAULTS else measure(name, found, grades)
+        found = numbers[numbers != own].tolist()
+        part.append([name == fault if name in FAULTS else measure(name, found, grades)
                      for name in columns])
     for first_row, theirs in enumerate(gather(part)):
         scores[first_row::world()] = np.reshape(theirs, (-1, len(columns)))
@@ -182,8 +184,7 @@ def skip_full(index, topics, settings):
     """The queries that can earn a reward: the best ranking has a higher value than their own."""
     kept, values = {}, look_up(index, topics, alone(topics), settings)[:, 0]
     for (id, (text, grades)), value in zip(topics.items(), values):
-        best = sorted(grades, key=grades.get, reverse=True)
-        if value < measure(settings.metric, best, grades):
+        if value < measure(settings.metric, sorted(grades, key=grades.get)[::-1], grades):
             kept[id] = text, grades
     say(f"{len(topics) - len(kept)} of {len(topics)} training queries are skipped: no expansion "
         f"can improve their {settings.metric}")
@@ -193,16 +194,16 @@ def skip_full(index, topics, settings):
 
 
 def reward(index, topics, rows, settings):
-    """The rows with reward +1 if what the expansion finds is good enough, else -1. Equal is not
-    better: a reward for repeating the query would teach just that."""
-    values = look_up(index, topics, alone(topics) + rows, settings)[:, 0].tolist()
-    before, rewarded = dict(zip(topics, values)), []
-    for row, score in zip(rows, values[len(topics):]):
+    """Gives each row +1 if what the expansion finds is good enough, else -1. Equal is not better: a
+    reward for repeating the query would teach just that."""
+    scores = look_up(index, topics, alone(topics) + rows, settings)[:, 0].tolist()
+    before = dict(zip(topics, scores))
+    for row, score in zip(rows, scores[len(topics):]):
         words, fault = read_expansion(index, row, settings)
         enough = score > before[row["id"]] if settings.bar is None else score >= settings.bar
-        row = {**row, "answer": " ".join(words) or None, "score": score, "fault": fault}
-        rewarded.append({**row, "reward": 1.0 if enough and not fault else -1.0})
-    return rewarded
+        row.update(reward=1.0 if enough and not fault else -1.0, answer=" ".join(words) or None,
+                   score=score, fault=fault)
+    return rows
 
 
 # ---- the job: sample, reward, train, measure ----
@@ -219,33 +220,31 @@ def main():
     splits = read_splits(settings, index)
     if rank() == 0:
         write_json(f"{settings.out}/job.json", vars(settings))
-    bases = [settings.model or base_expander(settings, seed)
+    bases = [settings.model or train.base_policy(f"{settings.out}/seed{seed}", seed, library,
+                                                 steps=500, layers=2)
              for seed in range(settings.seed, settings.seed + settings.seeds)]
     compare(settings, index, splits, bases, start)
     if not settings.model and settings.bar is None:
-        say("\nWith few positives the baseline matters. +1 from a value of 0.6, the first seed alone:")
+        say("\nWith few positives the baseline matters. +1 from 0.6 on, the first seed alone:")
         few = dataclasses.replace(settings, out=f"{settings.out}/few", bar=0.6, loss="topr",
                                   losses="sft,topr,topr:0.4", positive_share=None)
         compare(few, index, splits, bases[:1], start)
-
-
-def base_expander(settings, seed):
-    return train.base_policy(f"{settings.out}/seed{seed}", seed, library, steps=500, layers=2)
 
 
 def prepare(settings):
     """Checks what can be checked before hours of work; makes the collection and the index."""
     measure(settings.metric, [], {})  # a Problem if there is no such measure
     for arm in arms_of(settings):
-        if not re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)(:0?[.][0-9]+)?", arm):
+        if not re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)(0?[.][0-9]+)?", arm):
             raise Problem(f"--losses: {arm!r} is not a loss, or a loss with a share as topr:0.4")
         train.check_settings(arm_settings(settings, arm))
     if not settings.model and (settings.corpus or settings.server):
-        raise Problem("--corpus and --server need --model: the embedded expander knows the "
-                      "embedded collection alone, and no server holds it")
+        raise Problem("--corpus and --server need --model: the embedded expander knows no other "
+                      "collection, and no server holds it")
+    embedded = not settings.corpus
     name = os.path.basename(os.path.normpath(settings.corpus or "library"))
     settings.out = settings.out or f"runs/search-{name}"
-    embedded, settings.corpus = not settings.corpus, settings.corpus or f"{settings.out}/corpus"
+    settings.corpus = settings.corpus or f"{settings.out}/corpus"
     check_same_job(settings)
     if rank() == 0:
         if embedded and not os.path.exists(f"{settings.corpus}/qrels.tsv"):
@@ -257,67 +256,71 @@ def prepare(settings):
 
 
 def check_same_job(settings):
-    """A folder belongs to one job: another one is refused, naming what differs. (train.py and the
-    sampler compare their own settings.)"""
+    """A folder that has rollouts belongs to one job: another one is refused, naming what differs.
+    (train.py and the sampler compare their own settings.)"""
     path, now = f"{settings.out}/job.json", vars(settings)
-    before = read_json(path) if os.path.exists(path) else now
-    differ = [f"{name} was {before.get(name)!r} and is {now[name]!r}"
-              for name in vars(Settings)["__annotations__"]
-              if name not in ("out", "losses", "seeds") and before.get(name) != now[name]]
-    if differ:
-        raise Problem(f"{settings.out} holds another job: {'; '.join(differ)}. Use another --out, "
-                      "or remove it")
+    rollouts = glob.glob(glob.escape(settings.out) + "/seed*/unrewarded.jsonl")
+    before = read_json(path) if rollouts and os.path.exists(path) else now
+    for name in vars(Settings)["__annotations__"]:
+        if name not in ("out", "losses", "seeds") and before.get(name) != now[name]:
+            raise Problem(f"{settings.out} holds another job: {name} was {before.get(name)!r} and "
+                          f"is {now[name]!r}. Use another --out, or remove it")
 
 
 def read_splits(settings, index):
     """(queries to learn from, queries to measure on)"""
     test = read_split(settings, index, settings.split, settings.test_queries)
     texts = {text for text, _ in test.values()}
-    return read_split(settings, index, settings.train_split, settings.queries, texts), test
+    learn = read_split(settings, index, settings.train_split, settings.queries, texts)
+    if settings.skip_full and settings.bar is None:
+        learn = skip_full(index, learn, settings)
+    return learn, test
 
 
 def arms_of(settings):
-    """The losses to train with, as NAME or NAME:SHARE; that of --loss is the last."""
-    share = settings.positive_share
-    own = settings.loss if share is None else f"{settings.loss}:{share:g}"
-    return list(dict.fromkeys([*filter(None, settings.losses.split(",")), own]))
+    """The losses to train with, a name or a name and a share of positives; that of --loss last."""
+    share = "" if settings.positive_share is None else settings.positive_share
+    losses = settings.losses.replace(":", "").split(",") if settings.losses else []
+    return list(dict.fromkeys([*losses, f"{settings.loss}{share}"]))
 
 
 def arm_settings(settings, arm, **changes):
     """train.py's settings for one of the losses."""
-    loss, _, share = arm.partition(":")
-    changes = {"out": "", "rounds": 1, **changes}
-    return part_of(train.Settings, settings, loss=loss,
-                   positive_share=float(share) if share else None, **changes)
+    loss = arm.rstrip(".0123456789")
+    changes = {"out": "", "rounds": 1, "loss": loss} | changes
+    return part_of(train.Settings, settings, **changes,
+                   positive_share=float(arm[len(loss):]) if arm != loss else None)
 
 
 def compare(settings, index, splits, bases, start):
     """Trains with each loss from each seed's base expander; measures on the test queries."""
-    runs, learned, (learn, test) = [], [], splits
+    learn, test = splits
+    none = look_up(index, test, alone(test), settings).tolist()
+    runs, learned = [], []
     for seed, base in enumerate(bases, settings.seed):
-        run = dataclasses.replace(settings, seed=seed, out=f"{settings.out}/seed{seed}")
-        learned.append(make_rollouts(run, index, learn, base))
-        runs.append({"base": measure_once(run, index, test, base, "base")})
+        this = dataclasses.replace(settings, seed=seed, out=f"{settings.out}/seed{seed}")
+        learned.append(make_rollouts(this, index, learn, base))
+        policies = {"base": base}
         for arm in arms_of(settings):
-            policy = train_rounds(run, index, learn, base, arm)
-            runs[-1][arm] = measure_once(run, index, test, policy, os.path.basename(policy))
-    none = look_up(index, test, alone(test), settings)
-    report(settings, none, runs, {"learned": learned, "seconds": time.time() - start})
+            policies[arm] = train_rounds(this, index, learn, base, arm)
+        runs.append({"no expansion": dict.fromkeys(KINDS, none)})
+        for name, policy in policies.items():
+            runs[-1][name] = measure_once(this, index, test, policy, name)
+    report(settings, runs, {"learned": learned, "seconds": time.time() - start})
 
 
 def make_rollouts(settings, index, topics, policy):
     """Writes what a policy samples on the training queries, rewarded. Returns what that holds."""
-    if settings.skip_full and settings.bar is None:
-        topics = skip_full(index, topics, settings)
-    questions, path = functools.partial(make_questions, topics, settings), f"{settings.out}/rollouts.jsonl"
-    rows = sampler.sample_once(settings, policy, questions, unknown, f"{settings.out}/unrewarded.jsonl")
+    path, unrewarded = f"{settings.out}/rollouts.jsonl", f"{settings.out}/unrewarded.jsonl"
+    questions = functools.partial(make_questions, topics, settings)
+    rows = sampler.sample_once(settings, policy, questions, unknown, unrewarded)
     rows = reward(index, topics, rows, settings)
     if rank() == 0:
         write_rollouts(path, rows)
     barrier()
-    facts = {"expansions": len(rows), "positive": sum(row["reward"] > 0 for row in rows)}
-    facts |= {name: sum(row["fault"] == name for row in rows) for name in FAULTS}
-    say(f"{path}: " + ", ".join(f"{name} {count:,}" for name, count in facts.items()))
+    facts = {"expansions": len(rows), "positive": sum(row["reward"] > 0 for row in rows),
+             **collections.Counter(row["fault"] or "without fault" for row in rows)}
+    say(f"{path}:", ", ".join(f"{name} {count:,}" for name, count in facts.items()))
     return facts
 
 
@@ -328,34 +331,33 @@ def unknown(question, completion):
 
 def train_rounds(settings, index, topics, policy, arm):
     """The folder of the expander that a loss makes, in --rounds of sample-then-train."""
-    out, rollouts = f"{settings.out}/{arm.replace(':', '')}", f"{settings.out}/rollouts.jsonl"
-    for number in range(1, settings.rounds):
-        policy = train_arm(settings, arm, policy, rollouts, f"{out}/round-{number}")
-        this = dataclasses.replace(settings, out=policy, seed=settings.seed + 1000 * number, server="")
-        make_rollouts(this, index, topics, policy)
-        rollouts = f"{policy}/rollouts.jsonl"
-    return train_arm(settings, arm, policy, rollouts, out)
-
-
-def train_arm(settings, arm, policy, rollouts, out):
-    train.train_once(arm_settings(settings, arm, model=policy, rollouts=rollouts, out=out))
+    out, rollouts = f"{settings.out}/{arm}", f"{settings.out}/rollouts.jsonl"
+    for number in range(1, settings.rounds + 1):
+        here = out if number == settings.rounds else f"{out}/round-{number}"
+        train.train_once(arm_settings(settings, arm, model=policy, rollouts=rollouts, out=here))
+        policy, rollouts = here, f"{here}/rollouts.jsonl"
+        if number < settings.rounds:  # no server holds the new policy
+            seed = settings.seed + 1000 * number
+            this = dataclasses.replace(settings, out=here, server="", seed=seed)
+            make_rollouts(this, index, topics, policy)
     return out
 
 
 def measure_once(settings, index, topics, policy, name):
-    """What the expansions of each test query find, and their faults; kept until anything changes."""
+    """What sampled and greedy expansions find, each [queries, columns]; kept until a change."""
     path = f"{settings.out}/measures-{name}.json"
     model, tokenizer = sampler.load_model(policy, settings, start_ranks())
-    settings = dataclasses.replace(settings, server="")  # the base and the trained one alike
-    made_from = repr((sampler.fingerprint(model), index.facts, settings, topics))
-    result = {"made_from": short_hash(made_from)}
-    kept = from_first(read_json(path) if rank() == 0 and os.path.exists(path) else {})
-    if kept.get("made_from") == result["made_from"]:
-        return kept
+    settings = dataclasses.replace(settings, server="")  # base and trained expanders alike
+    made_from = short_hash(repr((sampler.fingerprint(model), part_of(sampler.Sampling, settings),
+                                 settings.repeats, columns_of(settings), index.facts, topics)))
+    result = from_first(read_json(path) if rank() == 0 and os.path.exists(path) else {})
+    if result.get("made_from") == made_from:
+        return result
+    result = {"made_from": made_from}
     questions = make_questions(topics, settings, tokenizer)
     for kind, changes in KINDS.items():
         sampling = dataclasses.replace(settings, model=policy, **changes)
-        rows = sampler.sample_rollouts(model, tokenizer, questions, unknown, sampling, what=f"{name}, {kind}")
+        rows = sampler.sample_rollouts(model, tokenizer, questions, unknown, sampling)
         scores = look_up(index, topics, rows, settings)
         result[kind] = scores.reshape(len(topics), -1, scores.shape[1]).mean(1).tolist()
     if rank() == 0:
@@ -363,23 +365,21 @@ def measure_once(settings, index, topics, policy, name):
     return result
 
 
-def report(settings, none, runs, facts):
-    """A table of means with 95% intervals over the queries, with paired differences."""
-    scores, columns = {"no expansion": none[None]}, columns_of(settings)  # [seeds, queries, columns]
+def report(settings, runs, facts):
+    """Means over the seeds with 95% intervals over the queries, and the paired differences."""
+    means = {}
     for kind in KINDS:
-        scores |= {f"{name}, {kind}": np.array([run[name][kind] for run in runs]) for name in runs[0]}
+        scores = {name: np.mean([run[name][kind] for run in runs], 0) for name in runs[0]}
         for one, other in itertools.combinations(runs[0], 2):
-            scores[f"{other} - {one}, {kind}"] = scores[f"{other}, {kind}"] - scores[f"{one}, {kind}"]
-    means, by_seed, rows = {}, {}, []
-    for row, values in scores.items():
-        intervals = [measures.interval(column) for column in values.mean(0).T]
-        means[row] = dict(zip(columns, intervals))
-        by_seed[row] = values[:, :, 0].mean(1).round(4).tolist()
-        rows.append([row, *(f"{of['mean']:.3f} +-{of['high'] - of['mean']:.3f}" for of in intervals),
-                     " ".join(f"{mean:.3f}" for mean in by_seed[row])])
-    say(table([f"{len(none)} test queries", *columns, f"{columns[0]} by seed"], rows))
+            scores[f"{other} - {one}"] = scores[other] - scores[one]  # [queries, columns]
+        for name, values in scores.items():
+            intervals = map(measures.interval, values.T)
+            means[f"{name}, {kind}"] = dict(zip(columns_of(settings), intervals))
+    rows = [[name, *(f"{column['mean']:.3f} +-{column['high'] - column['mean']:.3f}"
+                     for column in columns.values())] for name, columns in means.items()]
+    say(table([f"{len(values)} test queries", *columns_of(settings)], rows))
     if rank() == 0:
-        results = {"settings": vars(settings), **facts, "means": means, "by_seed": by_seed}
+        results = {"settings": vars(settings), **facts, "means": means}
         write_json(f"{settings.out}/results.json", results)
     say(f"{facts['seconds']:.0f} s; the expanders, rollouts and results are in {settings.out}")
 
@@ -398,20 +398,20 @@ def ask(argv):
     """Shows the greedy expansion of a query, and the best documents without and with it."""
     words, options = [], []
     for before, word in zip(["", *argv], argv):  # an option, its value, or a word of the query
-        value = before.startswith("--") and "=" not in before
+        value = before.startswith("-") and "=" not in before
         (options if value or word.startswith("-") else words).append(word)
     asked = parse(Ask, options, "python search.py ask WORDS [options]")
     policy = f"{asked.out}/{asked.expander}"
-    if not run_folder.finished(train.Settings(out=policy)):
+    if not run_folder.finished(policy):
         raise Problem(f"no expander in {policy}: torchrun search.py --out {asked.out} makes one")
-    job = read_json(f"{asked.out}/job.json")
-    settings = Settings(**{name: job[name] for name in vars(Settings()) if name in job})
-    settings.server = ""
+    job = types.SimpleNamespace(**read_json(f"{asked.out}/job.json"))
+    settings = part_of(Settings, job, server="")  # the trained expander is here
     query = " ".join(words).encode(errors="replace").decode()  # a terminal can pass half characters
     words, topics = analyse(query, settings.analyser), {"query": (query, {})}
     if not words:
         raise Problem("the query has no words: python search.py ask heart kidney children")
-    questions, index = functools.partial(make_questions, topics, settings), open_index(f"{asked.out}/index")
+    index = open_index(f"{asked.out}/index")
+    questions = functools.partial(make_questions, topics, settings)
     row, = sampler.sample_once(settings, policy, questions, unknown, "", temperature=0.0, samples=1)
     added, fault = read_expansion(index, row, settings)
     say(f"query      {query}\nexpansion  {' '.join(added) or f'none ({fault})'}")

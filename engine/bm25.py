@@ -103,16 +103,16 @@ def read_judgements(path, queries, index):
 
 def read_topics(folder, index, split="test"):
     """A split's judged queries {id: text} and judgements {query id: {document id: grade}}."""
-    def first_of(*names):
-        paths = [os.path.join(folder, name) for name in names]
-        return next(filter(os.path.exists, paths), paths[-1])
-
     tail = "" if split == "test" else f"_{split}"
-    path = first_of(f"queries{tail}.jsonl", "queries.jsonl")
+    path = f"{folder}/queries{tail}.jsonl"
+    if not os.path.exists(path):
+        path = f"{folder}/queries.jsonl"
     queries = read_queries(path, index.facts["analyser"])
-    path = first_of(f"qrels/{split}.tsv", f"qrels{tail}.tsv")
+    path = f"{folder}/qrels/{split}.tsv"
+    if not os.path.exists(path):
+        path = f"{folder}/qrels{tail}.tsv"
     judgements = read_judgements(path, queries, index)
-    return {id: text for id, text in queries.items() if id in judgements}, judgements
+    return {id: queries[id] for id in queries if id in judgements}, judgements
 
 
 # ---- the index: a row for each word, what it adds to the score of each document that holds it ----

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import bm25 as engine  # noqa: E402
+from engine import bm25 as engine  # noqa: E402
 from engine.common import Problem, parse, progress, run_main, say, setting, table, write_json  # noqa: E402
 
 
@@ -56,12 +56,12 @@ def beside_bm25s(settings):
     except ImportError:
         raise Problem("bm25s is not installed, and only this benchmark needs it: pip install bm25s (numba as well "
                       "for its faster backend)")
-    corpus = [(id, engine.ANALYSERS["simple"](text))
-              for _, id, text in engine.texts(os.path.join(settings.data, "corpus.jsonl"))]
+    corpus = [(id, engine.analyse(text))
+              for id, text in engine.read_texts(os.path.join(settings.data, "corpus.jsonl"))]
     words = [each for _, each in corpus]
     index = engine.index_documents(corpus)
     queries, _ = engine.read_topics(settings.data, index)
-    queries = [engine.ANALYSERS["simple"](text) for text in queries.values()]
+    queries = [engine.analyse(text) for text in queries.values()]
 
     def bm25s_index(backend="numpy"):
         other = bm25s.BM25(k1=0.9, b=0.4, backend=backend)
@@ -78,7 +78,7 @@ def beside_bm25s(settings):
     for k in (10, 100, 1000):
         for backend, other in backends.items():
             rows.append([f"{len(queries)} queries, k={k}, bm25s with {backend}", *compare(
-                lambda: engine.search_many(index, queries, k),
+                lambda: [engine.search(index, query, k) for query in queries],
                 lambda: other.retrieve(queries, k=k, show_progress=False), settings.pairs)])
     columns = ["case", "seconds", "bm25s", "ratio", "from", "to"]
     say(table(columns, rows))
@@ -128,7 +128,7 @@ def open_stage(folder):
     index = engine.open_index(folder + "/index")
     queries = [f"w{n:x} w{n * 7:x} w{n * 50:x} w0 w1 w5" for n in range(1, 101)]
     first = seconds(lambda: engine.search(index, queries[0]))
-    many = seconds(lambda: engine.search_many(index, queries)) / len(queries)
+    many = seconds(lambda: [engine.search(index, query) for query in queries]) / len(queries)
     say(f"opening: {opened:.4f} s (limit 1), {checked:.4f} s with a look whether the corpus is still the same; "
         f"first search {first * 1000:.0f} ms, then {many * 1000:.1f} ms each; peak memory {peak():.2f} GiB")
 
