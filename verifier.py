@@ -300,14 +300,11 @@ def score_solutions(settings, verifier, rows):
 
 def probability_of_correct(model, tokenizer, rows):
     """The mean of P(correct) / (P(correct) + P(incorrect)) at each verdict, given its working."""
-    texts = []
-    for row in rows:
-        found = find_verdict(row["completion"])
-        if found:
-            working = row["completion"][: found.start(1)]
-            texts += [working + "correct", working + "incorrect"]
-    if not texts:
+    found = [find_verdict(row["completion"]) for row in rows]
+    working = [match.string[: match.start(1)] for match in found if match]
+    if not working:
         return 0.0
+    texts = [text + word for text in working for word in ("correct", "incorrect")]
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     logp = [sum(tokens) for tokens in sampler.score(model, rows[0]["prompt_ids"], ids, share=False)]
     gaps = np.diff(np.reshape(logp, (-1, 2)))  # log P(incorrect) - log P(correct), [verdicts, 1]
@@ -337,23 +334,21 @@ def verdict_measures(rows):
 def auroc(pairs):
     """The chance that a right solution scores above a wrong one, ties counting half.
 
-    pairs: (score, is it right?) of each solution."""
+    pairs: (score, is it right?) of each solution.
+    """
     right = [score for score, truth in pairs if truth]
     wrong = np.sort([score for score, truth in pairs if not truth])
-    if not right or not len(wrong):
-        return None
     ranks = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
-    return mean(ranks / 2 / len(wrong))
+    return mean(ranks / 2 / len(wrong)) if len(wrong) else None
 
 
-def reliability(pairs, bins=5):
-    """[from, to, solutions, mean score, share right] of each bin of scores that holds any."""
+def reliability(pairs):
+    """[from, to, solutions, mean score, share right] of each fifth of scores that holds any."""
     rows = []
-    for number in range(bins):
-        inside = [pair for pair in pairs if min(int(pair[0] * bins), bins - 1) == number]
+    for number in range(5):
+        inside = [pair for pair in pairs if min(int(pair[0] * 5), 4) == number]
         if inside:
-            score, right = np.mean(inside, axis=0)
-            rows.append([number / bins, (number + 1) / bins, len(inside), score, right])
+            rows.append([number / 5, (number + 1) / 5, len(inside), *np.mean(inside, axis=0)])
     return rows
 
 
@@ -363,7 +358,8 @@ def reliability(pairs, bins=5):
 def vote(candidates, scores, together):
     """How right the winner is: most score, then most candidates; a tie is shared.
 
-    Equal answers vote together, or each solution alone. The truth is looked at last."""
+    Equal answers vote together, or each solution alone. The truth is looked at last.
+    """
     answered = [candidate for candidate in candidates if candidate["answer"] is not None]
     parties = [[candidate] for candidate in answered]
     if together:
@@ -456,8 +452,8 @@ def judge(settings, verifier, held_out, even, path):
     pairs = [(scores[id], truth[id]) for id in truth]
     by_question = [mean([row["answer"] == row["gold"] for row in group])
                    for group in grouped(rows, "question").values()]
-    return {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs),
-            "accuracy by question": by_question}, scores
+    measured = {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs)}
+    return {**measured, "accuracy by question": by_question}, scores
 
 
 def embedded(settings):
@@ -493,18 +489,19 @@ def write_solutions(settings, policy, path, split, count, seed):
 
 def report(results, out):
     """Tables, the picture and results.json."""
-    before, after = results["measures"]["untrained"], results["measures"]["trained"]
-    interval = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]), [
-        (name, before[name], after[name]) for name in after if not isinstance(after[name], list)]))
-    say("gain in accuracy (95% over questions): " + interval.format(**measures.paired_interval(
-        before["accuracy by question"], after["accuracy by question"])))
+    before, after = results["measures"].values()
+    number = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    gain = measures.paired_interval(before["accuracy by question"], after["accuracy by question"])
+    names = [name for name in after if name not in ("calibration", "accuracy by question")]
+    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]),
+                     [(name, before[name], after[name]) for name in names]))
+    say("gain in accuracy (95% over questions): " + number.format(**gain))
     say("\n" + table(("score, trained", "solutions", "mean score", "share right"), [
         (f"{low:.1f} to {high:.1f}", *rest) for low, high, *rest in after["calibration"]]))
     rows, points = [], []
     for entry in results["voting"]:
         accuracy = {name: value["mean"] for name, value in entry["accuracy"].items()}
-        gain = interval.format(**entry["gain"]["weighted, trained"])
+        gain = number.format(**entry["gain"]["weighted, trained"])
         rows.append((entry["n"], entry["questions"], *accuracy.values(), gain))
         points.append({"n": str(entry["n"]), **accuracy})
     say("\n" + table(("solutions", "questions", *accuracy, "trained - majority (95%)"), rows))

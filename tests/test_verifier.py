@@ -311,12 +311,12 @@ def test_two_ranks_write_the_same_verdicts(tiny, tmp_path):
         names = "verdicts.jsonl", "verdicts-untrained.jsonl"
         files.append([(out / name).read_bytes() for name in names])
         kept = json.loads((out / "results.json").read_text())
-        assert kept["voting"][0]["questions"] == 4 and list(kept["voting"][0]["gain"])[0] == "majority"
+        assert kept["voting"][0]["questions"] == 4
         assert kept["measures"].keys() == {"untrained", "trained"}
         for text in ("trained - majority (95%)", "half on right solutions", "gain in accuracy"):
             assert text in result.stdout
     assert files[0] == files[1]
-    assert (out / "trained-2/model.safetensors").exists(), "the second round has a verifier of its own"
+    assert (out / "trained-2/model.safetensors").exists(), "the second round's verifier"
 
 
 def test_help_and_user_errors(tiny, tmp_path):
