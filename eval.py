@@ -1,108 +1,82 @@
-"""Samples completions, grades them, measures. What it writes is a rollout file that train.py trains on.
+"""Samples completions, grades them, measures. What it writes is a rollout file for train.py.
 
-    python eval.py --model DIR_OR_NAME --task gsm8k --samples 16 --out rollouts.jsonl
-    torchrun --nproc-per-node 2 eval.py ...          the prompts are shared out, the file is the same
-    python eval.py --model NAME --server http://localhost:8000/v1 ...          a server writes the completions
-    python eval.py --grade rollouts.jsonl --task gsm8k          grades and measures a file that exists
+    python eval.py --model DIR_OR_NAME --task gsm8k                       measures on the test questions
+    python eval.py --model DIR_OR_NAME --task gsm8k --split train --out rollouts.jsonl     to train on
+    torchrun --nproc-per-node 2 eval.py ...       the questions are divided, the file is the same
+    python eval.py --model NAME --server http://localhost:8000/v1 ...      a server samples
+    python eval.py --grade rollouts.jsonl --task my_task.py    grades and measures an existing file
 
-The randomness of a completion depends on the seed, its question and its number alone: the file is the same for
-any batch size and any number of ranks. (A server has its own ways with seeds.)
+The randomness of a completion depends on the seed, its question and its number alone: the file is
+the same for any batch size and any number of ranks. (A server treats seeds in its own way.)
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from data.rollouts import RolloutFile, to_line
-from engine.common import Problem, parse, run_main, say, setting, whole_file, write_json
+from data.rollouts import read_rollouts, write_rollouts
+from data.tasks import OURS, load_questions, load_task
+from data.tokens import stop_position
+from engine.common import Problem, parse, run_main, say, setting, write_json
 from engine.measures import interval, measure, report
 from engine.parallel import rank, start_ranks
-from engine.sampler import Sampling, load_model, load_tokenizer, sample_rollouts
-
-TASKS = ("apples", "gsm8k", "math")
+from engine.sampler import Sampling, load_policy, sample_rollouts
 
 
 @dataclass
 class Settings(Sampling):
-    model: str = setting("", "model to sample from: a directory or a hub name; with --server its name there", main=True)
-    task: str = setting("apples", "what to ask and how to grade it", TASKS, main=True)
-    split: str = setting("test", "which questions", ("train", "test"), main=True)
-    questions: int = setting(0, "number of questions (0: all; 250 of the generated ones)", main=True)
+    model: str = setting("", "directory or hub name; with --server its name there", main=True)
+    task: str = setting("apples", f"{', '.join(OURS)}, or the path of your own task.py", main=True)
+    # The default is "test": by mistake it makes a file that train.py refuses. By mistake "train"
+    # would report figures of questions that the model has seen.
+    split: str = setting("test", "which questions: train to train on", ("train", "test"), main=True)
+    questions: int = setting(0, "number of questions (0: all, or 250 generated ones)", main=True)
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
-    answer_marker: str = setting("The answer is", "words in front of an answer (gsm8k and math)")
 
 
-# ---- the questions and their graders ----
-
-
-def load_questions(settings, tokenizer):
-    """Dicts with "id", "prompt", "gold" and "question" for settings.task."""
-    if settings.task == "apples":
-        from data import apples
-
-        problems = apples.make_problems(settings.questions or 250, settings.seed, settings.split)
-        return [{**problem, "prompt": problem["question"]} for problem in problems]
-    from data import maths
-
-    questions = maths.load_questions(settings.task, settings.split)[: settings.questions or None]
-    return [{**question, "prompt": maths.make_prompt(settings.task, question["question"], tokenizer)} for question in questions]
-
-
-def grader(task, marker="The answer is"):
-    """(question, completion) -> (answer or None, reward)"""
-    if task == "apples":
-        from data import apples
-
-        return lambda question, completion: apples.grade(completion, question["gold"])
-    from data import maths
-
-    return lambda question, completion: maths.grade(task, completion, question["gold"], marker)
-
-
-def evaluate(model, tokenizer, settings, out="", what="sampling"):
-    """Samples and measures; with settings.greedy also the accuracy at temperature 0."""
-    questions, grade = load_questions(settings, tokenizer), grader(settings.task, settings.answer_marker)
-    measures = measure(sample_rollouts(model, tokenizer, questions, grade, settings, out, what), settings.seed)
-    if settings.greedy:
+def evaluate(model, tokenizer, task, settings, split, questions, out="", what="sampling", greedy=True):
+    """Samples `questions` (their number) of a split and measures; greedy: also at temperature 0."""
+    questions = load_questions(task, split, questions, settings.seed, tokenizer, settings)
+    rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what)
+    measures = measure(rows, settings.seed, same_answer=task.same_answer)
+    if greedy:
         likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
-        rows = sample_rollouts(model, tokenizer, questions, grade, likeliest, what=f"{what}, greedy")
+        rows = sample_rollouts(
+            model, tokenizer, questions, task.grade, likeliest, what=f"{what}, greedy")
         measures["greedy"] = interval([row["reward"] > 0 for row in rows])
     return measures
 
 
-def regrade(path, settings):
-    """Grades the completions of an existing file again; returns its rows with the new answer and reward."""
-    file, grade, rows = RolloutFile(path, what="grading", zero_is_wrong=True), grader(settings.task, settings.answer_marker), []
-    for i in range(len(file)):
-        row = file[i]
-        if row.get("gold") is None:
-            raise Problem(f'{path}:{file.lines[i]}: no "gold" to grade against')
-        row["answer"], row["reward"] = grade(row, row["completion"])
-        rows.append(row)
+def regrade(path, task):
+    """The rows of an existing file, with the task's answers and rewards."""
+    rows = read_rollouts(path, zero_is_wrong=True)
+    for number, row in enumerate(rows, 1):
+        if row.get("gold") is None and task.name in OURS:
+            raise Problem(f'{path}: rollout {number} ({row["id"]!r}) has no "gold" to grade against')
+        text = row["completion"]
+        row["answer"], row["reward"] = task.grade(row, text[: stop_position(text, task.STOP)])
     return rows
 
 
 def main():
-    settings = parse(Settings, description=__doc__.split("\n\n")[0])
-    device = start_ranks()
+    settings = parse(Settings, description=__doc__)
+    start_ranks()
+    task = load_task(settings.task)
     if settings.grade:
-        rows = regrade(settings.grade, settings)
-        measures = measure(rows, settings.seed)
+        rows = regrade(settings.grade, task)
+        measures = measure(rows, settings.seed, same_answer=task.same_answer)
         if settings.out and rank() == 0:
-            with whole_file(settings.out) as file:
-                file.writelines(map(to_line, rows))
+            write_rollouts(settings.out, rows)
+    elif settings.model:
+        measures = evaluate(*load_policy(settings, settings.model), task, settings, settings.split,
+                            settings.questions, settings.out, greedy=settings.greedy)
     else:
-        if not settings.model:
-            raise Problem("--model is needed: a directory or a hub name (train.py makes one for the apples task)")
-        if settings.server:
-            model, tokenizer = None, load_tokenizer(settings.tokenizer or settings.model, "; name its tokenizer with --tokenizer")
-        else:
-            model, tokenizer = load_model(settings.model, settings.precision, device)
-        measures = evaluate(model, tokenizer, settings, settings.out)
+        raise Problem("--model is needed: a directory or a hub name (train.py makes one for apples)")
     say(report(measures, settings.grade or settings.model))
     if settings.out and rank() == 0:
-        write_json(settings.out.removesuffix(".jsonl") + ".json", {"settings": dataclasses.asdict(settings), **measures})
+        path = settings.out.removesuffix(".jsonl") + ".json"
+        write_json(path, {"settings": dataclasses.asdict(settings), **measures})
         say(f"wrote {settings.out} and its measures beside it")
 
 

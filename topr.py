@@ -1,16 +1,22 @@
-"""TOPR: Tapered Off-Policy REINFORCE, the loss and the maths around it. Needs torch alone: copy this file.
+"""TOPR: Tapered Off-Policy REINFORCE, the loss and the maths around it.
 
-Completions that an earlier policy mu wrote, scored with a reward, train the policy pi. Correct ones count
-fully, as in supervised learning; wrong ones count min(1, pi/mu) of the WHOLE sequence, so that they fade as
-the policy leaves them. Plain REINFORCE would push them towards probability zero without end.
+Needs torch alone: copy this file.
 
-Written for sequence i with completion tokens t = 1..T_i:
-    l_it = log pi(y_t | x, y_<t)     m_it = log mu(y_t | x, y_<t)     R_i = reward, A_i = R_i - baseline
-    d_i  = sum_t (l_it - m_it)       the log of the sequence ratio pi/mu
+Completions that an earlier policy mu wrote, each scored with a reward, train the policy pi.
+Correct ones count fully, as in supervised learning; wrong ones count min(1, pi/mu) of the WHOLE
+sequence, so that they fade as the policy leaves them. Plain REINFORCE would push them towards
+probability zero without end.
+
+For sequence i with completion tokens t = 1..T_i:
+
+    l_it = log pi(y_t | x, y_<t)     m_it = log mu(y_t | x, y_<t)
+    A_i  = R_i - c                   reward minus baseline
+    d_i  = sum_t (l_it - m_it)       log of the sequence ratio pi/mu
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Taper:
-    """The range [a, b] that the weight of a sequence is held in: `pos` where A > 0, `neg` where A < 0."""
+    """The interval [a, b] that clips a sequence's weight: `pos` if A > 0, `neg` if A < 0."""
 
     pos: tuple[float, float]
     neg: tuple[float, float]
@@ -28,9 +34,9 @@ class Taper:
     def __post_init__(self):
         for name, (a, b) in (("pos", self.pos), ("neg", self.neg)):
             if not 0 <= a <= b:  # also false for NaN
-                raise ValueError(f"{name} limits ({a}, {b}): 0 <= a <= b is needed")
+                raise ValueError(f"{name} limits ({a}, {b}): 0 <= a <= b is required")
 
-    @property
+    @cached_property
     def needs_mu(self):
         return self.pos[0] != self.pos[1] or self.neg[0] != self.neg[1]
 
@@ -44,19 +50,26 @@ TAPERS = {
 }
 
 
+def taper_named(name):
+    if name not in TAPERS:
+        raise ValueError(f"unknown taper {name!r}: choose one of {', '.join(TAPERS)}, or a Taper")
+    return TAPERS[name]
+
+
 def taper_weights(log_ratio, advantage, taper):
     """How much each sequence counts.
 
         w_i = stop_gradient(exp(clip(d_i, log a, log b)))     (a, b) by the sign of A_i
 
-    The clip comes before the exp, so that d = +200 gives b and not inf, and d = -200 gives a.
+    The clip in log space keeps exp from overflowing where b is infinite.
     log_ratio, advantage: [batch] -> weights: [batch], constants for autograd; 0 where A_i = 0.
     """
-    taper = TAPERS[taper] if isinstance(taper, str) else taper
-    log = lambda x: math.log(x) if x > 0 else -math.inf
+    taper = taper_named(taper) if isinstance(taper, str) else taper
+    limits = torch.tensor([taper.pos, taper.neg], dtype=torch.float64)
+    log_pos, log_neg = limits.log().tolist()  # each (log a, log b)
     log_ratio = log_ratio.detach()
-    positive = log_ratio.clamp(log(taper.pos[0]), log(taper.pos[1])).exp()  # [batch]
-    negative = log_ratio.clamp(log(taper.neg[0]), log(taper.neg[1])).exp()  # [batch]
+    positive = log_ratio.clamp(*log_pos).exp()  # [batch]
+    negative = log_ratio.clamp(*log_neg).exp()  # [batch]
     return torch.where(advantage > 0, positive, torch.where(advantage < 0, negative, 0.0))
 
 
@@ -65,55 +78,64 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
 
         loss = - (1/N) sum_i A_i w_i (1/T_i) sum_t l_it        A_i = R_i - baseline
 
-    logp, mu_logp, mask: [batch, time], mask True at completion tokens (elsewhere anything may stand, NaN too)
-    reward: [batch]. taper: a name in TAPERS, or a Taper.
-    count: N, the sequences in the optimizer step over all micro-batches and ranks, when this batch is a part of it.
-    mu_logp may be None where the taper does not look at it (reinforce, sft).
-    Returns the loss and stats: weight, log_ratio, advantage of each sequence, [batch].
+    logp, mu_logp, mask: [batch, time]; mask is True at completion tokens, and elsewhere logp and
+    mu_logp may hold anything, NaN too. reward: [batch]. taper: a name in TAPERS, or a Taper.
+    count: N, the sequences of the optimizer step over all micro-batches and ranks, if this batch
+    is a part of it. mu_logp may be None if the taper does not use it (reinforce, sft).
+    Returns the loss and stats: weight, log_ratio and advantage of each sequence, [batch].
     """
-    taper = TAPERS[taper] if isinstance(taper, str) else taper
+    taper = taper_named(taper) if isinstance(taper, str) else taper
     if mu_logp is None and taper.needs_mu:
         raise ValueError("mu_logp is None, but the weights of this taper depend on it")
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     advantage = reward - baseline  # [batch]
     length = mask.sum(-1)  # [batch]
-    log_ratio = sequence_log_ratio(logp, mu_logp, mask)  # [batch], NaN without mu
-    weight = taper_weights(log_ratio if taper.needs_mu else torch.zeros_like(log_ratio), advantage, taper)  # [batch]
+    # d_i: differences first, then the sum; NaN without mu
+    log_ratio = torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)  # [batch]
+    known_ratio = log_ratio if taper.needs_mu else torch.zeros_like(log_ratio)  # [batch]
+    weight = taper_weights(known_ratio, advantage, taper)  # [batch]
 
-    gone = (mask & (logp == -math.inf)).any(-1)  # [batch], pi is 0 on the completion: nothing is left to push down
-    if (gone & (advantage > 0)).any():
-        raise ValueError(f"sequence {first(gone & (advantage > 0))}: a positive has a token with pi = 0 (log -inf)")
-    logp = logp.masked_fill(gone[:, None] | ~mask, 0.0)  # select, never multiply: 0 * inf is NaN  [batch, time]
-    coefficient = torch.where(gone | (advantage == 0), 0.0, advantage * weight)  # A_i w_i  [batch]
+    # pi = 0 on a negative: there is nothing left to push down. On a positive it is an error.
+    vanished = (mask & (logp == -math.inf)).any(-1)  # [batch]
+    refuse(vanished & (advantage > 0), "a positive has a token with log pi = -inf")
+    logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # select: 0 * inf is NaN  [batch, time]
+    no_gradient = vanished | (advantage == 0)  # [batch]
+    coefficient = torch.where(no_gradient, 0.0, advantage * weight)  # A_i w_i  [batch]
     loss = -(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": advantage}
 
 
 def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
-    """PPO with clipping, as the paper compares with: token ratios, the reward as advantage, no critic.
+    """PPO with clipping, as in the paper's comparison: token ratios, advantage = reward, no critic.
 
-        loss = - (1/N) sum_i (1/T_i) sum_t min(r_it R_i, clip(r_it, 1 - eps, 1 + eps) R_i)     r_it = exp(l_it - m_it)
+        loss = - (1/N) sum_i (1/T_i) sum_t min(r_it R_i, clip(r_it, 1 - eps, 1 + eps) R_i)
+        r_it = exp(l_it - m_it)
 
-    Arguments and stats as in topr_loss; the weight is the mean over tokens of the ratio, 0 where no gradient is left.
+    Arguments and stats as in topr_loss; weight is the mean ratio over tokens, counting 0 for
+    tokens without a gradient.
     """
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
-    length, advantage = mask.sum(-1), reward[:, None]  # [batch], [batch, 1]
-    log_ratio = sequence_log_ratio(logp, mu_logp, mask)  # [batch]
-    ratio = torch.where(mask, logp - mu_logp, 0.0).clamp(max=20).exp()  # 20: so that none overflows  [batch, time]
-    bounded = ratio.clamp(1 - clip, 1 + clip)
-    objective = torch.minimum(ratio * advantage, bounded * advantage)  # [batch, time]
-    loss = -(objective.masked_fill(~mask, 0.0).sum(-1) / length).sum() / (count or len(reward))
-    alive = mask & torch.where(advantage > 0, ratio < 1 + clip, ratio > 1 - clip)
-    weight = torch.where(alive, ratio.detach(), 0.0).sum(-1) / length  # [batch]
+    length = mask.sum(-1)  # [batch]
+    advantage = reward[:, None]  # [batch, 1]
+    token_log_ratio = torch.where(mask, logp - mu_logp, 0.0)  # [batch, time]
+    ratio = token_log_ratio.clamp(max=20).exp()  # 20: no overflow  [batch, time]
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # [batch, time]
+    objective = torch.minimum(ratio * advantage, clipped * advantage)  # [batch, time]
+    objective = objective.masked_fill(~mask, 0.0)
+    loss = -(objective.sum(-1) / length).sum() / (count or len(reward))
+    has_gradient = mask & torch.where(advantage > 0, ratio < 1 + clip, ratio > 1 - clip)
+    weight = torch.where(has_gradient, ratio.detach(), 0.0).sum(-1) / length  # [batch]
+    log_ratio = token_log_ratio.detach().sum(-1)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": reward}
 
 
 def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
-    """DPO with mu as its reference, on pairs: rows 0, 2, 4.. are the better ones, rows 1, 3, 5.. the worse ones.
+    """DPO with mu as its reference, on pairs: rows 0, 2, 4.. are better, rows 1, 3, 5.. worse.
 
         loss = - (1/pairs) sum_pairs log sigmoid(beta (d_better - d_worse))
 
-    Arguments and stats as in topr_loss (count is in sequences, two a pair); the weight is the slope of -log sigmoid.
+    Arguments and stats as in topr_loss (count is in sequences, two a pair); weight is the slope of
+    -log sigmoid.
     """
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     if len(reward) % 2 or not (reward[0::2] > reward[1::2]).all():
@@ -125,139 +147,160 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
     return loss, {"weight": weight, "log_ratio": log_ratio.detach(), "advantage": reward}
 
 
-def sequence_log_ratio(logp, mu_logp, mask):
-    """d_i = sum_t (l_it - m_it): differences first, then the sum. [batch, time] -> [batch], no gradient."""
-    if mu_logp is None:
-        return torch.full_like(logp[:, 0], math.nan).detach()
-    return torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)
-
-
 def checked(logp, mu_logp, reward, mask):
-    """The four inputs in float32 or better, or an error that names the sequence and the token."""
-    float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
+    """The inputs in float32 or better, or an error that names the sequence and the token."""
     mask = mask.bool()
-    logp, reward = float32(logp), float32(reward)
-    if not logp.shape == mask.shape or not reward.shape == logp.shape[:1]:
-        raise ValueError(f"shapes differ: logp {list(logp.shape)}, mask {list(mask.shape)}, reward {list(reward.shape)}")
-    if (mask.sum(-1) == 0).any():
-        raise ValueError(f"sequence {first(mask.sum(-1) == 0)} has no completion tokens")
-    if not reward.isfinite().all():
-        raise ValueError(f"sequence {first(~reward.isfinite())}: its reward is not finite")
-    bad = mask & (logp.isnan() | (logp == math.inf))  # -inf is dealt with by the loss
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
+    if mu_logp is None:
+        mu_logp = torch.full_like(logp, math.nan)
+    elif mu_logp.shape == logp.shape:
+        mu_logp = mu_logp.to(logp.dtype)
+        refuse(mask & ~mu_logp.isfinite(), "log mu is missing, NaN or infinite")
+    if not logp.shape == mask.shape == mu_logp.shape or reward.shape != logp.shape[:1]:
+        raise ValueError(f"shapes differ: logp {list(logp.shape)}, mu_logp {list(mu_logp.shape)}, "
+                         f"mask {list(mask.shape)}, reward {list(reward.shape)}")
+    refuse(mask.sum(-1) == 0, "it has no completion tokens")
+    refuse(~reward.isfinite(), "its reward is not finite")
+    refuse(mask & (logp.isnan() | (logp == math.inf)), "log pi is NaN or +inf")  # -inf: later
+    refuse(mask & (logp > 1e-3), "log pi is above 0: pass log-probabilities, not logits or losses")
+    return logp, mu_logp.detach(), reward, mask
+
+
+def refuse(bad, message):
+    """An error for the first True of bad, [batch] or [batch, time]."""
     if bad.any():
-        raise ValueError(f"sequence {first(bad)}, token {first(bad, 1)}: log pi is NaN or +inf")
-    if mu_logp is not None:
-        mu_logp = float32(mu_logp).detach()
-        if mu_logp.shape != logp.shape:
-            raise ValueError(f"shapes differ: logp {list(logp.shape)}, mu_logp {list(mu_logp.shape)}")
-        bad = mask & ~mu_logp.isfinite()
-        if bad.any():
-            raise ValueError(f"sequence {first(bad)}, token {first(bad, 1)}: log mu is missing, NaN or infinite")
-    return logp, mu_logp, reward, mask
-
-
-def first(where, axis=0):
-    """The row (axis 0) or column (axis 1) of the first True."""
-    return where.nonzero()[0, axis].item()
+        index = bad.nonzero()[0].tolist()
+        token = f", token {index[1]}" if len(index) > 1 else ""
+        raise ValueError(f"sequence {index[0]}{token}: {message}")
 
 
 # ---- the composition of the data: baseline, shares, Anna Karenina, pairs ----
 
 
 def effective_positive_share(p, c):
-    """The share of positives that a baseline c acts like, with a share p of +1 among +1/-1 rewards.
+    """The share of positives that a baseline c acts like, if a share p of the +1/-1 rewards is +1.
 
         p~ = p (1 - c) / (1 + c (1 - 2p))
     """
     if not 0 <= p <= 1 or not -1 <= c <= 1:
-        raise ValueError(f"share {p}, baseline {c}: 0 <= share <= 1 and -1 <= baseline <= 1 are needed")
-    total = 1 + c * (1 - 2 * p)  # |A| summed over the data
+        raise ValueError(f"share {p} must be in [0, 1], baseline {c} in [-1, 1]")
+    total = 1 + c * (1 - 2 * p)  # mean |A| over the data
     if total == 0:
         raise ValueError(f"share {p}, baseline {c}: every advantage is 0")
     return p * (1 - c) / total
 
 
 def baseline_for_share(p, share):
-    """The baseline that makes a share p of positives act like `share`:  c = (p - p~) / (p + p~ - 2 p p~)"""
-    if not 0 < p < 1 or not 0 <= share <= 1:
-        raise ValueError(f"share {p} to {share}: the data needs positives and negatives, the wish is between 0 and 1")
-    return max(-1.0, min(1.0, (p - share) / (p + share - 2 * p * share)))  # rounding may step over 1
+    """The baseline that makes a share p of positives act like `share`.
+
+        c = (p - p~) / (p + p~ - 2 p p~)
+    """
+    if not 0 < p < 1:
+        raise ValueError(f"the share of positives is {p}: the data needs positives and negatives")
+    if not 0 <= share <= 1:
+        raise ValueError(f"the target share must be in [0, 1], not {share}")
+    return max(-1.0, min(1.0, (p - share) / (p + share - 2 * p * share)))  # rounding may exceed 1
 
 
 def anna_karenina(rollouts):
-    """All happy families are alike: of each question keep the first correct completion and every wrong one.
-
-    rollouts: dicts with "id" and "reward" -> a list of those kept, in their order.
-    """
+    """All happy families are alike: of each question keep the first correct completion and every
+    wrong one. rollouts: dicts with "id" and "reward" -> a list of those kept, in their order."""
     happy, kept = set(), []
     for rollout in rollouts:
+        if rollout["reward"] > 0 and rollout["id"] in happy:
+            continue
         if rollout["reward"] > 0:
-            if rollout["id"] in happy:
-                continue
             happy.add(rollout["id"])
         kept.append(rollout)
     return kept
 
 
 def preference_pairs(rollouts):
-    """(better, worse) positions for DPO: each question's correct and wrong completions, each used once at most."""
+    """(better, worse) positions for DPO: each question's correct and wrong completions, each used
+    once at most."""
     right, wrong = {}, {}
     for position, rollout in enumerate(rollouts):
-        (right if rollout["reward"] > 0 else wrong).setdefault(rollout["id"], []).append(position)
-    return [pair for question, better in right.items() for pair in zip(better, wrong.get(question, []))]
+        side = right if rollout["reward"] > 0 else wrong
+        side.setdefault(rollout["id"], []).append(position)
+    return [pair for question in right for pair in zip(right[question], wrong.get(question, []))]
 
 
-# ---- log-probabilities of completions, without ever holding [batch, time, vocab] ----
+# ---- log-probabilities of completions ----
 
 
-def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=None, previous=None, chunk_tokens=None):
-    """log pi of the tokens where mask is True, 0 elsewhere, in float32, with gradient.
+def token_logprobs(logits, ids):
+    """log pi of each token given the tokens before it, for any model: the plain way.
 
-    model: a causal language model of transformers. ids, mask: [batch, time] -> [batch, time]
-    Right padding needs no attention_mask (the attention is causal); left padding needs one, [batch, time].
-    previous: [batch, time], the position that predicts each token where it is not the one before: see pack.
-    The head runs on chunks of completion positions and is run again in the backward pass, so that the largest
-    tensor is [chunk_tokens, vocab]. Up to that size nothing is run twice.
+    logits: [batch, time, vocab], ids: [batch, time] -> [batch, time], 0 at the first token
+    """
+    logprobs = logits[:, :-1].float().log_softmax(-1)  # [batch, time - 1, vocab]
+    chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # [batch, time - 1]
+    return F.pad(chosen, (1, 0))  # [batch, time]
+
+
+def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=None, previous=None,
+                        chunk_tokens=None):
+    """The same for a causal language model of transformers, where mask is True (0 elsewhere),
+    without ever holding [batch, time, vocab].
+
+    ids, mask: [batch, time] -> [batch, time], float32, with gradient
+    Right padding needs no attention_mask, for attention is causal; left padding needs one.
+    previous: [batch, time], the position that predicts each token, if it is not the one before.
+    The head runs on chunks of completion positions, and again in the backward pass, so that the
+    largest tensor is [chunk_tokens, vocab]. A single chunk runs once.
     """
     mask = mask.bool()
-    if mask[:, 0].any():
-        raise ValueError(f"sequence {first(mask[:, 0])}: the first token has nothing before it to be predicted from")
+    refuse(mask[:, 0], "the first token has nothing before it to be predicted from")
     if attention_mask is not None and attention_mask.dim() == 2 and position_ids is None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # [batch, time]
-    extra = {"attention_mask": attention_mask, "position_ids": position_ids}
-    extra = {name: value for name, value in extra.items() if value is not None}
-    outputs = model.get_decoder()(input_ids=ids, use_cache=False, **extra)
+    layout = {"attention_mask": attention_mask, "position_ids": position_ids}
+    layout = {name: value for name, value in layout.items() if value is not None}
+    decoder = model.get_decoder()
+    decoder = model.base_model if decoder is model else decoder  # Llama 4 returns itself
+    outputs = decoder(input_ids=ids, use_cache=False, **layout)
     row, position = mask.nonzero(as_tuple=True)  # [tokens], [tokens]
-    hidden = outputs.last_hidden_state[row, position - 1 if previous is None else previous[mask]]  # [tokens, width]
+    position = position - 1 if previous is None else previous[mask]  # [tokens]
+    hidden = outputs.last_hidden_state[row, position]  # [tokens, width]
     targets = ids[mask]  # [tokens]
 
     chunk_tokens = chunk_tokens or max(1, 2**26 // model.config.get_text_config().vocab_size)
-    chunks = list(zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)))
-    again = len(chunks) > 1 and torch.is_grad_enabled()
-    run = lambda *inputs: checkpoint(head_logprobs, *inputs, use_reentrant=False) if again else head_logprobs(*inputs)
-    logprobs = torch.cat([run(model, outputs, h, y) for h, y in chunks])  # [tokens]
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logprobs)  # [batch, time]
+    recompute = len(hidden) > chunk_tokens and torch.is_grad_enabled()
+    logprobs = []
+    for chunk in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
+        arguments = (model, decoder, outputs, *chunk)
+        if recompute:
+            logprobs.append(checkpoint(head_logprobs, *arguments, use_reentrant=False))
+        else:
+            logprobs.append(head_logprobs(*arguments))
+    empty = torch.zeros(ids.shape, device=ids.device)
+    return empty.masked_scatter(mask, torch.cat(logprobs))  # [batch, time]
 
 
-def head_logprobs(model, outputs, hidden, targets):
-    """log softmax, in float32, of the model's own head at the targets. [tokens, width], [tokens] -> [tokens]
+def head_logprobs(model, decoder, outputs, hidden, targets):
+    """Log-softmax, in float32, of the model's head at the targets.
 
-    The head is reached through the model's forward, with its decoder replaced for that moment by one that returns
-    `hidden`: whatever a model does to its logits (Cohere scales, Gemma caps, Granite divides) is done here too.
+    hidden: [tokens, width], targets: [tokens] -> [tokens]
+
+    Calls the model's forward with its decoder replaced for the moment by one that returns `hidden`,
+    so that whatever a model does to its logits is done here too: Cohere scales, Gemma caps.
     """
-    decoder = model.get_decoder()
+    own_forward = vars(decoder).get("forward")
     outputs.last_hidden_state = hidden[None]  # [1, tokens, width]
-    own_forward, decoder.forward = decoder.forward, lambda *_, **__: outputs
+    decoder.forward = lambda *_, **__: outputs
     try:
-        logits = model.forward(inputs_embeds=hidden[None], use_cache=False).logits[0].float()  # [tokens, vocab]
+        logits = model.forward(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
     finally:
-        decoder.forward = own_forward
-    return TokenLogProbs.apply(logits, targets)
+        del decoder.forward
+        if own_forward is not None:
+            decoder.forward = own_forward
+    return TokenLogProbs.apply(logits, targets)  # logits: [tokens, vocab]
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """cross_entropy with the sign of a log-prob and its own backward pass, which makes one tensor of [tokens, vocab] where
-    torch makes two: with a large vocabulary these are the peak of the memory. [tokens, vocab], [tokens] -> [tokens]
+    """Negative cross-entropy whose backward pass allocates one tensor of [tokens, vocab], where
+    torch's allocates two: with a large vocabulary these are the peak memory.
+    [tokens, vocab], [tokens] -> [tokens]
     """
 
     @staticmethod
@@ -270,7 +313,6 @@ class TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(context, gradient):
         logprobs, targets = context.saved_tensors
-        logits_gradient = logprobs.exp().mul_(-gradient[:, None])  # g (onehot - softmax)  [tokens, vocab]
+        # g (onehot - softmax)
+        logits_gradient = logprobs.exp().mul_(-gradient[:, None])  # [tokens, vocab]
         return logits_gradient.scatter_add_(1, targets[:, None], gradient[:, None]), None
-
-

@@ -18,19 +18,24 @@ LONGEST, DEEPEST, BITS = 300, 20, 4000
 
 
 def read_answer(text, marker="The answer is"):
-    """What stands behind the last marker, to the end of its line or sentence; None where nothing does.
+    r"""What follows the last marker, in any case, up to the end of its line or sentence, or None.
 
-    'So 9 + 8 = 17. The answer is $17$.' -> '17'; 'The answer is: \\boxed{\\frac{1}{2}}' -> '\\frac{1}{2}'
+    Where the rest of the marker's line is empty, the next one counts; \[...\] is read whole.
+    'So 9 + 8 = 17. The answer is $17$.' -> '17'; 'so the answer is:\n\\[\\boxed{18}\\]' -> '18'
     """
-    at = text.rfind(marker) if isinstance(text, str) else -1
-    start = at + len(marker)
-    line = (text[start:start + LONGEST].splitlines() or [""])[0] if at >= 0 else ""
+    edge = r"\b" if marker[:1].isalnum() else ""  # "Banana: 3" does not hold the marker "A:"
+    found = re.match(rf"(?is).*{edge}{re.escape(marker)}", text) if isinstance(text, str) else None
+    if not found:
+        return None
+    after = re.sub(r"^[\s:=*`]*\n\s*", "", text[found.end():found.end() + LONGEST])
+    display = re.match(r"(?s)[ \t:=]*(?:\\\[|\$\$)([^$]*?)(?:\\\]|\$\$)[ \t.*]*(?:\n|$)", after)
+    line = " ".join(display[1].split()) if display else (after.splitlines() or [""])[0]
     line = re.split(r"\.[*$]*\s+(?=[A-Z])", line, maxsplit=1)[0]  # "17. I hope that helps" -> "17"
     boxed = last_boxed(line)
     if boxed is not None:
         return boxed.strip() or None
     line = re.sub(r"\*\*(.+?)\*\*", r"\1", line).strip(" \t:=*`").rstrip(" \t.*`")
-    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+    for left, right in (("$", "$"), ("\\(", "\\)")):
         inside = line[len(left):-len(right)]
         if line.startswith(left) and line.endswith(right) and left not in inside:
             line = inside
@@ -50,13 +55,6 @@ def last_boxed(text):
         if depth == 0:
             return text[start.end():mark.start()]
     return None
-
-
-def final_answer(text):
-    """What the last box holds, else the last number, else None: for texts without an agreed marker."""
-    boxed = last_boxed(text)
-    numbers = re.findall(r"-?[0-9]+/[0-9]+|-?[0-9]+(?:\.[0-9]+)?", text[-LONGEST:] if isinstance(text, str) else "")
-    return boxed.strip(" \t\n$") or None if boxed is not None else numbers[-1] if numbers else None
 
 
 # ---- one spelling for what looks the same on paper ----

@@ -1,14 +1,13 @@
-"""The rollout file: one JSON object a line, one completion each. The one place that knows the format.
+"""The rollout file: one JSON object a line, one completion each. Only this file knows the format.
 
     {"id": "q7", "prompt": "2 + 2 ?", "completion": "The answer is 4.", "reward": 1.0}
 
-id, prompt, completion and reward must be there; see README.md in this folder for the optional fields.
+id, prompt, completion and reward are required; README.md in this folder has the optional fields.
 
-    python data/rollouts.py export FILE OUT            prompt, completion, label (true, false), as TRL's KTO trainer reads them
-    python data/rollouts.py export FILE OUT --pairs    prompt, chosen, rejected, as its DPO trainer does
+    python data/rollouts.py export FILE OUT            prompt, completion, label: TRL's KTO trainer
+    python data/rollouts.py export FILE OUT --pairs    prompt, chosen, rejected: its DPO trainer
 """
 
-import array
 import dataclasses
 import hashlib
 import json
@@ -17,16 +16,18 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script: find the package data
+if not __package__:  # started as a script: find the packages data and engine
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.common import Problem, parse, progress, run_main, say, setting, whole_file
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer one is a damaged file, not a completion
-LARGEST = 3e38  # what float32, in which the loss is computed, can hold
-OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "answer": str, "gold": str, "finish": str,
-            "sampling": dict}
+LARGEST = 3e38  # float32, in which the loss is computed, holds no more
+MOST_FAULTS = 10  # reported together
+OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "answer": str,
+            "gold": str, "finish": str, "split": str, "sampling": dict}
+
+
+# ---- writing ----
 
 
 def write_rollouts(path, rows):
@@ -40,191 +41,162 @@ def to_line(row):
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_rollouts(path, zero_is_wrong=False):
-    """A whole file as a list, for files that fit in memory."""
-    file = RolloutFile(path, zero_is_wrong=zero_is_wrong)
-    return [file[i] for i in range(len(file))]
+def short_hash(text):
+    """64 bits that are the same in every process, unlike hash()."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def file_fingerprint(path):
-    """RolloutFile's, without a look at the rows."""
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            for line in file:
-                digest.update(line if line.strip() else b"")
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise Problem(f"{path}: cannot be read: {error.strerror}")
-    return digest.hexdigest()[:16]
 
 
-def parse_line(line, where, map_rewards=None):
-    """One line of bytes to a rollout, or a Problem that says where, what is wrong and what to do."""
+# ---- reading ----
+
+
+def read_rollouts(path, map_rewards="", zero_is_wrong=False, what="reading"):
+    """A whole file as a list of rows, for files that fit in memory."""
+    faults, rows = [], []
+    for batch in read_batches(path, faults, map_rewards, what):
+        rows += [row for _, row in batch]
+    check_file(path, faults, {row["reward"] for row in rows}, zero_is_wrong)
+    return rows
+
+
+def read_batches(path, faults, map_rewards="", what="reading"):
+    """Lists of (line number, row), about a megabyte each: a tokenizer likes many texts at once.
+
+    What is wrong with a line goes into `faults`; after MOST_FAULTS of them reading ends.
+    """
+    mapping = parse_reward_map(map_rewards) if map_rewards else None
+    batch, size = [], 0
+    for number, line in read_lines(path, what):
+        try:
+            batch.append((number, parse_line(line, f"{path}:{number}", mapping)))
+        except Problem as problem:
+            faults.append(str(problem))
+        size += len(line)
+        if size > 2**20:
+            yield batch
+            batch, size = [], 0
+        if len(faults) >= MOST_FAULTS:
+            break
+    yield batch
+
+
+def read_lines(path, what):
+    """(line number, line) of each line that is not blank."""
+    try:
+        total = os.path.getsize(path)
+        with open(path, "rb") as file, progress(total=total, what=what, unit="B") as bar:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    raise Problem(f"{path}:1: byte order mark: save it as plain UTF-8")
+                if line.strip():
+                    yield number, line
+                if len(line) > LONGEST_LINE:
+                    return  # parse_line reports it; the rest of it is not a line
+                bar.update(len(line))
+    except OSError as error:
+        raise Problem(f"{path}: cannot be read: {error.strerror}")
+
+
+def check_file(path, faults, rewards, zero_is_wrong=False):
+    """Raises what is wrong with a file as a whole. rewards: the set of those in it."""
+    if faults:
+        raise Problem("\n".join(faults[:MOST_FAULTS]))
+    if not rewards:
+        raise Problem(f"{path}: no rollouts in it")
+    if 0.0 in rewards and rewards <= {0.0, 1.0} and not zero_is_wrong:
+        raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong "
+                      "completion: say what they mean, for instance --map-rewards=-1,1")
+
+
+def parse_line(line, place, mapping=None):
+    """One line of bytes to a row, or a Problem that says where, what is wrong and what to do."""
     if len(line) > LONGEST_LINE:
-        raise Problem(f"{where}: the line has {len(line):,} bytes, more than {LONGEST_LINE:,}: is this a JSONL file?")
+        raise Problem(f"{place}: longer than {LONGEST_LINE:,} bytes: is this a JSONL file?")
     try:
         row = decode_json(line.decode("utf-8"))
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise Problem(f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
+        raise Problem(f"{place}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
     except UnicodeEncodeError:
-        raise Problem(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character: remove the line")
+        raise Problem(f"{place}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                      "character: remove the line")
     except (ValueError, RecursionError) as error:
-        torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it, or write the file again)"
-        raise Problem(f"{where}: not a JSON object: {error}{torn}")
+        is_torn = not line.endswith(b"\n")
+        advice = " (the last line is torn: remove it, or write the file again)" if is_torn else ""
+        raise Problem(f"{place}: not a JSON object: {error}{advice}")
     if not isinstance(row, dict):
-        raise Problem(f"{where}: a {type(row).__name__}, not a JSON object")
+        raise Problem(f"{place}: a {type(row).__name__}, not a JSON object")
     for field in ("id", "prompt", "completion"):
         if not isinstance(row.get(field), str):
-            raise Problem(f'{where}: "{field}" is {"missing" if field not in row else "not a string"}')
-    check_optional(row, where)
-    row["reward"] = checked_reward(row, where, map_rewards)
+            why = "missing" if field not in row else "not a string"
+            raise Problem(f'{place}: "{field}" is {why}')
+    check_optional(row, place)
+    row["reward"] = read_reward(row.get("reward"), place, mapping)
     return row
 
 
-def not_finite(name):
+def refuse_constant(name):
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
-decode_json = json.JSONDecoder(parse_constant=not_finite).decode
+decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode
 
 
-def reward_map(text):
+def parse_reward_map(text):
     """"-1,1" as {0: -1.0, 1: 1.0}"""
     numbers = re.fullmatch(r"([+-]?[0-9.]+),([+-]?[0-9.]+)", text)
     if not numbers:
-        raise Problem(f"--map-rewards {text}: two numbers are needed, for instance -1,1")
+        raise Problem(f"--map-rewards {text}: two numbers are required, for instance -1,1")
     return {0: float(numbers[1]), 1: float(numbers[2])}
 
 
-def checked_reward(row, where, map_rewards):
-    reward = row.get("reward")
+def read_reward(reward, place, mapping):
     if isinstance(reward, bool) or not isinstance(reward, (int, float)):
-        raise Problem(f'{where}: "reward" is {"missing" if reward is None else f"{reward!r:.40}, not a number"}')
-    if map_rewards:
-        if reward not in map_rewards:
-            raise Problem(f"{where}: reward {reward!r:.40} with --map-rewards: only 0 and 1 can be mapped")
-        return map_rewards[reward]
+        why = "missing" if reward is None else f"{reward!r:.40}, not a number"
+        raise Problem(f'{place}: "reward" is {why}')
+    if mapping and reward not in mapping:
+        raise Problem(f"{place}: reward {reward!r:.40}: --map-rewards: only 0 and 1 can be mapped")
     if not -LARGEST < reward < LARGEST:
-        raise Problem(f"{where}: the reward {reward!r:.40} is too large")
-    return float(reward)
+        raise Problem(f"{place}: the reward {reward!r:.40} is too large")
+    return mapping[reward] if mapping else float(reward)
 
 
-def check_optional(row, where):
+def check_optional(row, place):
     for field, kind in OPTIONAL.items():
         if row.get(field) is not None and not isinstance(row[field], kind):
-            raise Problem(f'{where}: "{field}" is a {type(row[field]).__name__}, not a {kind.__name__}')
-    prompt_ids, completion_ids, logprobs = (row.get(field) for field in ("prompt_ids", "completion_ids", "logprobs"))
+            found = type(row[field]).__name__
+            raise Problem(f'{place}: "{field}" is a {found}, not a {kind.__name__}')
     for field in ("prompt_ids", "completion_ids"):
-        if row.get(field) is not None and not all(type(i) is int and i >= 0 for i in row[field]):
-            raise Problem(f'{where}: "{field}" must hold whole numbers from 0 on')
-    if not row["completion"] and not completion_ids:
-        raise Problem(f"{where}: the completion is empty: remove the line")
-    if completion_ids is not None and not completion_ids:
-        raise Problem(f'{where}: "completion_ids" is empty: remove the line, or the field')
-    if prompt_ids is not None and not prompt_ids:
-        raise Problem(f'{where}: "prompt_ids" is empty: the first completion token has nothing before it')
+        ids = row.get(field)
+        if ids is not None and not all(type(token) is int and token >= 0 for token in ids):
+            raise Problem(f'{place}: "{field}" must hold whole numbers from 0 on')
+        if ids is not None and not ids:
+            raise Problem(f'{place}: "{field}" is empty: remove the line, or the field')
+    if not row["completion"] and not row.get("completion_ids"):
+        raise Problem(f"{place}: the completion is empty: remove the line")
+    logprobs = row.get("logprobs")
     if logprobs is None:
         return
-    if completion_ids is None:
-        raise Problem(f'{where}: "logprobs" without "completion_ids": nobody can tell which token each belongs to')
-    if len(logprobs) != len(completion_ids):
-        raise Problem(f"{where}: {len(logprobs)} logprobs for {len(completion_ids)} completion_ids")
+    if row.get("completion_ids") is None:
+        raise Problem(f'{place}: "logprobs" without "completion_ids", the tokens they belong to')
+    if len(logprobs) != len(row["completion_ids"]):
+        raise Problem(f"{place}: {len(logprobs)} logprobs for {len(row['completion_ids'])} "
+                      "completion_ids")
     for position, value in enumerate(logprobs):
         if type(value) not in (int, float) or not -LARGEST < value <= 1e-6:
-            raise Problem(f"{where}: logprob {position} is {value!r:.40}: a finite number, 0 or less, is needed")
-
-
-class RolloutFile:
-    """Reads rows when they are asked for; holds an offset, a reward and two hashes a line, never the text."""
-
-    def __init__(self, path, map_rewards=None, check=None, what="reading", zero_is_wrong=False):
-        """Passes over the file once. `check(rows)` tells of each row its length in tokens, or in words what is wrong with it.
-
-        Up to ten bad lines are shown together. zero_is_wrong: rewards of 0 and 1 may stand, for only their sign is looked at.
-        """
-        self.path, self.map_rewards = path, map_rewards and reward_map(map_rewards)
-        offsets, rewards, questions, rows = array.array("q"), array.array("d"), array.array("q"), array.array("q")
-        lengths, lines, has_logprobs = array.array("q"), array.array("q"), array.array("b")
-        digest, problems = hashlib.sha256(), []
-        for batch in self.batches(what, digest):
-            good = [row for _, _, row in batch if not isinstance(row, Problem)]
-            verdicts = iter(check(good) if check else [0] * len(good))
-            for offset, number, row in batch:
-                length = None if isinstance(row, Problem) else next(verdicts)
-                if not isinstance(length, int):
-                    problems.append(f"{path}:{number}: {length}" if length else str(row))
-                    continue
-                offsets.append(offset)
-                lines.append(number)
-                rewards.append(row["reward"])
-                lengths.append(length)
-                has_logprobs.append(row.get("logprobs") is not None)
-                questions.append(short_hash(row["id"]))
-                rows.append(short_hash(row["id"] + "\0" + row["completion"]))
-            if len(problems) >= 10:
-                break
-        if problems:
-            raise Problem("\n".join(problems[:10]))
-        if not offsets:
-            raise Problem(f"{path}: no rollouts in it")
-        self.offsets, self.lines, self.rewards, self.lengths, self.questions, self.has_logprobs = map(
-            np.asarray, (offsets, lines, rewards, lengths, questions, has_logprobs))  # each [rows]
-        self.has_logprobs = self.has_logprobs.astype(bool)
-        self.repeated = len(rows) - len(np.unique(np.asarray(rows)))
-        self.fingerprint = digest.hexdigest()[:16]
-        if set(np.unique(self.rewards)) <= {0.0, 1.0} and (self.rewards == 0).any() and not zero_is_wrong:
-            raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong completion: "
-                          "say what they mean, for instance --map-rewards=-1,1")
-
-    def batches(self, what, digest):
-        """Lists of (offset, line number, row or Problem), of about a megabyte each: a tokenizer likes many texts at once."""
-        batch, size = [], 0
-        for offset, number, line in self.scan(what):
-            digest.update(line)
-            try:
-                row = parse_line(line, f"{self.path}:{number}", self.map_rewards)
-            except Problem as problem:
-                row = problem
-            batch.append((offset, number, row))
-            size += len(line)
-            if size > 2**20:
-                yield batch
-                batch, size = [], 0
-        yield batch
-
-    def scan(self, what):
-        """(offset, line number, line) of each line that is not blank."""
-        try:
-            size = os.path.getsize(self.path)
-            with open(self.path, "rb") as file, progress(total=size, what=what, unit="B") as bar:
-                offset, number = 0, 0
-                while line := file.readline(LONGEST_LINE + 1):
-                    number += 1
-                    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                        raise Problem(f"{self.path}:1: starts with a byte order mark: save the file as plain UTF-8")
-                    if line.strip():
-                        yield offset, number, line
-                    if len(line) > LONGEST_LINE:
-                        return  # parse_line has said so; what follows is no line of its own
-                    offset += len(line)
-                    bar.update(len(line))
-        except OSError as error:
-            raise Problem(f"{self.path}: cannot be read: {error.strerror}")
-
-    def __len__(self):
-        return len(self.offsets)
-
-    def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[i])
-            return parse_line(file.readline(), f"{self.path}:{self.lines[i]}", self.map_rewards)
-
-
-def short_hash(text):
-    """64 bits that are the same in every process, unlike hash()."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
+            raise Problem(f"{place}: logprob {position} is {value!r:.40}: a finite number, "
+                          "0 or less, is required")
 
 
 # ---- for other tools ----
@@ -238,35 +210,31 @@ class ExportSettings:
 
 def main():
     options = [word for word in sys.argv[1:] if word.startswith("-")]
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
     settings = parse(ExportSettings, options, "python data/rollouts.py export FILE OUT [options]")
-    words = [word for word in sys.argv[1:] if word not in options]
     if len(words) != 3 or words[0] != "export":
-        raise Problem("what is to be done? python data/rollouts.py export FILE OUT, or with --pairs")
-    export(RolloutFile(words[1], settings.map_rewards), words[2], settings.pairs)
+        raise Problem("usage: python data/rollouts.py export FILE OUT [--pairs]")
+    _, path, out = words
+    rows = read_rollouts(path, settings.map_rewards)
+    exported = as_pairs(path, rows) if settings.pairs else as_labels(rows)
+    write_rollouts(out, exported)
+    say(f"{out}: {len(exported):,} rows")
 
 
-def export(file, out, pairs=False):
-    """A file of the few columns that other trainers want, each of one type in every row."""
-    labelled = lambda row: {"prompt": row["prompt"], "completion": row["completion"], "label": row["reward"] > 0}
-    rows = as_pairs(file) if pairs else map(labelled, map(file.__getitem__, range(len(file))))
-    written = 0
-    with whole_file(out) as lines:
-        for row in rows:
-            lines.write(to_line(row))
-            written += 1
-    say(f"{out}: {written:,} rows")
+def as_labels(rows):
+    return [{"prompt": row["prompt"], "completion": row["completion"], "label": row["reward"] > 0}
+            for row in rows]
 
 
-def as_pairs(file):
-    """Each question's correct and wrong completions of the same prompt, each used once at most."""
+def as_pairs(path, rows):
+    """Each question's correct and wrong completions of one prompt, each used once at most."""
     from topr import preference_pairs
 
-    families = [short_hash(f"{row['id']}\0{row['prompt']}") for row in map(file.__getitem__, range(len(file)))]
-    pairs = preference_pairs({"id": family, "reward": reward} for family, reward in zip(families, file.rewards))
+    pairs = preference_pairs([{**row, "id": (row["id"], row["prompt"])} for row in rows])
     if not pairs:
-        raise Problem(f"{file.path}: no question has both a correct and a wrong completion: there are no pairs")
-    for better, worse in pairs:
-        yield {"prompt": file[better]["prompt"], "chosen": file[better]["completion"], "rejected": file[worse]["completion"]}
+        raise Problem(f"{path}: no question has both a correct and a wrong completion")
+    return [{"prompt": rows[better]["prompt"], "chosen": rows[better]["completion"],
+             "rejected": rows[worse]["completion"]} for better, worse in pairs]
 
 
 if __name__ == "__main__":

@@ -1,75 +1,90 @@
-"""Text to tokens and back."""
+"""Text to tokens and back, for many texts at once."""
 
 import difflib
 import functools
 import unicodedata
 
+from engine.common import Problem
 
-def all_token_ids(rows, tokenizer):
-    """(prompt_ids, completion_ids) of each row: the file's own where it holds them, made from the text where not.
 
-    For many rows at once, which takes a fraction of the time.
-    """
-    missing = lambda field: list(dict.fromkeys(row[field] for row in rows if row.get(f"{field}_ids") is None))
-    prompts, completions, end = missing("prompt"), missing("completion"), tokenizer.eos_token_id
-    prompts = dict(zip(prompts, (with_start(ids, tokenizer) for ids in encode(prompts, tokenizer))))
-    completions = dict(zip(completions, encode(completions, tokenizer)))
+def all_token_ids(rows, tokenizer, end_token):
+    """(prompt_ids, completion_ids) of each row: the file's own, or made from its text."""
+    prompts = [row["prompt"] for row in rows if row.get("prompt_ids") is None]
+    prompts = list(dict.fromkeys(prompts))
+    prompt_ids = dict(zip(prompts, encode(prompts, tokenizer)))
+    completions = [row["completion"] for row in rows if row.get("completion_ids") is None]
+    completions = list(dict.fromkeys(completions))
+    completion_ids = dict(zip(completions, encode(completions, tokenizer)))
     tokens = []
     for row in rows:
-        completion_ids = row.get("completion_ids")
-        if completion_ids is None:
-            completion_ids = completions[row["completion"]]
-            if row.get("finish") != "length" and completion_ids[-1:] != [end]:
-                completion_ids = completion_ids + [end]  # it stopped, so it wrote the end token
-        prompt_ids = row.get("prompt_ids")
-        tokens.append((prompts[row["prompt"]] if prompt_ids is None else prompt_ids, completion_ids))
+        before = row.get("prompt_ids")
+        if before is None:
+            before = with_start(prompt_ids[row["prompt"]], tokenizer)
+        after = row.get("completion_ids")
+        if after is None:
+            after = completion_ids[row["completion"]]
+            if row.get("finish") != "length" and after[-1:] != [end_token]:
+                after = after + [end_token]  # it stopped, so the policy wrote the end token
+        tokens.append((before, after))
     return tokens
 
 
 def encode(texts, tokenizer):
-    """Texts to tokens, no special ones added; past transformers' own wrapping, which takes longer than the work."""
+    """Texts to tokens without special ones; bypasses transformers' wrapper, the slower part."""
     if len(texts) < 2 or not tokenizer.is_fast:
         return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     tokenizer("")  # turns off the truncation and padding that a tokenizer.json may ask for
-    return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def decode(ids, tokenizer, skip_special_tokens=True):
     """Lists of tokens to texts."""
     if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
+        tokenizer = tokenizer.backend_tokenizer
+        return tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
     return tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def foreign_tokens(rows, tokenizer):
-    """For each row whether its completion_ids clearly say something else than its completion: another tokenizer's.
+    """For each row whether its completion_ids clearly say something else than its completion.
 
-    Only clear cases: engines differ in white space, special tokens, stop words that they cut off, and in half a
-    character at the end.
+    Only clear cases, the tokens of another tokenizer: engines differ in white space, special
+    tokens, stop words that they cut off, and in half a character at the end.
     """
     held = [row for row in rows if row.get("completion_ids") and max(row["completion_ids"]) < 2**31]
-    texts = dict(zip(map(id, held), decode([row["completion_ids"] for row in held], tokenizer)))
-    same = lambda row: texts.get(id(row), row["completion"]) == row["completion"]
-    return [not same(row) and not fits(row, texts[id(row)], tokenizer) for row in rows]
+    texts = decode([row["completion_ids"] for row in held], tokenizer)
+    foreign = {id(row) for row, text in zip(held, texts)
+               if text != row["completion"] and not fits(row, text, tokenizer)}
+    return [id(row) in foreign for row in rows]
 
 
 def fits(row, text, tokenizer):
-    """Whether completion_ids, which decode to `text` and not quite to the completion, can still be its tokens."""
+    """Whether completion_ids, decoded to `text`, can still be the tokens of the completion."""
     ids, completion = row["completion_ids"], row["completion"]
-    own = encode([completion], tokenizer)[0]  # words that the tokenizer does not know decode to nothing
-    return alike(text, completion) or alike(*decode([ids], tokenizer, False), completion) or bool(own) and ids[: len(own)] == own
+    with_special, = decode([ids], tokenizer, skip_special_tokens=False)
+    own, = encode([completion], tokenizer)  # words unknown to the tokenizer decode to nothing
+    same_tokens = bool(own) and ids[: len(own)] == own
+    return alike(text, completion) or alike(with_special, completion) or same_tokens
 
 
 def alike(a, b):
-    bare = lambda text: "".join(unicodedata.normalize("NFKC", text).replace("\ufffd", "").casefold().split())[:2000]
     a, b = bare(a), bare(b)
-    if not a or not b or a.startswith(b) or b.startswith(a) or a.endswith(b) or b.endswith(a):
-        return bool(a) or not b
+    if not a or not b:
+        return not b
+    if a.startswith(b) or b.startswith(a) or a.endswith(b) or b.endswith(a):
+        return True
     return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() > 0.7
 
 
+def bare(text):
+    """Without white space, case and broken characters; enough of it to compare."""
+    text = unicodedata.normalize("NFKC", text).replace("\ufffd", "").casefold()
+    return "".join(text.split())[:2000]
+
+
 def prompt_tokens(text, tokenizer):
-    """The tokens a model sees: with its start token, once, also where a chat template has written it already."""
+    """What a model sees: with its start token, once, also if a chat template wrote it already."""
     return with_start(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
 
 
@@ -82,4 +97,61 @@ def with_start(ids, tokenizer):
 def start_token(tokenizer):
     """The token that this tokenizer puts before every text, or None."""
     start = tokenizer.bos_token_id
-    return start if start is not None and tokenizer("").input_ids[:1] == [start] else None
+    if start is None or tokenizer("").input_ids[:1] != [start]:
+        return None
+    return start
+
+
+# ---- where a completion ends ----
+
+
+def end_tokens(model, tokenizer):
+    """Every token that ends a completion, in order; `model` may be its configuration, or None."""
+    config = getattr(model, "config", model)
+    ends = {tokenizer.eos_token_id}
+    for source in (config and config.get_text_config(), getattr(model, "generation_config", None)):
+        ids = getattr(source, "eos_token_id", None)
+        ends |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    ends.discard(None)
+    if not ends:
+        raise Problem("neither the tokenizer nor the model names an end-of-sequence token: "
+                      "set eos_token_id in the model's generation_config.json")
+    return sorted(ends)
+
+
+def end_token_of(model, tokenizer):
+    """The end token of a completion of which only the text is known; arguments as of end_tokens.
+
+    It is the one that the chat template writes after an answer (Gemma and Phi end their turns with
+    another than the tokenizer's eos), else eos.
+    """
+    ends, answer, after = end_tokens(model, tokenizer), "An answer.", []
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+        after = tokenizer(text, add_special_tokens=False).input_ids
+    return next((token for token in [*after, tokenizer.eos_token_id] if token in ends), ends[0])
+
+
+def stop_position(text, stop):
+    """Where the first of the stop strings begins in a text; its length when none is in it."""
+    return min([text.find(mark) for mark in stop if mark and mark in text], default=len(text))
+
+
+def until_stop(ids, ended, stop, tokenizer):
+    """The completion, finish and completion_ids of a row; `ended`: the last token ends it.
+
+    A task that stops a completion at a string of its own is what ends it, not the model. So no end
+    token is added, and finish is "stop": the text goes up to the string, the tokens up to the last
+    that holds some of that text (at least one: a row needs a token). log mu is that of these tokens
+    alone, each was sampled, and pi/mu is 1 before the first step as for any other row.
+    """
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+    end = stop_position(text, stop)
+    if end == len(text):
+        finish = "stop" if ended else "length"
+        return {"completion": text, "finish": finish, "completion_ids": ids}
+    count = len(ids)
+    while count > 1 and len(tokenizer.decode(ids[: count - 1], skip_special_tokens=True)) >= end:
+        count -= 1
+    return {"completion": text[:end], "finish": "stop", "completion_ids": ids[:count]}

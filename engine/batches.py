@@ -1,296 +1,428 @@
-"""Which rows a step takes, how they are packed into forward passes, and where their log mu comes from."""
+"""Which rows a step takes, how they are packed into forward passes, and their log mu.
 
-import array
+    JSONL lines -> read_data: arrays of tokens -> step_units: the rows of a step -> micro_batches
+"""
+
+import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import os
+import typing
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 import topr
-from data.rollouts import RolloutFile
+from data.rollouts import MOST_FAULTS, check_file, file_fingerprint, read_batches, short_hash
 from data.tokens import all_token_ids, foreign_tokens
 from engine.common import Problem, first_line, progress, say, whole_file
-from engine.parallel import barrier, gather, rank, world
-from topr import completion_logprobs
+from engine.parallel import barrier, from_first, rank, sum_over_ranks, world
+
+DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}  # in a forward pass: more is no faster, see docs
 
 
-def read_data(settings, model, tokenizer):
-    """The rollout file, checked before any weight moves, with the units of the data: rows, or pairs of rows for DPO."""
-    text = model.config.get_text_config()
-    room, vocabulary = getattr(text, "max_position_embeddings", None) or math.inf, text.vocab_size
+@dataclasses.dataclass(eq=False)
+class Data:
+    """A rollout file as arrays."""
 
-    prompts, prompt_lengths, completions = array.array("q"), array.array("q"), array.array("q")
+    path: str
+    fingerprint: str
+    lines: np.ndarray  # [rows], line numbers
+    rewards: np.ndarray  # [rows]
+    questions: list  # [rows], their ids
+    prompts: list  # [rows] of [int]; equal ones are one object
+    prompt_keys: np.ndarray  # [rows], equal for equal prompts
+    completions: np.ndarray  # [tokens], end to end
+    starts: np.ndarray  # [rows + 1], where each completion starts in it
+    logprobs: np.ndarray  # [tokens], log mu of each completion token; NaN if the file has none
+    lengths: np.ndarray  # [rows], tokens of prompt and completion
+    model_width: int
+    units: np.ndarray = None  # [units, 1 or 2]: rows, or pairs of rows for DPO
+    units_per_step: int = 0
+    mu: np.ndarray = None  # [tokens], log mu of the run; None if it is not needed
+    pack: bool = False  # several completions of a prompt in one row
+    mask_dtype: torch.dtype = torch.float32  # of the compute
+    tokens_per_pass: int = 16384
+    ranks: int = 1
+    rank: int = 0
 
-    def fault(prompt_ids, completion_ids, foreign):
-        if max(prompt_ids, default=0) >= vocabulary or max(completion_ids) >= vocabulary:
-            return (f"a token id beyond the model's vocabulary of {vocabulary}: was this file written with another "
-                    "model? Without prompt_ids, completion_ids and logprobs the text alone counts")
-        if foreign:
-            return ("its completion_ids do not decode to its completion: was this file written with another tokenizer? "
-                    "Without prompt_ids, completion_ids and logprobs the text alone counts")
-        if not prompt_ids:
-            return "the prompt has no tokens: the first completion token has nothing before it"
-        if len(prompt_ids) + len(completion_ids) > room:
-            return (f"{len(prompt_ids)} prompt and {len(completion_ids)} completion tokens do not fit the model's {room}: "
-                    "remove the line")
 
-    def check(rows):
-        tokens = all_token_ids(rows, tokenizer)
-        prompts.extend(hash(tuple(prompt)) for prompt, _ in tokens)
-        prompt_lengths.extend(len(prompt) for prompt, _ in tokens)
-        completions.extend(hash(tuple(completion)) for _, completion in tokens)
+# ---- reading ----
+
+
+def read_data(settings, model, tokenizer, end_token, device):
+    """The rollout file as arrays, checked before any weight moves."""
+    config = model.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None) or math.inf
+    faults, lines, rewards, questions, prompts, keys = [], [], [], [], [], []
+    completions, logprobs, seen_prompts, distinct = [], [], {}, set()
+    for batch in read_batches(settings.rollouts, faults, settings.map_rewards):
+        rows = [row for _, row in batch]
+        tokens = all_token_ids(rows, tokenizer, end_token)
         foreign = foreign_tokens(rows, tokenizer)
-        return [fault(*ids, other) or len(ids[0]) + len(ids[1]) for ids, other in zip(tokens, foreign)]
-
-    data = RolloutFile(settings.rollouts, settings.map_rewards, check)
-    data.prompts, data.prompt_lengths, data.model_width = np.asarray(prompts), np.asarray(prompt_lengths), text.hidden_size
-    data.tokens = hashlib.sha256(prompts.tobytes() + completions.tobytes()).hexdigest()  # a text has others in each tokenizer
-    data.units = np.arange(len(data))[:, None]  # [units, 1]
-    rows = lambda: [{"row": row, "id": data.questions[row], "reward": data.rewards[row]} for row in data.units[:, 0]]
-    if settings.anna_karenina:
-        data.units = np.array([kept["row"] for kept in topr.anna_karenina(rows())])[:, None]
-        say(f"Anna Karenina sampling keeps {len(data.units):,} of {len(data):,} completions")
-    if settings.loss == "dpo":
-        pairs = topr.preference_pairs([{**row, "id": (row["id"], data.prompts[row["row"]])} for row in rows()])
-        if not pairs:
-            raise Problem(f"{data.path}: dpo needs questions with both a correct and a wrong completion; there is none")
-        data.units = data.units[np.array(pairs), 0]  # [units, 2]
-    data.units_per_step = max(1, settings.sequences // data.units.shape[1])
-    if data.repeated:
-        say(f"{data.path}: {data.repeated:,} completions stand there more than once; each counts")
-    rewards = data.rewards[data.units]
-    if (rewards == rewards.flat[0]).all():
-        say(f"{data.path}: all rewards are {rewards.flat[0]:g}")
+        for (line, row), (prompt, completion), other in zip(batch, tokens, foreign):
+            fault = find_fault(prompt, completion, other, config.vocab_size, room)
+            if fault:
+                faults.append(f"{settings.rollouts}:{line}: {fault}")
+                continue
+            lines.append(line)
+            rewards.append(row["reward"])
+            questions.append(row["id"])
+            key = hash(tuple(prompt))
+            keys.append(key)
+            prompts.append(seen_prompts.setdefault(key, prompt))
+            completions.append(np.array(completion, np.int32))
+            mu = row.get("logprobs") or [math.nan] * len(completion)
+            logprobs.append(np.array(mu, np.float32))
+            distinct.add(short_hash(f"{row['id']}\0{row['completion']}"))
+        if len(faults) >= MOST_FAULTS:
+            break
+    check_file(settings.rollouts, faults, set(rewards))
+    sizes = np.array([len(completion) for completion in completions])
+    data = Data(path=settings.rollouts, fingerprint=file_fingerprint(settings.rollouts),
+                lines=np.array(lines), rewards=np.array(rewards), questions=questions,
+                prompts=prompts, prompt_keys=np.array(keys),
+                completions=np.concatenate(completions), starts=np.cumsum([0, *sizes]),
+                logprobs=np.concatenate(logprobs),
+                lengths=sizes + [len(prompt) for prompt in prompts],
+                model_width=config.hidden_size, ranks=world(), rank=rank())
+    data.tokens_per_pass = settings.tokens_per_pass or DEFAULT_TOKENS.get(device.type, 16384)
+    if settings.weights == "bfloat16" or settings.precision == "bfloat16":
+        data.mask_dtype = torch.bfloat16
+    if len(distinct) < len(lines):
+        say(f"{data.path}: {len(lines) - len(distinct):,} duplicate completions, each kept")
+    make_units(settings, data)
     return data
 
 
-def step_sequences(settings, data, step):
-    """The rows of an optimizer step, by the seed alone: the number of ranks changes nothing. The last may be fewer."""
-    steps_per_epoch = math.ceil(len(data.units) / data.units_per_step)
-    epoch, step = divmod(step, steps_per_epoch)
-    order = epoch_order(data, settings.seed, epoch, max(1, settings.prompt_group // data.units.shape[1]))
-    chosen = order[step * data.units_per_step : (step + 1) * data.units_per_step]
-    return data.units[chosen].ravel()
+def find_fault(prompt, completion, foreign, vocabulary, room):
+    """What is wrong with a row's tokens, or None."""
+    advice = "Without prompt_ids, completion_ids and logprobs the text alone counts"
+    if max(prompt, default=0) >= vocabulary or max(completion) >= vocabulary:
+        return (f"a token id beyond the model's vocabulary of {vocabulary}: was this file written "
+                f"with another model? {advice}")
+    if foreign:
+        return ("its completion_ids do not decode to its completion: was this file written with "
+                f"another tokenizer? {advice}")
+    if not prompt:
+        return "the prompt has no tokens: the first completion token has nothing before it"
+    if len(prompt) + len(completion) > room:
+        return (f"{len(prompt)} prompt and {len(completion)} completion tokens do not fit the "
+                f"model's {room}: remove the line")
 
 
-@functools.lru_cache(maxsize=1)
-def epoch_order(data, seed, epoch, together):
-    """A random order of the units in which up to `together` of one prompt follow each other."""
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(data.units))
-    order = order[np.argsort(data.prompts[data.units[order, 0]], kind="stable")]  # prompt by prompt
-    prompts, number = data.prompts[data.units[order, 0]], np.arange(len(order))
-    first = np.r_[True, prompts[1:] != prompts[:-1]]
-    place = number - np.maximum.accumulate(np.where(first, number, 0))  # among those of its prompt
-    chunk = np.cumsum(place % together == 0) - 1
-    return order[np.argsort(rng.permutation(chunk[-1] + 1)[chunk], kind="stable")]
+def make_units(settings, data):
+    """What the order shuffles: rows, those that Anna Karenina keeps, or pairs of rows for DPO."""
+    rows = [{"row": row, "id": data.questions[row], "reward": reward}
+            for row, reward in enumerate(data.rewards)]
+    if settings.anna_karenina:
+        rows = topr.anna_karenina(rows)
+        say(f"Anna Karenina sampling keeps {len(rows):,} of {len(data.rewards):,} completions")
+    data.units = np.array([row["row"] for row in rows])[:, None]  # [units, 1]
+    if settings.loss == "dpo":
+        for row in rows:  # answers to different prompts are no pair
+            row["id"] = (row["id"], data.prompt_keys[row["row"]])
+        pairs = topr.preference_pairs(rows)
+        if not pairs:
+            raise Problem(f"{data.path}: dpo needs questions with both a correct and a wrong "
+                          "completion; there is none")
+        data.units = data.units[np.array(pairs), 0]  # [units, 2]
+    data.units_per_step = max(1, settings.sequences // data.units.shape[1])
+    rewards = set(data.rewards[data.units].flat)
+    if len(rewards) == 1:
+        say(f"{data.path}: all rewards are {rewards.pop():g}")
 
 
-def share_out(settings, data, units, share):
-    """(this rank's micro-batches, how many of them count). Ranks and micro-batches get bundles of similar length.
-
-    The others are there to keep step with the other ranks: DDP needs one forward pass from each, FSDP the same number.
-    """
-    bundles = bundled(settings, data, units, share)
-    shares = [batches(settings, data, bundles[number::world()], share) for number in range(world())]
-    mine, most = shares[rank()], max(map(len, shares)) if settings.shard else 1
-    return mine + [[bundles[-1]]] * (most - len(mine)), len(mine)
-
-
-def bundled(settings, data, units, share):
-    """Units as bundles, the longest first: arrays of rows of the file. Those of a bundle share a prompt, if they can."""
-    if not share:
-        return sorted(units, key=lambda rows: -data.lengths[rows].max())
-    units, bundles = units[np.argsort(data.prompts[units[:, 0]], kind="stable")], []
-    for group in np.split(units, 1 + np.flatnonzero(np.diff(data.prompts[units[:, 0]]))):  # [units of one prompt, width]
-        prompt, width = data.prompt_lengths[group[0, 0]], group.shape[1]
-        completion = (data.lengths[group] - data.prompt_lengths[group]).mean()
-        most = min(units.size // world(), group.size, settings.micro_batch or group.size,
-                   settings.tokens_per_pass // (prompt + completion))
-        fit = max(1, completions_per_row(prompt, completion, int(most), data.model_width) // width)
-        bundles += [part.ravel() for part in np.array_split(group, math.ceil(len(group) / fit))]
-    return sorted(bundles, key=lambda rows: -space(data, rows, share)[1])
-
-
-def space(data, rows, share):
-    """(rows, tokens in the longest of them) that a bundle takes in a forward pass."""
-    if share:
-        prompt = data.prompt_lengths[rows[0]]
-        return 1, prompt + (data.lengths[rows] - data.prompt_lengths[rows]).sum()
-    return len(rows), data.lengths[rows].max()
-
-
-def batches(settings, data, bundles, share):
-    """Splits bundles, the longest first, into lists for one forward pass each."""
-    parts, taken, longest, most = [], 0, 0, settings.micro_batch or math.inf
-    for bundle in bundles:
-        rows, length = space(data, bundle, share)
-        if not parts or (taken + rows) * longest > settings.tokens_per_pass or sum(map(len, parts[-1])) + len(bundle) > most:
-            parts.append([])
-            taken, longest = 0, length
-        parts[-1].append(bundle)
-        taken += rows
-    return parts
-
-
-def collate(data, bundles, tokenizer, mu, device, share):
-    """Bundles as tensors: arguments of completion_logprobs; mask, log mu [batch, time] and reward [batch].
-
-    Here batch is the sequences in their order and time the tokens of the completion alone.
-    """
-    rows, packed = np.concatenate(bundles), []
-    read = [data[row] for row in rows]
-    tokens = iter(all_token_ids(read, tokenizer))
-    for bundle in bundles:
-        for prompt, same in itertools.groupby(itertools.islice(tokens, len(bundle)), key=lambda pair: pair[0]):
-            completions = [completion for _, completion in same]
-            packed += [(prompt, completions)] if share else [(prompt, [completion]) for completion in completions]
-    lengths = torch.tensor([len(completion) for _, completions in packed for completion in completions], device=device)
-    mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # [batch, time]
-    mu_logp = None
-    if mu:
-        values = torch.cat([torch.as_tensor(mu(number, row), dtype=torch.float32) for number, row in zip(rows, read)])
-        mu_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask, values.to(device))  # [batch, time]
-    reward = torch.tensor([row["reward"] for row in read], device=device)  # [batch]
-    return pack(packed, device), mask, mu_logp, reward
-
-
-def where(data, rows):
+def line_numbers(data, rows):
     return f"{data.path}, lines {', '.join(str(data.lines[row]) for row in rows[:64])}"
 
 
-def make_mu(settings, policy, tokenizer, data, share, model_fingerprint, taper):
-    """(function (row number, row) -> log mu of its completion tokens, where they come from). Fixed for the whole run.
+# ---- the rows of a step ----
 
-    Re-anchoring mu on the current weights would make every ratio 1 and turn TOPR into naive REINFORCE unnoticed.
+
+def steps_per_epoch(data):
+    return math.ceil(len(data.units) / data.units_per_step)
+
+
+def step_units(settings, data, step):
+    """The units of an optimizer step, [units, 1 or 2], the same for any number of ranks.
+
+    The last step of an epoch may be smaller.
     """
-    held = data.has_logprobs.all()
-    from_file = lambda number, row: row["logprobs"]
-    if taper and not taper.needs_mu:
-        return from_file if held else None, "not needed"
-    if settings.mu != "start" and held:
-        if settings.mu == "checked":
-            check_fit(settings, policy, tokenizer, data, share, from_file)
-        return from_file, "from the file"
-    if settings.mu == "file":
-        raise Problem(f"{data.path}: {(~data.has_logprobs).sum():,} of {len(data):,} rows hold no logprobs, and --mu file wants "
-                      "them: --mu start computes them")
-    path = f"{data.path}.mu-{model_fingerprint[:8]}-{data.tokens[:8]}-{settings.precision}.safetensors"
-    if not all(gather(os.path.exists(path))):  # on every machine, where they share no disk
-        compute_mu(settings, policy, tokenizer, data, share, path)
-    try:
-        stored = safe_open(path, "pt")
-        offsets, values = stored.get_tensor("offsets").tolist(), stored.get_slice("logprobs")
-    except (SafetensorError, OSError) as error:
-        raise Problem(f"{path}: cannot be read: {first_line(error)}. Remove it, and it is computed again")
-    return lambda number, row: values[offsets[number] : offsets[number + 1]], f"of the starting weights, in {path}"
+    epoch, step = divmod(step, math.ceil(len(data.units) / data.units_per_step))
+    order = epoch_order(data, settings.seed, epoch, settings.prompt_group)
+    chosen = order[step * data.units_per_step : (step + 1) * data.units_per_step]
+    return data.units[chosen]
 
 
-@torch.no_grad()
-def compute_mu(settings, policy, tokenizer, data, share, path):
-    """log mu of every completion with the starting weights, once, kept beside the file."""
-    mine, _ = share_out(settings, data, np.arange(len(data))[:, None], share)
-    logprobs = {}
-    for bundles in progress(mine, what="log mu of the starting weights"):
-        logprobs.update(policy_logprobs(settings, policy, tokenizer, data, bundles, share))
-    everyone = {row: values for part in gather(logprobs) for row, values in part.items()}
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
-        offsets = np.cumsum([0] + [len(everyone[row]) for row in range(len(data))])
-        values = torch.cat([everyone[row] for row in range(len(data))])
-        with whole_file(path, "wb") as file:
-            file.write(save({"offsets": torch.as_tensor(offsets), "logprobs": values}))
-    barrier()
+@functools.lru_cache(maxsize=1)
+def epoch_order(data, seed, epoch, prompt_group):
+    """A random order of the units in which up to `prompt_group` rows of one prompt are adjacent."""
+    random = np.random.default_rng([seed, epoch])
+    by_prompt = {}
+    for unit in random.permutation(len(data.units)):
+        by_prompt.setdefault(data.prompt_keys[data.units[unit, 0]], []).append(unit)
+    size = max(1, prompt_group // data.units.shape[1])
+    groups = []
+    for key in sorted(by_prompt):
+        units = by_prompt[key]
+        groups += [units[start : start + size] for start in range(0, len(units), size)]
+    shuffled = [None] * len(groups)
+    for group, place in zip(groups, random.permutation(len(groups))):
+        shuffled[place] = group
+    return np.concatenate(shuffled)  # [units]
 
 
-@torch.no_grad()
-def policy_logprobs(settings, policy, tokenizer, data, bundles, share):
-    """{row: log pi of its completion tokens}"""
-    device = next(policy.parameters()).device
-    packed, mask, _, _ = collate(data, bundles, tokenizer, None, device, share)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        logp = policy(mask, packed)  # [batch, time]
-    return {row: values[keep] for row, values, keep in zip(np.concatenate(bundles).tolist(), logp.cpu(), mask.cpu())}
+# ---- forward passes ----
 
 
-def check_fit(settings, policy, tokenizer, data, share, mu):
-    """Refuses logprobs that the starting weights did not write: before the first step pi/mu must be 1."""
-    tolerance = (2.0 if settings.precision == "bfloat16" else 0.1) if settings.mu_tolerance is None else settings.mu_tolerance
-    largest, units = 0.0, np.unique(np.linspace(0, len(data) - 1, 64).astype(int))[:, None]  # from all parts of the file
-    for bundles in batches(settings, data, bundled(settings, data, units, share), share):
-        for row, logp in policy_logprobs(settings, policy, tokenizer, data, bundles, share).items():
-            largest = max(largest, abs((logp - torch.tensor(mu(row, data[row]))).sum().item()))
-    say(f"{data.path}: before the first step the largest |log pi/mu| of {len(units)} completions is {largest:.2g}")
-    if not largest <= tolerance:
-        raise Problem(
-            f"{data.path}: its logprobs do not fit {settings.model}: |log pi/mu| is {largest:.3g} before the first step, over "
-            f"the tolerance of {tolerance}. If another policy wrote the file on purpose: --mu file. If its logprobs are not "
-            "those of a plain softmax at temperature 1, or you do not know: --mu start computes them with the starting "
-            "weights. If the engine that wrote it computes less exactly: --mu-tolerance")
+class MicroBatch(typing.NamedTuple):
+    """One forward pass. batch: its sequences; time: the tokens of a completion alone."""
+
+    rows: np.ndarray  # [batch], rows of the file
+    packed: dict  # arguments of completion_logprobs
+    mask: torch.Tensor  # [batch, time]
+    mu_logp: torch.Tensor  # [batch, time], or None
+    reward: torch.Tensor  # [batch]
 
 
-def pack(rows, device=None):
-    """Arguments of completion_logprobs for rows of (prompt, its completions), lists of tokens; padded on the right.
+def micro_batches(settings, data, units, device):
+    """This rank's forward passes for some units.
+
+    Units become bundles, which are dealt out to the ranks by length. Sharded ranks must run equally
+    many passes, and each rank at least one under DDP: a rank that has fewer gets filler passes,
+    without any sequence.
+    """
+    bundles = make_bundles(settings, data, units)
+    passes = []  # of each rank, a list of lists of bundles
+    most = settings.micro_batch or math.inf
+    for number in range(data.ranks):
+        passes.append([])
+        taken = count = longest = 0
+        for height, length, bundle in bundles[number :: data.ranks]:
+            full = (taken + height) * longest > data.tokens_per_pass or count + len(bundle) > most
+            if not passes[number] or full:
+                passes[number].append([])
+                taken, count, longest = 0, 0, length  # the longest bundle comes first
+            passes[number][-1].append(bundle)
+            taken += height
+            count += len(bundle)
+    mine = [make_batch(data, chosen, device) for chosen in passes[data.rank]]
+    wanted = max(map(len, passes)) if settings.shard else 1
+    while len(mine) < wanted:
+        mine.append(make_batch(data, [bundles[-1][2]], device, filler=True))
+    return mine
+
+
+def make_bundles(settings, data, units):
+    """(rows in a pass, tokens in each, rows of the file), the longest first: a unit, or several
+    that share a prompt and are packed into one row."""
+    bundles, by_prompt = [], {}
+    for unit in units:
+        if data.pack:
+            by_prompt.setdefault(data.prompt_keys[unit[0]], []).append(unit)
+        else:
+            bundles.append((len(unit), data.lengths[unit].max(), unit))
+    for key in sorted(by_prompt):
+        group = np.array(by_prompt[key])  # [units of this prompt, 1 or 2]
+        prompt = len(data.prompts[group[0, 0]])
+        completion = data.lengths[group].mean() - prompt
+        most = min(units.size // data.ranks, settings.micro_batch or group.size, group.size,
+                   int(data.tokens_per_pass // (prompt + completion)))
+        fit = completions_per_row(prompt, completion, most, data.model_width)
+        parts = math.ceil(len(group) / max(1, fit // group.shape[1]))
+        for part in np.array_split(group, parts):
+            rows = part.ravel()
+            length = prompt + (data.lengths[rows] - prompt).sum()
+            bundles.append((1, length, rows))
+    order = np.argsort([-length for _, length, _ in bundles], kind="stable")
+    return [bundles[place] for place in order]
+
+
+def completions_per_row(prompt, completion, most, width):
+    """How many completions behind one prompt cost least, given the lengths of both and the model's
+    width.
+
+    Packing saves prompt tokens, but attention computes all pairs of a row, masked ones too. In a
+    layer a token takes 24 width^2 operations in the matrices, a pair 4 width: 6 width pairs cost as
+    much as a token.
+    """
+    best, least = 1, math.inf
+    for n in range(1, most + 1):
+        cost = (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n
+        if cost < least:
+            best, least = n, cost
+    return best
+
+
+def make_batch(data, bundles, device, filler=False):
+    rows = np.concatenate(bundles)
+    layout = []
+    for bundle in bundles:
+        prompt = data.prompts[bundle[0]]
+        completions = [data.completions[data.starts[row] : data.starts[row + 1]] for row in bundle]
+        layout += [(prompt, completions)] if data.pack else [(prompt, [c]) for c in completions]
+    packed = pack(layout, device, data.mask_dtype)
+    if filler:
+        rows = rows[:0]
+        packed["mask"] = torch.zeros_like(packed["mask"])
+    lengths = torch.tensor(data.starts[rows + 1] - data.starts[rows], device=device)  # [batch]
+    time = torch.arange(1 if filler else lengths.max(), device=device)
+    mask = time < lengths[:, None]  # [batch, time]
+    mu_logp = None
+    if data.mu is not None:
+        values = [data.mu[data.starts[row] : data.starts[row + 1]] for row in rows]
+        values = torch.tensor(np.concatenate([[], *values]), dtype=torch.float32, device=device)
+        mu_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+    reward = torch.tensor(data.rewards[rows], dtype=torch.float32, device=device)
+    return MicroBatch(rows, packed, mask, mu_logp, reward)
+
+
+def pack(layout, device=None, mask_dtype=None):
+    """Arguments of completion_logprobs for rows of (prompt, its completions), lists of tokens.
 
         ids       prompt prompt prompt | first first | second second second
         position       0      1      2 |     3     4 |      3      4      5
 
-    A completion sees the prompt and itself, at the positions that it has alone; its first token is predicted from the
-    prompt's last. Rows of one completion each are what every causal model knows, and need no more than ids and mask.
+    A completion sees the prompt and itself, at the positions that it has alone; its first token is
+    predicted from the prompt's last. Rows of one completion each need no more than ids and mask.
+    Padded on the right. mask_dtype: additive attention mask in this type, else a boolean one.
     """
-    columns = {"ids": [], "position_ids": [], "previous": [], "part": []}  # part: 0 the prompt, 1, 2 .. its completions
-    for prompt, completions in rows:
-        start, row = len(prompt), [list(prompt), list(range(len(prompt))), list(range(-1, len(prompt) - 1)), [0] * len(prompt)]
+    rows = []
+    for prompt, completions in layout:
+        ids = list(prompt)
+        position = list(range(len(prompt)))
+        previous = [max(0, place - 1) for place in position]
+        part = [0] * len(prompt)  # 0 the prompt, 1, 2 .. its completions, -1 padding
         for number, completion in enumerate(completions, 1):
-            here, size = len(row[0]), len(completion)
-            for values, more in zip(row, (completion, range(start, start + size), [start - 1, *range(here, here + size - 1)],
-                                          [number] * size)):
-                values.extend(more)
-        for values, new in zip(columns.values(), row):
-            values.append(new)
-    longest = max(map(len, columns["ids"]))
-    fill = {"part": -1}
-    columns = {name: torch.tensor([row + [fill.get(name, 0)] * (longest - len(row)) for row in values], device=device)
-               for name, values in columns.items()}  # each [rows, time]
-    part = columns.pop("part")
-    packed = {"ids": columns["ids"], "mask": part > 0}
-    if part.max() > 1:
-        mine = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-        packed |= {**columns, "attention_mask": mine.tril()[:, None]}  # [rows, 1, time, time]
+            start, size = len(ids), len(completion)
+            ids += list(completion)
+            position += range(len(prompt), len(prompt) + size)
+            previous += [len(prompt) - 1, *range(start, start + size - 1)]
+            part += [number] * size
+        rows.append((ids, position, previous, part))
+    longest = max(len(ids) for ids, *_ in rows)
+    columns = []
+    for values, fill in zip(zip(*rows), (0, 0, 0, -1)):
+        padded = [value + [fill] * (longest - len(value)) for value in values]
+        columns.append(torch.tensor(padded, device=device))  # [rows, time]
+    ids, position, previous, part = columns
+    packed = {"ids": ids, "mask": part > 0}
+    if max(len(completions) for _, completions in layout) > 1:
+        visible = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+        attention = visible.tril()[:, None]  # [rows, 1, time, time]
+        if mask_dtype:  # a boolean one would be converted, and kept, in every layer
+            hidden = torch.zeros(attention.shape, dtype=mask_dtype, device=device)
+            attention = hidden.masked_fill(~attention, -math.inf)
+        packed |= {"position_ids": position, "previous": previous, "attention_mask": attention}
     return packed
 
 
-def completions_per_row(prompt, completion, most, width):
-    """How many completions behind one prompt cost least, for the lengths of both and the width of the model.
+@torch.no_grad()
+def can_pack(model, longest=0, mask_dtype=None):
+    """Tries whether this model gives packed completions the log-probs that they have alone.
 
-    Sharing saves prompt tokens, but attention works out all pairs of a row, those behind the mask too. In a layer a token
-    takes 24 width^2 operations in the matrices, a pair 4 width: as much as 6 width pairs.
+    A model that keeps a state, or counts positions its own way, does not, and our mask would hide
+    a sliding window that is shorter than the longest sequence.
     """
-    cost = lambda n: (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n  # of one completion
-    return min(range(1, max(most, 1) + 1), key=cost)
+    config = model.config.get_text_config()
+    if longest > (getattr(config, "sliding_window", None) or longest):
+        return False
+    if model.config._attn_implementation != "sdpa":
+        return False
+    random = torch.Generator().manual_seed(0)
+    sizes = (7, 4, 6, 5)
+    prompt, first, second, third = (
+        torch.randint(config.vocab_size, (size,), generator=random).tolist() for size in sizes)
+    layouts = {
+        "alone": [(prompt, [second]), (prompt, [third])],
+        "packed": [(prompt, [first, second, third])],
+        "other neighbour": [(prompt, [third[:1] + first[1:], second, third])]}
+    logprobs = {}
+    try:
+        for name, layout in layouts.items():
+            packed = pack(layout, model.device, mask_dtype)
+            values = topr.completion_logprobs(model, **packed)[packed["mask"]]
+            logprobs[name] = values[-len(second + third):].float()  # [tokens]
+    except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
+        return False
+    leak = (logprobs["packed"] - logprobs["other neighbour"]).abs().max().item()
+    distance = (logprobs["packed"] - logprobs["alone"]).abs().mean().item()
+    coarse = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
+    return leak < 1e-6 and distance < (0.1 if coarse else 1e-4)
+
+
+# ---- log mu ----
+
+
+def make_mu(settings, policy, data, device, needs_mu, model_fingerprint):
+    """Sets data.mu, log mu of every completion token, for the whole run. Returns its source.
+
+    Re-anchoring mu on the current weights would make every ratio 1 and turn TOPR into naive
+    REINFORCE unnoticed.
+    """
+    missing = int(np.isnan(data.logprobs[data.starts[:-1]]).sum())
+    if not needs_mu:
+        data.mu = None if missing else data.logprobs
+        return "not needed"
+    if settings.mu != "start" and not missing:
+        data.mu = data.logprobs
+        if settings.mu == "checked":
+            check_fit(settings, policy, data, device)
+        return "from the file"
+    if settings.mu == "file":
+        raise Problem(f"{data.path}: {missing:,} of {len(data.lines):,} rows hold no logprobs, "
+                      "which --mu file needs: --mu start computes them")
+    tokens = hashlib.sha256(data.completions.tobytes() + data.prompt_keys.tobytes()).hexdigest()
+    path = (f"{data.path}.mu-{model_fingerprint[:8]}-{tokens[:8]}-{settings.precision}.safetensors")
+    if not from_first(os.path.exists(path)):
+        everything = np.arange(len(data.lines))
+        data.mu = score_rows(settings, policy, data, everything, device)
+        if rank() == 0:
+            with whole_file(path, "wb") as file:
+                file.write(save({"logprobs": torch.from_numpy(data.mu)}))
+        barrier()
+    try:
+        data.mu = load_file(path)["logprobs"].numpy()
+    except (SafetensorError, OSError) as error:
+        raise Problem(f"{path}: cannot be read: {first_line(error)}. Remove it, and it is computed "
+                      "again")
+    return f"of the starting weights, in {path}"
 
 
 @torch.no_grad()
-def can_share_prompts(model, longest=0):
-    """Tries whether this model gives completions in one row the log-probs that they have alone.
+def score_rows(settings, policy, data, rows, device):
+    """log pi of the completions of some rows, on every rank: [tokens] as data.completions."""
+    scores = torch.zeros(len(data.completions))
+    chunk = 64 * data.ranks
+    for start in progress(range(0, len(rows), chunk), what="log mu of the starting weights"):
+        for batch in micro_batches(settings, data, rows[start : start + chunk, None], device):
+            logp = policy(batch.packed, batch.mask).cpu()  # [batch, time]
+            for row, values, mask in zip(batch.rows, logp, batch.mask.cpu()):
+                scores[data.starts[row] : data.starts[row + 1]] = values[mask]
+    return sum_over_ranks(scores).numpy()
 
-    One that keeps a state or counts positions in its own way does not, and a sliding window that is shorter than the
-    longest sequence would be lost under our mask.
-    """
-    config = model.config.get_text_config()
-    if longest > (getattr(config, "sliding_window", None) or longest) or model.config._attn_implementation == "eager":
-        return False  # eager attention would add our mask of True and False to its scores
-    draw = lambda n: torch.randint(config.vocab_size, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-    prompt, completions = draw(7), [draw(4), draw(6), draw(5)]
-    layouts = [(prompt, [completion]) for completion in completions], [(prompt, completions)]
-    try:
-        alone, together = (completion_logprobs(model, **packed)[packed["mask"]]
-                           for packed in (pack(rows, model.device) for rows in layouts))  # [tokens]
-    except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
-        return False
-    return (alone - together).abs().mean().item() < (1e-4 if alone.dtype == model.dtype else 0.1)  # bfloat16 is coarse
+
+def check_fit(settings, policy, data, device):
+    """Refuses logprobs that the starting weights did not write: pi/mu is 1 before the first step."""
+    tolerance = settings.mu_tolerance
+    if tolerance is None:
+        tolerance = 0.1 if data.mask_dtype == torch.float32 else 2.0
+    rows = np.unique(np.linspace(0, len(data.lines) - 1, 64).astype(int))  # from all of the file
+    scores = score_rows(settings, policy, data, rows, device)
+    largest = 0.0
+    for row in rows:
+        tokens = slice(data.starts[row], data.starts[row + 1])
+        largest = max(largest, abs((scores[tokens] - data.mu[tokens]).sum().item()))
+    say(f"{data.path}: before the first step the largest |log pi/mu| of {len(rows)} completions is "
+        f"{largest:.2g}")
+    if not largest <= tolerance:
+        raise Problem(
+            f"{data.path}: its logprobs do not fit {settings.model}: |log pi/mu| is {largest:.3g} "
+            f"before the first step, over the tolerance of {tolerance}. If another policy wrote "
+            "the file on purpose: --mu file. If its logprobs are not those of a plain softmax at "
+            "temperature 1, or you do not know: --mu start computes them with the starting "
+            "weights. If the engine that wrote it computes less exactly: --mu-tolerance")

@@ -1,8 +1,9 @@
-"""What every script here shares: settings, ranks, one-line errors, safe files, tables."""
+"""What every script shares: command lines, one-line errors, progress, files, tables, curves."""
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from engine.parallel import barrier, leave_ranks, lost_rank, rank, watched, worl
 
 
 class Problem(Exception):
-    """Something that the user can mend: shown as one line, exit code 2, never a traceback."""
+    """Something the user can fix: shown as one line, exit code 2, never a traceback."""
 
     exit_code = 2
 
@@ -39,41 +40,55 @@ class Stopped(Problem):
 
 
 def setting(default, help, choices=None, least=0, main=False):
-    """A field of a settings class. `least`: below it a number is an error; `main`: --help shows it first."""
+    """A field of a settings class: below `least` a number is an error; `main` ones lead --help."""
     metadata = {"help": help, "choices": choices, "least": least, "main": main}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(settings_class, argv=None, description=None, **defaults):
     """Reads the command line into the dataclass; an unknown or mistyped option is an error."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description,
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     more = parser.add_argument_group("more options")
-    own_first = sorted(dataclasses.fields(settings_class), key=lambda field: field.name not in vars(settings_class)["__annotations__"])
-    for field in own_first:
-        group = parser if field.metadata["main"] else more
-        flag, kind = "--" + field.name.replace("_", "-"), field.type
-        default = defaults.get(field.name, field.default)
-        shown = "" if default in ("", None) else f" (default: {default})"
-        help = f"{field.metadata['help']}{shown}".replace("%", "%%")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
-            continue
-        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # Optional[int] -> int
-        group.add_argument(flag, type=kind, default=default, choices=field.metadata["choices"], help=help,
-                            metavar=None if field.metadata["choices"] else kind.__name__.upper())
+    fields = dataclasses.fields(settings_class)
+    own = vars(settings_class)["__annotations__"]
+    for field in sorted(fields, key=lambda field: field.name not in own):  # own ones first
+        add_option(parser if field.metadata["main"] else more, field,
+                   defaults.get(field.name, field.default))
     settings = settings_class(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(settings_class):
+    for field in fields:
         value, least = getattr(settings, field.name), field.metadata["least"]
         if type(value) in (int, float) and not least <= value < float("inf"):
-            raise Problem(f"--{field.name.replace('_', '-')} {value}: {least} or more is needed")
+            raise Problem(f"{option_name(field.name)} {value}: {least} or more is required")
     return settings
 
 
+def add_option(group, field, default):
+    help = field.metadata["help"] + ("" if default in ("", None) else f" (default: {default})")
+    option = {"default": default, "help": help.replace("%", "%%")}
+    if field.type is bool:
+        option["action"] = argparse.BooleanOptionalAction
+    else:
+        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
+        kind = kinds[0] if kinds else field.type  # Optional[int] -> int
+        choices = field.metadata["choices"]
+        option |= {"type": kind, "choices": choices}
+        option["metavar"] = None if choices else kind.__name__.upper()
+    group.add_argument(option_name(field.name), **option)
+
+
+def option_name(name):
+    return "--" + name.replace("_", "-")
+
+
 def part_of(settings_class, settings, **changes):
-    """The settings that another script's functions take: ours of the same name, and the changes."""
+    """A settings_class with the values of the fields that both have, and the changes."""
     names = {field.name for field in dataclasses.fields(settings_class)} & vars(settings).keys()
-    return settings_class(**{**{name: getattr(settings, name) for name in names}, **changes})
+    return settings_class(**{name: getattr(settings, name) for name in names} | changes)
+
+
+# ---- the end of a script: one line, and an exit code that tells ----
 
 
 def run_main(main):
@@ -83,32 +98,52 @@ def run_main(main):
         barrier()  # a rank that leaves early would look like one that died
         leave_ranks()
     except Problem as problem:
-        fail(f"{'' if isinstance(problem, Stopped) else 'error: '}{problem}", problem.exit_code)
+        prefix = "" if isinstance(problem, Stopped) else "error: "
+        fail(f"{prefix}{problem}", problem.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Exception as error:
+        if is_out_of_memory(error):
+            fail(f"error: out of memory: {first_line(error)}. {LESS_MEMORY}", 2)
         if world() == 1:
             leave_ranks()
             raise
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
-            traceback.print_exc()  # a mistake of this rank: the others only lose the connection to it
+            traceback.print_exc()  # a bug on this rank: the others only lose the connection to it
             fail(f"failed: {type(error).__name__}: {error}", 1)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun wants to end this process: first it says why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it: first say why
         fail(lost_rank() or f"the connection between the ranks broke: {first_line(error)}", 1)
 
 
+LESS_MEMORY = ("What takes less: --tokens-per-pass 1024, --gradient-checkpointing, --weights "
+               "bfloat16, --optimizer adafactor, --shard on several ranks, --batch-size 16")
+
+
+def is_out_of_memory(error):
+    """On a GPU torch has a type for it, on a CPU only a message."""
+    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def free_memory():
+    """Models sit in reference cycles: without a collection an earlier one stays in memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def fail(message, exit_code):
-    """One line, and the end of this process; of ranks with the same message the first one says it."""
+    """One line, and the end of this process; of ranks with the same message the first says it."""
     name = os.path.basename(sys.argv[0])
     if world() == 1:
         leave_ranks()
-        tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # on a line of its own, not behind a progress bar
+        tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # not behind a progress bar
         sys.exit(exit_code)
     try:
-        first = watched["store"].add(f"{watched['number']} {message}", 1) == 1
-    except RuntimeError:  # the store went with its machine
-        first = True
-    if first:
+        is_first = watched["store"].add(f"{watched['number']} {message}", 1) == 1
+    except RuntimeError:  # the store is gone with its machine
+        is_first = True
+    if is_first:
         tqdm.write(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr)
     os._exit(exit_code)  # at once: the other ranks may be waiting for this one
 
@@ -117,10 +152,15 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def visible(text):
-    """Text as a terminal may show it: what a file holds must not move the cursor or change the title."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-                  lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Text that is safe to print: what a file holds must not move the cursor."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+# ---- output and progress ----
 
 
 def say(*words):
@@ -130,11 +170,12 @@ def say(*words):
         sys.stdout.flush()
 
 
-def progress(items=None, total=None, what="", unit="step"):
-    """A progress bar with the time left, on the first rank; quiet lines when the output is a file."""
+def progress(items=None, total=None, what="", unit="step", initial=0):
+    """A progress bar with the time left, on the first rank; quiet lines if the output is a file."""
     interval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank() != 0,
-                mininterval=interval, dynamic_ncols=True, leave=None)  # an inner bar goes when it is done
+    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", initial=initial,
+                disable=rank() != 0, mininterval=interval, dynamic_ncols=True,
+                leave=None)  # None: an inner bar disappears at its end
 
 
 def seed_everything(seed):
@@ -152,18 +193,20 @@ def writing(path, errors=OSError):
     try:
         yield
     except errors as error:
-        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or first_line(error)
-        raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: mend it, and type the same command")
+        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
+        raise Problem(f"{path}: cannot be written: {why or first_line(error)}. What was finished "
+                      "before is kept: fix that, then rerun the same command")
 
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
     """`with whole_file(path) as file:` the file appears under its name complete, or not at all."""
     beside = f"{path}.part-{socket.gethostname()}-{os.getpid()}"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with writing(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         try:
-            with open(beside, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as file:
+            with open(beside, mode, **text) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -191,15 +234,19 @@ def read_json(path):
 
 def table(header, rows):
     """Text columns: words to the left, numbers to the right."""
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+             for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        first, *rest = zip(row, widths)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def draw_lines(path, points, x, names, **labels):
-    """A picture of some numbers of each point against its x, where matplotlib is installed."""
+    """A picture of some numbers of each point against its x, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -208,8 +255,10 @@ def draw_lines(path, points, x, names, **labels):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, style in zip(names, ("o-", "s--", "^:", "v-.", "D-", "x--", "+:")):  # to be told apart without colours
-        axes.plot([point[x] for point in points], [point[name] for point in points], style, label=name)
+    styles = ("o-", "s--", "^:", "v-.", "D-", "x--", "+:")  # distinguishable without colours
+    for name, style in zip(names, styles):
+        values = [point[name] for point in points]
+        axes.plot([point[x] for point in points], values, style, label=name)
     axes.set(**labels)
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")

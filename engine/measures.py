@@ -2,58 +2,109 @@
 
 import collections
 import math
+import operator
 import random
 
 import numpy as np
 
 from engine.common import table
 
+Z = 1.96  # standard errors on either side of a 95% interval
 
-def measure(rows, seed=0, draws=100):
+
+def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     """Every measure as {"mean", "low", "high"}: the mean over questions with its 95% interval."""
-    questions = collections.defaultdict(list)
+    questions, values = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         questions[row["id"]].append(row)
-    groups, fewest, rng = list(questions.values()), min(map(len, questions.values())), random.Random(seed)
-    over = lambda value: interval([value(group) for group in groups])
-    share = lambda holds: over(lambda group: sum(map(holds, group)) / len(group))
-    right = lambda row: row["reward"] > 0
-    measures = {"pass@1": share(right), "invalid": share(lambda row: row.get("answer") is None),
-                "cut off": share(lambda row: row.get("finish") == "length")}
-    if all("completion_ids" in row for row in rows):
-        measures["tokens"] = share(lambda row: len(row["completion_ids"]))
-    for k in (2**e for e in range(1, fewest.bit_length())):
-        measures[f"pass@{k}"] = over(lambda group: pass_at_k(len(group), sum(map(right, group)), k))
-        measures[f"maj@{k}"] = over(lambda group: majority_at_k(
-            [row.get("answer") for row in group], list(map(right, group)), k, rng, draws))
-    return {"questions": len(groups), "completions": len(rows), **measures}
+    rng, fewest = random.Random(seed), min(map(len, questions.values()))
+    for group in questions.values():
+        right = [row["reward"] > 0 for row in group]
+        votes = group_answers([row.get("answer") for row in group], same_answer)
+        values["pass@1"].append(np.mean(right))
+        values["invalid"].append(votes.count(None) / len(group))
+        values["cut off"].append(np.mean([row.get("finish") == "length" for row in group]))
+        values["tokens"].append(np.mean([len(row.get("completion_ids", "")) for row in group]))
+        for k in (2**e for e in range(1, fewest.bit_length())):
+            values[f"pass@{k}"].append(pass_at_k(len(right), sum(right), k))
+            values[f"maj@{k}"].append(majority_at_k(votes, right, k, rng, draws))
+    if not all("completion_ids" in row for row in rows):
+        del values["tokens"]
+    intervals = {name: interval(values[name]) for name in values}
+    return {"questions": len(questions), "completions": len(rows), **intervals}
+
+
+def group_answers(answers, same_answer=operator.eq):
+    """The number of each answer's group, None for None: 18 and 18.00 vote together."""
+    known, numbers = [], {None: None}  # the first answer of each group; the group of each spelling
+    for answer in answers:
+        if answer not in numbers:
+            alike = [number for number, other in enumerate(known) if same_answer(other, answer)]
+            numbers[answer] = alike[0] if alike else len(known)
+            known += [] if alike else [answer]
+    return [numbers[answer] for answer in answers]
 
 
 def interval(values):
-    """Mean and 95% interval over questions (normal approximation)."""
-    values = np.asarray(values, float)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": values.mean(), "low": values.mean() - half, "high": values.mean() + half}
+    """Mean and 95% interval over questions: Wilson's, within [0, 1], when all values are shares.
+
+    The mean of several completions varies less than one completion: then Wilson's number of
+    questions is the number of single completions that would vary as much. The variance is mixed
+    with the largest that is possible, p (1 - p), as if 10 more questions had shown it: few
+    questions with a small p underestimate it. Of single completions this is Wilson's own interval.
+    """
+    values = np.asarray(values, float)  # [questions]
+    n, p, variance = len(values), values.mean(), values.var()
+    if values.min() < 0 or values.max() > 1:
+        half = Z * math.sqrt(variance / max(1, n - 1))
+        return {"mean": p, "low": p - half, "high": p + half}
+    most = p * (1 - p)
+    size = n * (n + 10) * most / (n * variance + 10 * most) if most else n
+    center, weight = p + Z**2 / (2 * size), 1 + Z**2 / size
+    half = Z * math.sqrt(most / size + (Z / (2 * size)) ** 2)
+    low, high = max(0.0, center - half) / weight, min(1.0, (center + half) / weight)
+    return {"mean": p, "low": low, "high": high}
+
+
+def paired_interval(before, after):
+    """Mean and 95% interval of the gain in a share over the same questions.
+
+    Agresti and Min's: half a question is added for each of the four outcomes (right or wrong,
+    before and after), so that 20 equal pairs are no proof that nothing changed.
+    """
+    gains = np.asarray(after, float) - np.asarray(before, float)  # [questions]
+    n = len(gains) + 2
+    center = gains.sum() / n
+    half = Z * math.sqrt((((gains**2).sum() + 1) / n - center**2) / n)
+    return {"mean": gains.mean(), "low": max(-1.0, center - half), "high": min(1.0, center + half)}
 
 
 def pass_at_k(n, right, k):
-    """The chance that k of the n completions, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k)"""
+    """The chance that k of n completions, drawn without replacement, include a right one.
+
+        1 - C(n-c, k) / C(n, k)
+    """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority_at_k(answers, right, k, rng, draws):
-    """How often the most frequent valid answer among k drawn completions is right; a tie counts its share."""
-    score, draws = 0.0, draws if k < len(answers) else 1
-    answers = [True if yes else answer for yes, answer in zip(right, answers)]  # 18 and 18.00 are one answer where right
+    """How often the most frequent valid answer of k drawn completions is right; ties share.
+
+    answers: grouped by value without a look at the reference, see group_answers; None has no vote.
+    """
+    correct, draws = dict(zip(answers, right)), draws if k < len(answers) else 1
+    score = 0.0
     for _ in range(draws):
-        votes = collections.Counter(answer for answer in rng.sample(answers, k) if answer is not None)
+        votes = collections.Counter(rng.sample(answers, k))
+        del votes[None]
         winners = [answer for answer, count in votes.items() if count == max(votes.values())]
-        score += (True in winners) / max(1, len(winners))
+        score += sum(correct[answer] for answer in winners) / max(1, len(winners))
     return score / draws
 
 
 def report(measures, title="all"):
     """The measures as a table, one row each."""
-    rows = [(name, value["mean"], f"{value['low']:.3f} to {value['high']:.3f}") if isinstance(value, dict) else (name, value, "")
+    rows = [(name, value, "") if type(value) is int else
+            (name, value["mean"], f"{value['low']:.3f} to {value['high']:.3f}")
             for name, value in measures.items()]
     return table((title, "mean", "95% interval"), rows)

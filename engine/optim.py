@@ -1,113 +1,136 @@
 """The optimizers, bfloat16 weights that are rounded at random, and what a card holds."""
 
-import math
-import resource
+import sys
 
 import torch
 
 from engine.common import say
-from engine.parallel import local, mean_over, rank, sharded, world
+from engine.parallel import is_sharded, local_shard, rank
 
 
-def checkpoint_layers(model):
-    """Activations are computed again in the backward pass. The rest of the model stays in eval mode, for with dropout
-    pi/mu would not be 1 before the first step; a layer does it only where it believes to be training."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def prepare_model(settings, model):
+    """No dropout, no weights that the loss does not reach, activations computed again if asked.
+
+    With dropout pi/mu would not be 1 before the first step. DDP waits for a gradient of every
+    weight that is not frozen: those of a vision tower, say, get none.
+    """
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+        for name, value in list(vars(module).items()):
+            is_dropout = "drop" in name or isinstance(module, torch.nn.Dropout)
+            if is_dropout and isinstance(value, float):
+                setattr(module, name, 0.0)
+    reached = {id(p) for part in (model.get_decoder(), model.get_output_embeddings())
+               for p in part.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in reached)
+    checkpoint_layers(settings, model)
+
+
+def checkpoint_layers(settings, model):
+    """Switches gradient checkpointing on; eval() switches it off again."""
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # transformers checkpoints layers only in training mode
 
 
 def make_optimizer(settings, model):
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay,
-                                 fused=True)  # one pass over the weights instead of nine, and no copies of them
+    """The optimizer with all of its state: a checkpoint is then loaded in place."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
+        optimizer = torch.optim.AdamW(weights, rate, weight_decay=decay, fused=True)
+        for p in weights:
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device),  # fused: on the device
+                                  "exp_avg": torch.zeros_like(p, dtype=torch.float32),
+                                  "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
+        return optimizer
     from transformers.optimization import Adafactor
 
-    optimizer = Adafactor(model.parameters(), settings.learning_rate, scale_parameter=False, relative_step=False,
-                          warmup_init=False, weight_decay=settings.weight_decay)
-    for p in model.parameters():
-        if sharded(p) and p.ndim > 1:  # its own would be plain zeros, which do not mix with shards
-            zeros = torch.zeros_like(p, dtype=torch.float32)
-            optimizer.state[p] = {"step": 0, "RMS": 0, "exp_avg_sq_row": mean_over(zeros, -1),
-                                  "exp_avg_sq_col": mean_over(zeros, -2)}
+    optimizer = Adafactor(weights, rate, weight_decay=decay, scale_parameter=False,
+                          relative_step=False, warmup_init=False)
+    for p in weights:
+        zeros = torch.zeros_like(p, dtype=torch.float32)
+        state = {"step": 0, "RMS": torch.zeros((), device=p.device)}
+        if p.ndim > 1:
+            state["exp_avg_sq_row"] = mean_over(zeros, -1)
+            state["exp_avg_sq_col"] = mean_over(zeros, -2)
+        else:
+            state["exp_avg_sq"] = zeros
+        optimizer.state[p] = state
     return optimizer
+
+
+def mean_over(tensor, axis):
+    """The mean; that of a sharded tensor over the sharded axis is whole on every rank."""
+    mean = tensor.mean(axis)
+    if not is_sharded(mean):
+        return mean
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if part.is_partial() else part for part in mean.placements]
+    return mean.redistribute(placements=placements)
 
 
 @torch.no_grad()
 def update(settings, optimizer, step):
-    """One optimizer step; bfloat16 weights take it in float32, one tensor at a time, and are rounded at random.
+    """One optimizer step. bfloat16 weights take it in float32, one tensor at a time, and are
+    rounded at random.
 
-    bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the spacing, and rounding to nearest
-    would lose every one of them in silence. Rounded up with the probability of the part lost, it arrives in the mean.
-    (A compensated sum would arrive too, but needs a second tensor for each weight.)
+    bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the spacing, and
+    rounding to nearest would lose every one of them. Rounded up with the probability of the part
+    that is cut off, it arrives in the mean. (A compensated sum arrives too, but needs a second
+    tensor for each weight.)
     """
-    if settings.weights == "float32":
+    group, = optimizer.param_groups
+    parameters = group["params"]
+    if all(p.dtype == torch.float32 for p in parameters):
         return optimizer.step()
-    (group,) = optimizer.param_groups
-    parameters, shard = group["params"], rank() if settings.shard else 0  # under DDP the same draws on every rank
-    random = torch.Generator(parameters[0].device).manual_seed((settings.seed * 1_000_003 + step) * 10_007 + shard)
+    shard = rank() if is_sharded(parameters[0]) else 0  # under DDP every rank draws the same
+    seed = (settings.seed * 1_000_003 + step) * 10_007 + shard
+    random = torch.Generator(parameters[0].device).manual_seed(seed)
     for p in parameters:
         if p.grad is None:
             continue
         wide = p.detach().float()
-        wide.grad, p.grad = p.grad.float(), None
-        group["params"], optimizer.state[wide] = [wide], optimizer.state.pop(p, {})
+        wide.grad = p.grad.float()
+        group["params"] = [wide]
+        optimizer.state[wide] = optimizer.state.pop(p)
         optimizer.step()
         optimizer.state[p] = optimizer.state.pop(wide)
-        bits = local(wide).view(torch.int32)
-        bits += torch.randint(2**16, bits.shape, generator=random, dtype=torch.int32, device=bits.device)
-        local(p).copy_((bits & -(2**16)).view(torch.float32))  # cuts off what bfloat16 does not hold
+        bits = local_shard(wide).view(torch.int32)
+        if p.dtype == torch.bfloat16:
+            bits += torch.randint(2**16, bits.shape, generator=random, dtype=torch.int32,
+                                  device=bits.device)
+            bits &= -(2**16)  # cut off what bfloat16 does not hold
+        local_shard(p).copy_(bits.view(torch.float32))
     group["params"] = parameters
 
 
-def memory(settings, model, tokens, ranks=1):
-    """The bytes that a card holds at most, by part, with so many tokens in the largest forward pass.
-
-    Weights, gradients and optimizer state are exact; DDP adds nothing, its buckets are the gradients. Activations are
-    those of Llama's layer (norms, grouped attention that never holds [time, time], gated MLP): for others an estimate.
-    """
-    config, shapes = model.config.get_text_config(), [p.shape for p in model.parameters()]
-    count, largest = sum(map(math.prod, shapes)), max(map(math.prod, shapes))
-    size = 2 if settings.weights == "bfloat16" else 4  # of a weight, a gradient and what runs along the layers
-    mixed = settings.precision == "bfloat16" and size == 4
-    moments = lambda s: math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:]) if len(s) > 1 else math.prod(s)
-    state = 2 * count if settings.optimizer == "adamw" else sum(map(moments, shapes))
-    steady = {"weights": size * count, "gradients": size * count, "optimizer": 4 * state}
-
-    width, vocab, layers, heads = config.hidden_size, config.vocab_size, config.num_hidden_layers, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // heads
-    attention = 2 * head * (heads + (getattr(config, "num_key_value_heads", None) or heads))  # queries, output; keys, values
-    gated = getattr(config, "intermediate_size", None) or 4 * width
-    norms = 26 if mixed else 16 if size == 2 else 24  # bytes: of each of two the input, in float32, and what comes out
-    inside = tokens * (norms * width + (2 if mixed else size) * (attention + 4 * gated))  # gate, its silu, up, product
-    again = settings.gradient_checkpointing  # then only what goes into a layer is kept, and each runs again with gradients
-    parts = {"activations": layers * tokens * width * size if again else layers * inside,
-             "a layer again": inside + 2 * tokens * gated * (2 if mixed else size) if again else 0,
-             "logits": 12 * vocab * min(tokens, max(1, 2**26 // vocab)) + 2 * vocab * width * size,  # a chunk; head's gradients
-             "copies": 2 * count if mixed else 0}  # autocast keeps the weights in bfloat16 during the forward pass
-    if settings.shard:
-        steady = {name: value // ranks for name, value in steady.items()}
-        outside = vocab * width * (1 if config.tie_word_embeddings else 2)
-        steady["put together"] = 2 * size * (outside + 2 * (count - outside) // layers)  # two layers, with their gradients
-    update = (16 * largest if size == 2 else 8 * largest if settings.optimizer == "adafactor" else 4 * count)
-    update //= ranks if settings.shard else 1
-    passes = parts["activations"] + max(parts["a layer again"], parts["logits"] + parts["copies"])
-    return {**steady, **parts, "update": update, "at most": sum(steady.values()) + max(passes, update)}
-
-
-def say_memory(settings, model, data):
-    """Before the first step: what it will need, where that is anything to speak of."""
-    longest, share = data.lengths.max(), math.ceil(settings.sequences / world())
-    tokens = max(settings.tokens_per_pass, longest)
-    needs = memory(settings, model, min(tokens, (settings.micro_batch or share) * longest), world())
-    if needs["at most"] > 2**30:
-        card = f" of the card's {torch.cuda.mem_get_info()[1] / 2**30:.1f}" if torch.cuda.is_available() else ""
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needs.items() if size)
-        say(f"memory in GiB: {parts}{card}")
+def say_memory(settings, model, optimizer):
+    """What is exact before the first step, if it is above 1 GiB; activations come on top."""
+    size = {"weights": 0, "gradients": 0, "optimizer": 0}
+    for p in model.parameters():
+        size["weights"] += local_shard(p).nbytes
+        size["gradients"] += local_shard(p).nbytes * p.requires_grad
+        for value in optimizer.state[p].values() if p.requires_grad else ():
+            size["optimizer"] += local_shard(value).nbytes if torch.is_tensor(value) else 0
+    if sum(size.values()) > 2**30:
+        parts = ", ".join(f"{name} {bytes_ / 2**30:.1f}" for name, bytes_ in size.items())
+        card = ""
+        if torch.cuda.is_available():
+            card = f" of the card's {torch.cuda.mem_get_info()[1] / 2**30:.1f}"
+        say(f"memory of a rank in GiB, before activations: {parts}{card}")
 
 
 def peak_memory():
+    """GiB: of the card, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if sys.platform == "win32":
+        return None
+    import resource  # only Unix has it
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,4 +1,7 @@
-"""Many processes as one: the process group, what ranks tell each other, the rank that died, and shards (FSDP2)."""
+"""Many processes as one: the process group, what ranks tell each other, the rank that died, shards.
+
+Everything here also works in one plain process, without torchrun.
+"""
 
 import contextlib
 import datetime
@@ -12,90 +15,48 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+SILENCE = 22  # seconds without a heartbeat after which a rank counts as dead
+watched = {}  # set by watch_ranks: what its threads and lost_rank share
+
+
+# ---- the process group ----
+
 
 def start_ranks():
-    """Joins the process group when torchrun started this process. Returns this process's device."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    """Joins the process group if torchrun started this process. Returns this process's device."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, rank_, world_ = next(dist.rendezvous("env://"))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30),
-                                store=dist.PrefixStore(name_of_start(store, rank_, world_), store), rank=rank_, world_size=world_)
+        store, this_rank, ranks = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(name_of_start(store, this_rank, ranks), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), store=store,
+                                rank=this_rank, world_size=ranks)
         watch_ranks()
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return device
 
 
-def name_of_start(store, rank_, world_):
-    """A name that the processes started together share, and none before them.
+def name_of_start(store, this_rank, ranks):
+    """A name shared by the processes that were started together, and by none before them.
 
-    Under --max-restarts torchrun keeps its store, and in it the addresses of processes that have died: who reads such a
-    one is refused there. So rank 0 names each start, and tells it to those that ask now.
+    With --max-restarts torchrun keeps its store, and in it the addresses of dead processes;
+    connecting to such an address fails. So rank 0 names each start and tells those who ask now.
     """
     me = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-    if rank_ > 0:
-        store.set(f"asks-{rank_}", me)
+    if this_rank > 0:
+        store.set(f"asks-{this_rank}", me)
         name = store.get(f"start of {me}").decode()  # waits for rank 0
         store.add(f"{name} arrived", 1)
         return name
-    while store.add(f"{me} arrived", 0) < world_ - 1:
-        for asks in (f"asks-{other}" for other in range(1, world_)):
-            if store.check([asks]):
-                store.set(f"start of {store.get(asks).decode()}", me)
+    while store.add(f"{me} arrived", 0) < ranks - 1:
+        for other in range(1, ranks):
+            if store.check([f"asks-{other}"]):
+                asking = store.get(f"asks-{other}").decode()
+                store.set(f"start of {asking}", me)
         time.sleep(0.05)
     return me
-
-
-SILENCE = 22  # seconds without a sign of life after which a rank counts as lost; torchrun allows a machine 15
-
-
-watched = {}  # of watch_ranks: the names of the ranks, the seconds since each one's last sign, and what the threads share
-
-
-def watch_ranks():
-    """Ends this process with a line that says which, when another rank gives no sign of life.
-
-    Collectives cannot tell: a rank may rightly keep them waiting for long, while it samples or reads a file. So a thread
-    of each rank counts up a number of its own in torchrun's store and looks at the others'; another thread, which no
-    network call can block, counts the seconds in which they stand still. (A paused process counts none.)
-    """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    number = gather(time.time_ns())[0]  # the store may outlive this process group: torchrun restarts
-    keys, seen, silent, ended = [f"{number}-{r}" for r in range(world())], {}, [0] * world(), threading.Event()
-    store.add(keys[rank()], 1)
-    watched.update(names=gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})"), silent=silent,
-                   store=store.clone(), number=number, ended=ended)
-
-    def beat():
-        with contextlib.suppress(RuntimeError):  # the store went with its machine: watch will tell
-            while not ended.wait(1):
-                store.add(keys[rank()], 1)
-                for r, count in enumerate(store.multi_get(keys)):
-                    if seen.get(r) != count:
-                        seen[r], silent[r] = count, 0
-
-    def watch():
-        while not ended.wait(1):
-            silent[:] = [seconds + 1 for seconds in silent]
-            if max(silent) >= SILENCE:
-                tqdm.write(f"{os.path.basename(sys.argv[0])} (rank {rank()}): {lost_rank()}", file=sys.stderr)
-                os._exit(1)
-
-    watched["threads"] = [threading.Thread(target=part, daemon=True) for part in (beat, watch)]
-    for thread in watched["threads"]:
-        thread.start()
-
-
-def lost_rank():
-    """Which rank is gone, in words, or None; one that died a moment ago is given the time to be missed."""
-    for _ in range(10):
-        deaf = watched["silent"][rank()]  # seconds without news of anybody
-        lost = [name for name, seconds in zip(watched["names"], watched["silent"]) if seconds >= deaf + 4]
-        if deaf >= 6:
-            return f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer: the run ends"
-        if lost:
-            return f"{', '.join(lost)} has died or stands still: the run ends"
-        time.sleep(1)
 
 
 def leave_ranks():
@@ -115,84 +76,158 @@ def world():
 
 
 def barrier():
-    if world() > 1:
+    if dist.is_initialized():
         dist.barrier()
-
-
-def from_first(value, source=0):
-    """The first rank's value (or another's), on every rank. A dict goes entry by entry: no message is larger than one."""
-    if world() == 1:
-        return value
-    message = [list(value) if isinstance(value, dict) else None, None if isinstance(value, dict) else value]
-    dist.broadcast_object_list(message, source)
-    keys, plain = message
-    return plain if keys is None else {key: from_first(value[key] if rank() == source else None, source) for key in keys}
 
 
 def gather(value):
     """Every rank's value, as a list in rank order, on every rank."""
-    if world() == 1:
+    if not dist.is_initialized():
         return [value]
-    values = [None] * world()
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def shard(policy, device):
-    """Leaves a part of every weight on each rank; each layer is put together while it runs."""
+def from_first(value):
+    """The first rank's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    message = [value if rank() == 0 else None]
+    dist.broadcast_object_list(message)
+    return message[0]
+
+
+def sum_over_ranks(tensor):
+    """A tensor on the CPU, summed in place: no pickling, so many numbers are quick."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ---- the rank that died ----
+
+
+def watch_ranks():
+    """Ends this process, with a line that says which, if another rank shows no sign of life.
+
+    Collectives cannot tell: a rank may keep them waiting for long, while it samples or reads. So
+    one thread of each rank counts up its own number in torchrun's store and reads the others';
+    another, which no network call can block, counts the seconds without change. A paused process
+    counts none.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False)
+    number = gather(time.time_ns())[0]  # the store may outlive this group: torchrun restarts
+    keys = [f"{number}-{other}" for other in range(world())]
+    names = gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})")
+    seen, silent, ended = {}, [0] * world(), threading.Event()
+    store.add(keys[rank()], 1)
+    watched.update(names=names, silent=silent, store=store.clone(), number=number, ended=ended)
+
+    def beat():
+        with contextlib.suppress(RuntimeError):  # the store is gone with its machine: see watch
+            while not ended.wait(1):
+                store.add(keys[rank()], 1)
+                for other, count in enumerate(store.multi_get(keys)):
+                    if seen.get(other) != count:
+                        seen[other] = count
+                        silent[other] = 0
+
+    def watch():
+        while not ended.wait(1):
+            silent[:] = [seconds + 1 for seconds in silent]
+            if max(silent) >= SILENCE:
+                script = os.path.basename(sys.argv[0])
+                tqdm.write(f"{script} (rank {rank()}): {lost_rank()}", file=sys.stderr)
+                os._exit(1)
+
+    watched["threads"] = [threading.Thread(target=run, daemon=True) for run in (beat, watch)]
+    for thread in watched["threads"]:
+        thread.start()
+
+
+def lost_rank():
+    """Which rank is gone, in words, or None. Waits a little: it may have died a moment ago."""
+    for _ in range(10):
+        deaf = watched["silent"][rank()]  # seconds without news of anybody
+        lost = [name for name, seconds in zip(watched["names"], watched["silent"])
+                if seconds >= deaf + 4]
+        if deaf >= 6:
+            return f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer: the run ends"
+        if lost:
+            return f"{', '.join(lost)} has died or hangs: the run ends"
+        time.sleep(1)
+
+
+# ---- one model on many ranks: DDP, or shards (FSDP2) ----
+
+
+def load_on_first_rank(load):
+    """load() on the first rank; on the others the same model, without memory until sharded."""
+    model = load() if rank() == 0 else None
+    recipe = (type(model), model.config, model.dtype) if rank() == 0 else None
+    kind, config, dtype = from_first(recipe)
+    if rank() > 0:
+        with torch.device("meta"):
+            model = kind(config).to(dtype).eval()
+    return model
+
+
+def shard(policy, device, precision):
+    """Leaves a part of every weight on each rank; each layer is gathered while it runs.
+
+    The first rank holds the weights (see load_on_first_rank) and sends each tensor's parts.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
 
-    mesh, kinds = init_device_mesh(device.type, (world(),)), policy.model._no_split_modules or ()
+    full = dict(policy.named_parameters()) if rank() == 0 else {}
+    mesh = init_device_mesh(device.type, (world(),))
+    mixed = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if precision == "bfloat16":  # layers are gathered in bfloat16: half the traffic, no copies
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    kinds = policy.model._no_split_modules or ()
     layers = [module for module in policy.modules() if type(module).__name__ in kinds]
-    for module in (*reversed(layers), policy):  # inner ones first; the policy itself holds what is in no layer
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for module in (*reversed(layers), policy):  # inner ones first; the policy holds the rest
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=mixed)
+    if rank() > 0:
+        policy.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if rank() == 0:
+                whole = full.pop(name).to(device)
+            else:
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            parts = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=0)
+            local_shard(parameter).copy_(local_shard(parts))
+        for buffer in policy.buffers():
+            dist.broadcast(buffer, 0)
 
 
-def sharded(tensor):
+def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor):
-    """The tensor put together from its shards: every rank must ask for it."""
-    return tensor.full_tensor() if sharded(tensor) else tensor
+def gather_shards(tensor):
+    """The whole tensor: every rank must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def local(tensor):
+def local_shard(tensor):
     """This rank's shard, in place."""
-    return tensor.to_local() if sharded(tensor) else tensor
-
-
-def mean_over(tensor, axis):
-    """The mean of a sharded tensor, whole on every rank where it runs over what is shared out."""
-    from torch.distributed.tensor import Replicate
-
-    mean = tensor.mean(axis)
-    return mean.redistribute(placements=[Replicate() if part.is_partial() else part for part in mean.placements])
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole_weights(model):
-    """What save_pretrained writes on the first rank; None where it can see for itself."""
-    weights = model.state_dict(keep_vars=True)
-    return on_first_rank(weights) if any(map(sharded, weights.values())) else None
-
-
-def on_first_rank(tensors):
-    """The same dict with sharded tensors put together, one after the other, in the first rank's own memory."""
-    made = {}  # a tied weight has two names and is written once
-    for tensor in tensors.values():
-        if sharded(tensor) and id(tensor) not in made:
-            full = tensor.full_tensor()
-            made[id(tensor)] = full.detach().cpu() if rank() == 0 else None
-    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
-
-
-def laid_out(value, like):
-    """A whole value of a checkpoint as `like` is: on its device, or this rank's shard of it."""
-    if not torch.is_tensor(value) or value.dim() == 0:
-        return value
-    if not sharded(like):
-        return value.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    """The state dict in the first rank's memory, for save_pretrained; gathers tensor by tensor."""
+    gathered, weights = {}, {}  # a tied weight has two names and is gathered once
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            whole = gather_shards(tensor).detach()
+            if is_sharded(tensor):
+                whole = whole.cpu() if rank() == 0 else None
+            gathered[id(tensor)] = whole
+        weights[name] = gathered[id(tensor)]
+    return weights

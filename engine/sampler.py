@@ -1,23 +1,25 @@
-"""Completions from a model, graded, into a rollout file that goes on where it broke off."""
+"""Completions from a model, graded, into a rollout file that a later call completes or extends."""
 
 import collections
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
 from data.rollouts import read_rollouts, short_hash, to_line
-from data.tokens import prompt_tokens
+from data.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 from engine import server
 from engine.batches import can_share_prompts, completions_per_row, pack
 from engine.common import Problem, first_line, progress, say, setting, whole_file, writing
-from engine.parallel import barrier, from_first, gather, rank, world
+from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
 from topr import completion_logprobs
 
 
@@ -26,36 +28,42 @@ class Sampling:
     """How completions are sampled: a part of the settings of every script."""
 
     samples: int = setting(16, "completions of each question", least=1, main=True)
-    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token", main=True)
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share", least=0.001)
-    max_new_tokens: int = setting(512, "longest completion", least=1, main=True)
-    batch_size: int = setting(256, "completions written at once", least=1)
-    seed: int = setting(0, "seed of the sampling, of the data order and of generated questions", main=True)
-    weights: str = setting("float32", "dtype of the weights; in training bfloat16 halves the memory and is rounded at "
-                           "random, so that small updates are not lost", ("float32", "bfloat16"))
+    top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability", least=0.001)
+    max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True)
+    batch_size: int = setting(0, "completions sampled at once (0: what fits into memory, at most 256)")
+    seed: int = setting(0, "seed of the sampling, the data order and generated questions", main=True)
+    weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with bfloat16 "
+                           "halves the memory; updates are rounded at random, so that small ones count",
+                           ("auto", "float32", "bfloat16"))
     precision: str = setting("float32", "compute dtype (for the weights see --weights)", ("float32", "bfloat16"))
-    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, SGLang, transformers "
-                          "serve); its key, if any, is read from OPENAI_API_KEY")
-    tokenizer: str = setting("", "with --server: a directory or a hub name, where --model is neither")
+    system: str = setting("", "system message of every chat prompt; precedes a plain prompt")
+    template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
+                                      '{"enable_thinking": false}')
+    plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one")
+    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, SGLang, "
+                          "transformers serve); its key, if any, is read from OPENAI_API_KEY")
+    tokenizer: str = setting("", "with --server: a directory or hub name, if --model is neither")
     requests: int = setting(16, "with --server: concurrent requests of each rank")
-    timeout: float = setting(600.0, "with --server: seconds to wait for an answer before asking again")
+    timeout: float = setting(600.0, "with --server: seconds to wait for an answer before a retry")
     patience: float = setting(300.0, "with --server: seconds of retries while it fails")
 
 
-def load_model(name, precision, device):
-    """(model, tokenizer) from a directory or the hub: safetensors alone, no code from the model's repository."""
+def load_model(name, settings, device):
+    """(model, tokenizer) from a directory or the hub: safetensors only, no code of its repository."""
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, precision), use_safetensors=True)
-    except Exception as error:  # transformers raises many kinds; for the user they are all the same
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=settings.weights, use_safetensors=True).to(device)
+    except Exception as error:  # transformers raises many kinds; to the user they are all the same
         raise Problem(f"model {name!r} cannot be loaded: {first_line(error)}")
     if model.num_parameters() < 5e6:
-        torch.set_num_threads(1)  # so little work is done sooner by one thread than by several that wait for each other
-    return model.to(device).eval(), tokenizer
+        torch.set_num_threads(1)  # for so little work one thread is faster than several
+    return model.eval(), tokenizer
 
 
 def load_tokenizer(name, advice=""):
@@ -67,118 +75,142 @@ def load_tokenizer(name, advice=""):
         raise Problem(f"model {name!r} cannot be loaded: {first_line(error)}{advice}")
 
 
-def end_tokens(model, tokenizer):
-    """All tokens that end a completion: a model may have several."""
-    ends = {tokenizer.eos_token_id}
-    for config in (model.config.get_text_config(), model.generation_config):
-        ids = getattr(config, "eos_token_id", None)
-        ends |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-    ends.discard(None)
-    if not ends:
-        raise Problem("the model has no end-of-sequence token: set eos_token_id in its generation_config.json")
-    return sorted(ends)
+def load_policy(settings, name):
+    """What sample_rollouts takes first: (model, tokenizer), or (None, tokenizer) with a server."""
+    if settings.server:
+        return None, load_tokenizer(settings.tokenizer or name, "; name its tokenizer with --tokenizer")
+    return load_model(name, settings, start_ranks())
+
+
+# ---- many completions at once, with a cache of keys and values ----
 
 
 @torch.no_grad()
-def generate(model, prompts, uniforms, ends, settings):
-    """Yields (number of the prompt, its completions as lists of tokens), each prompt when it is finished.
+def generate(model, prompts, uniforms, ends, settings, first=0, stopped=None, bar=None):
+    """Yields (number of the prompt, completions first .. samples as lists of tokens) when finished.
 
     prompts: lists of tokens. uniforms(p): random numbers for prompt p, [samples, max_new_tokens].
-    A prompt is read once for all its completions, the longest come first. Rows are padded on the left; those that
-    have finished leave the batch, and the next prompts take their place.
+    A prompt is read once for all its completions, the longest prompts first. Rows are padded on the
+    left; finished ones leave the batch, and the next prompts replace them.
     """
-    ends = torch.tensor(ends, device=model.device)
-    waiting = collections.deque(  # (prompt, the numbers of its completions)
-        (p, torch.arange(first, min(first + settings.batch_size, settings.samples)))
-        for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
-        for first in range(0, settings.samples, settings.batch_size))
-    finished, batch = collections.defaultdict(dict), None
+    size, finished, batch = settings.batch_size, collections.defaultdict(dict), None
+    longest_first = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
+    waiting = collections.deque(
+        (p, range(start, min(start + size, settings.samples)))
+        for p in longest_first for start in range(first, settings.samples, size))
     while waiting or batch:
-        newcomers, rows = [], len(batch["done"]) if batch else 0
-        while waiting and rows + len(waiting[0][1]) <= settings.batch_size:
+        newcomers, count = [], len(batch["rows"]) if batch else 0
+        while waiting and count + len(waiting[0][1]) <= size:
             newcomers.append(waiting.popleft())
-            rows += len(newcomers[-1][1])
+            count += len(newcomers[-1][1])
         if newcomers:
-            batch = join(batch, read_prompts(model, prompts, newcomers, uniforms))
-        write_token(batch, ends, settings)
-        if batch["done"].sum() * 8 >= len(batch["done"]):  # an eighth is free: worth the copy that makes room
-            done = batch["done"].nonzero()[:, 0]
-            for p, copy, length, tokens in zip(*(batch[name][done].tolist() for name in ("prompt", "copy", "length", "tokens"))):
-                finished[p][copy] = tokens[:length]
-                if len(finished[p]) == settings.samples:
-                    yield p, [tokens for _, tokens in sorted(finished.pop(p).items())]
-            batch = keep(batch, (~batch["done"]).nonzero()[:, 0])
+            batch = join(batch, read_prompts(model, prompts, newcomers, uniforms, settings))
+        write_token(batch, ends, settings, stopped, bar)
+        done = [row for row in batch["rows"] if row["done"]]
+        if len(done) * 8 >= len(batch["rows"]):  # an eighth is free: worth the copy that makes room
+            for row in done:
+                copies = finished[row["prompt"]]
+                copies[row["copy"]] = row["tokens"]
+                if len(copies) == settings.samples - first:
+                    yield row["prompt"], [copies[copy] for copy in sorted(copies)]
+            batch = keep(batch, [i for i, row in enumerate(batch["rows"]) if not row["done"]])
         if batch:
-            step(model, batch)
+            step(model, batch, settings)
 
 
-def read_prompts(model, prompts, newcomers, uniforms):
-    """A batch with a row for each completion to be written; each prompt went through the model once."""
+def next_logits(model, settings, **inputs):
+    """[rows, vocab]: of the token after the last, as the trainer computes them."""
+    with compute_dtype(model, settings):
+        return model(use_cache=True, logits_to_keep=1, **inputs).logits[:, -1].float()
+
+
+def compute_dtype(model, settings):
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+
+def read_prompts(model, prompts, newcomers, uniforms, settings):
+    """A batch with a row for each new completion; each prompt went through the model once."""
     from transformers import DynamicCache
 
-    longest = max(len(prompts[p]) for p, _ in newcomers)
-    ids = torch.zeros(len(newcomers), longest, dtype=torch.long)  # [prompts, time]
-    attention = torch.zeros(len(newcomers), longest, dtype=torch.long)  # [prompts, time]
-    for row, (p, _) in enumerate(newcomers):
-        ids[row, longest - len(prompts[p]):] = torch.tensor(prompts[p])
-        attention[row, longest - len(prompts[p]):] = 1
-    device = model.device
-    ids, attention, cache = ids.to(device), attention.to(device), DynamicCache()
-    logits = model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [prompts, vocab]
-    source = torch.repeat_interleave(torch.tensor([len(copies) for _, copies in newcomers])).to(device)  # [rows]
+    longest, cache = max(len(prompts[p]) for p, _ in newcomers), DynamicCache()
+    ids = torch.tensor([[0] * (longest - len(prompts[p])) + prompts[p] for p, _ in newcomers])
+    attention = torch.tensor([[0] * (longest - len(prompts[p])) + [1] * len(prompts[p])
+                              for p, _ in newcomers], device=model.device)  # [prompts, time]
+    logits = next_logits(
+        model, settings, input_ids=ids.to(model.device), attention_mask=attention,
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    rows, source = [], []
+    for number, (p, copies) in enumerate(newcomers):
+        table = uniforms(p)  # [samples, max_new_tokens]
+        rows += [{"prompt": p, "copy": copy, "uniform": table[copy].tolist(), "tokens": [], "done": False}
+                 for copy in copies]
+        source += [number] * len(copies)
+    source = torch.tensor(source, device=model.device)  # [rows]
     cache.batch_select_indices(source)
-    uniform = torch.cat([uniforms(p)[copies] for p, copies in newcomers]).to(device)  # [rows, max_new_tokens]
-    count = lambda: torch.zeros(len(source), dtype=torch.long, device=device)
-    return {"prompt": torch.tensor([p for p, _ in newcomers], device=device)[source],
-            "copy": torch.cat([copies for _, copies in newcomers]).to(device),
-            "attention": attention[source], "logits": logits[source].float(), "uniform": uniform, "cache": cache,
-            "tokens": torch.zeros(uniform.shape, dtype=torch.long, device=device), "length": count(), "done": count().bool()}
+    return {"rows": rows, "attention": attention[source], "logits": logits[source], "cache": cache}
 
 
-def write_token(batch, ends, settings):
-    """Draws the next token of every row that is not done."""
-    now = batch["length"].clamp(max=settings.max_new_tokens - 1)[:, None]  # [rows, 1]
-    chosen = draw(batch["logits"], batch["uniform"].gather(1, now), settings)  # [rows, 1]
-    batch["tokens"].scatter_(1, now, torch.where(batch["done"][:, None], batch["tokens"].gather(1, now), chosen))
-    batch["length"] += ~batch["done"]
-    batch["done"] |= torch.isin(chosen[:, 0], ends) | (batch["length"] == settings.max_new_tokens)
-    batch["chosen"] = chosen
+def write_token(batch, ends, settings, stopped=None, bar=None):
+    """Draws the next token of every row; those of rows that are done mean nothing."""
+    rows, last = batch["rows"], settings.max_new_tokens - 1
+    broken = ~batch["logits"].amax(-1).isfinite()  # [rows]
+    uniform = torch.tensor([[row["uniform"][min(len(row["tokens"]), last)]] for row in rows])
+    batch["chosen"] = draw(batch["logits"], uniform.to(broken.device), settings)  # [rows, 1]
+    for row, token, bad in zip(rows, batch["chosen"][:, 0].tolist(), broken.tolist()):
+        if row["done"]:
+            continue
+        if bad:
+            raise FloatingPointError(row["prompt"])
+        row["tokens"].append(token)
+        row["done"] = (token in ends or len(row["tokens"]) > last
+                       or bool(stopped and stopped(row["prompt"], row["tokens"])))
+        if bar is not None:
+            bar.update(row["done"])
 
 
 def draw(logits, uniform, settings):
-    """Inverse-CDF sampling: one uniform number decides, whatever stands in the other rows. [rows, vocab] -> [rows, 1]"""
+    """Inverse-CDF sampling: one uniform number decides, whatever the other rows are.
+
+    [rows, vocab], [rows, 1] -> [rows, 1]
+    """
     if settings.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    order, k = None, settings.top_k if 0 < settings.top_k < logits.shape[1] else logits.shape[1]
-    if k < logits.shape[1] or settings.top_p < 1:
+    vocabulary, order = logits.shape[1], None
+    k = settings.top_k if 0 < settings.top_k < vocabulary else vocabulary
+    if k < vocabulary or settings.top_p < 1:
         logits, order = logits.topk(k)  # [rows, k], the likeliest first
     probability = (logits / settings.temperature).softmax(-1)
     if settings.top_p < 1:
-        probability = probability.masked_fill(probability.cumsum(-1) - probability >= settings.top_p, 0.0)
+        before = probability.cumsum(-1) - probability
+        probability = probability.masked_fill(before >= settings.top_p, 0.0)
     cumulative = probability.cumsum(-1)  # [rows, k]
     chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=k - 1)
     return chosen if order is None else order.gather(1, chosen)
 
 
-def step(model, batch):
-    """Feeds the tokens just drawn through the model, for the logits of the next."""
-    batch["attention"] = torch.cat([batch["attention"], torch.ones_like(batch["chosen"])], 1)  # [rows, time + 1]
-    batch["logits"] = model(
-        input_ids=batch["chosen"], attention_mask=batch["attention"], position_ids=batch["attention"].sum(1, True) - 1,
-        past_key_values=batch["cache"], use_cache=True).logits[:, -1].float()  # [rows, vocab]
+def step(model, batch, settings):
+    """Feeds the tokens just drawn through the model, for the logits of the next.
+
+    Rows that are done hide theirs, or their positions would pass the last one of the model.
+    """
+    live = [[not row["done"]] for row in batch["rows"]]
+    attention = torch.cat([batch["attention"], torch.tensor(live).to(batch["attention"])], 1)
+    batch["attention"] = attention  # [rows, time + 1]
+    batch["logits"] = next_logits(
+        model, settings, input_ids=batch["chosen"], attention_mask=attention,
+        position_ids=attention.sum(1, True) - 1, past_key_values=batch["cache"])
 
 
-def keep(batch, rows):
-    """The batch with these rows alone, and without the columns that are padding in all of them; None when empty."""
-    if len(rows) == 0:
+def keep(batch, numbers):
+    """The batch with these rows alone, without the columns that are padding in all of them, or None."""
+    if not numbers:
         return None
-    kept = {name: value[rows] for name, value in batch.items() if name != "cache"}
+    kept = {name: batch[name][numbers] for name in ("attention", "logits", "chosen")}
     spare = (kept["attention"].cumsum(1) == 0).all(0).sum()  # columns of padding on the left
     kept["attention"] = kept["attention"][:, spare:]
-    for layer in batch["cache"].layers:
-        layer.keys, layer.values = layer.keys[rows, :, spare:], layer.values[rows, :, spare:]  # [rows, heads, time, width]
-    return {**kept, "cache": batch["cache"]}
+    for layer in batch["cache"].layers:  # [rows, heads, time, width]
+        layer.keys, layer.values = layer.keys[numbers, :, spare:], layer.values[numbers, :, spare:]
+    return {**kept, "rows": [batch["rows"][number] for number in numbers], "cache": batch["cache"]}
 
 
 def join(old, new):
@@ -186,135 +218,301 @@ def join(old, new):
     if old is None:
         return new
     longest = max(old["attention"].shape[1], new["attention"].shape[1])
-    widen = lambda x, axis: torch.nn.functional.pad(x, (0, 0) * (-1 - axis) + (longest - x.shape[axis], 0))
+
+    def stack(*parts, after):
+        """after: axes behind the one of time."""
+        return torch.cat([torch.nn.functional.pad(
+            x, (0, 0) * after + (longest - x.shape[-1 - after], 0)) for x in parts])
+
     for mine, theirs in zip(old["cache"].layers, new["cache"].layers):
-        mine.keys = torch.cat([widen(mine.keys, -2), widen(theirs.keys, -2)])
-        mine.values = torch.cat([widen(mine.values, -2), widen(theirs.values, -2)])
-    joined = {name: torch.cat([old[name], new[name]]) for name in new if name not in ("cache", "attention")}
-    joined["attention"] = torch.cat([widen(old["attention"], -1), widen(new["attention"], -1)])
-    return {**joined, "cache": old["cache"]}
+        mine.keys = stack(mine.keys, theirs.keys, after=1)
+        mine.values = stack(mine.values, theirs.values, after=1)
+    return {"rows": old["rows"] + new["rows"], "logits": torch.cat([old["logits"], new["logits"]]),
+            "attention": stack(old["attention"], new["attention"], after=0), "cache": old["cache"]}
+
+
+# ---- models whose state is no such cache ----
+
+
+@torch.no_grad()
+def cache_bytes(model, settings):
+    """Bytes of a token in the cache; 0 when our batches give other logits than the model alone does.
+
+    State-space and hybrid models keep a state in their own way. Two prompts of different lengths go
+    through all that a batch goes through.
+    """
+    prompts, settings = [list(range(1, 8)), [8, 9]], dataclasses.replace(settings, samples=1)
+    try:
+        parts = [read_prompts(model, prompts, [(p, [0])], no_uniforms, settings) for p in (0, 1)]
+        batch = {**join(*parts), "chosen": torch.tensor([[5], [4]], device=model.device)}
+        batch = keep(batch, [1, 0])
+        step(model, batch, settings)
+        for row, ids in zip(batch["logits"], ([*prompts[1], 4], [*prompts[0], 5])):
+            plain = next_logits(model, settings, input_ids=torch.tensor([ids], device=model.device))[0]
+            if not (row - plain).abs().max() < 0.1 * plain.std():
+                return 0
+    except Exception:  # a model may fail in any way at what it does not know
+        return 0
+    return sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in batch["cache"].layers)
+
+
+def no_uniforms(p):
+    return torch.zeros(1, 1)
+
+
+@torch.no_grad()
+def generate_alone(model, prompts, uniforms, ends, settings, first=0, stopped=None, bar=None):
+    """As generate, by transformers' own loop, one prompt at a time; the draws are ours."""
+    from transformers import GenerationConfig
+
+    neutral = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=False,
+                               max_new_tokens=settings.max_new_tokens)
+    for p, prompt in enumerate(prompts):
+        table = uniforms(p)[first:].to(model.device)  # [completions, max_new_tokens]
+
+        def only_the_drawn(ids, logits):
+            if not logits.amax(-1).isfinite().all():
+                raise FloatingPointError(p)
+            now = ids.shape[1] - len(prompt)
+            chosen = draw(logits.float(), uniform[:, now : now + 1], settings)
+            return torch.full_like(logits, -math.inf).scatter(1, chosen, 0.0)
+
+        def at_stop(ids, logits):
+            return torch.tensor([bool(stopped and stopped(p, row)) for row in ids[:, len(prompt) :].tolist()],
+                                device=ids.device)
+
+        completions = []
+        for uniform in table.split(settings.batch_size):
+            ids = torch.tensor([prompt] * len(uniform), device=model.device)
+            own, model.generation_config = model.generation_config, neutral
+            try:
+                with compute_dtype(model, settings):
+                    ids = model.generate(ids, attention_mask=torch.ones_like(ids),
+                                         logits_processor=[only_the_drawn], stopping_criteria=[at_stop])
+            finally:
+                model.generation_config = own
+            for row in ids[:, len(prompt) :].tolist():
+                length = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
+                completions.append(row[:length])
+            if bar is not None:
+                bar.update(len(uniform))
+        yield p, completions
 
 
 @torch.no_grad()
 def score(model, prompt, completions, share):
-    """log mu of every completion token, by the function that the trainer uses, one question at a time.
+    """log mu of every completion token, by the trainer's own function, one question at a time.
 
-    Its shape depends on the question alone, not on who shared the batch, and pi/mu of an untrained policy is 1.
+    Its shape depends on the question alone, and pi/mu of an untrained policy is 1.
     """
-    mean = sum(map(len, completions)) / len(completions)
-    fit = completions_per_row(len(prompt), mean, len(completions), model.config.get_text_config().hidden_size) if share else 1
-    packed = pack([(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)], model.device)
+    mean, fit = sum(map(len, completions)) / len(completions), 1
+    if share:
+        width = model.config.get_text_config().hidden_size
+        fit = completions_per_row(len(prompt), mean, len(completions), width)
+    rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
+    packed = pack(rows, model.device)
     logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
     return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
 
-def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling", logprobs=True):
-    """Rollout rows that the model writes for all questions, on every rank; also as the file `out` when it is named.
+# ---- the rollouts of a list of questions ----
 
-    A file that holds just these already is not written again, and one that holds others is never overwritten.
-    With settings.server the model is there, and `model` is None.
+
+def sample_once(settings, policy, questions, grade, out="", logprobs=True, **changes):
+    """The rollout rows that a policy (its folder or name) writes; a finished file is reused.
+
+    questions: a function tokenizer -> list of question dicts. `changes` replace fields of settings.
+    """
+    settings = dataclasses.replace(settings, model=policy, **changes)
+    model, tokenizer = load_policy(settings, policy)
+    what = os.path.basename(out) or "sampling"
+    return sample_rollouts(model, tokenizer, questions(tokenizer), grade, settings, out, what, logprobs)
+
+
+def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling", logprobs=True):
+    """Rollout rows for all questions, on every rank; also as the file `out` when it is named.
+
+    A finished file is reused, or extended when more samples are asked for; other rollouts are never
+    overwritten. With settings.server `model` is None.
     questions: dicts with "id", "prompt" and what grade(question, completion) -> (answer, reward) needs.
     """
     prompts = [prompt_tokens(question["prompt"], tokenizer) for question in questions]
-    if settings.server:
-        write, policy = server.writer(settings, questions, prompts, tokenizer, kept=bool(out)), {"server": settings.server}
-    else:
-        write = writer(model, tokenizer, questions, prompts, settings, with_logprobs=bool(out) and logprobs)
-        policy = {"weights": fingerprint(model)}
-    sampling = {**settings_of_sampling(settings), **policy}
+    name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
+    fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
+    sampling = {"model": name, **{field: getattr(settings, field) for field in fields}}
+    sampling |= {"server": settings.server} if settings.server else {"weights": fingerprint(model)}
+    rows = {}
     if out and from_first(os.path.exists(out)):
-        return reused(out, questions, grade, sampling, settings.samples)
-    longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
-    return collect(write, questions, longest_first, grade, sampling, settings.samples, out, what)
+        rows = finished_rows(out, questions, grade, sampling, settings.samples)
+        if len(rows[0]) == settings.samples:
+            say(f"{out}: the rollouts are there, reusing them")
+            return [row for q in sorted(rows) for row in rows[q]]
+        say(f"{out}: {len(rows[0])} of {settings.samples} completions a question are there, adding the rest")
+    arguments = (settings, questions, prompts, tokenizer, len(rows[0]) if rows else 0)
+    if settings.server:
+        write = server.writer(*arguments, kept=bool(out))
+    else:
+        write = writer(model, *arguments, with_logprobs=bool(out) and logprobs)
+    with memory_advice("--batch-size, --max-new-tokens, or use --weights bfloat16"):
+        return collect(write, questions, prompts, grade, sampling, settings.samples, rows, out, what)
 
 
-def reused(out, questions, grade, sampling, samples):
-    """The rows of a finished file, if they are those that would be written now."""
-    rows, wanted = read_rollouts(out, zero_is_wrong=True), [question for question in questions for _ in range(samples)]
-    same = len(rows) == len(wanted) and all(
-        (row["id"], row["prompt"], row.get("sampling")) == (question["id"], question["prompt"], sampling)
-        and grade(question, row["completion"]) == (row.get("answer"), row["reward"]) for row, question in zip(rows, wanted))
-    if not same:
-        raise Problem(f"{out} holds other rollouts than these settings ask for: use another --out, or remove it")
-    say(f"{out}: the rollouts are there, reusing them")
-    return rows
+@contextlib.contextmanager
+def memory_advice(advice):
+    """Out of memory, on a GPU or a CPU, is one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise Problem(f"out of memory: lower {advice} ({first_line(error)})")
 
 
-def writer(model, tokenizer, questions, prompts, settings, with_logprobs):
-    """write(todo) for collect: (question number, its completions), each question as soon as it is finished."""
+def finished_rows(out, questions, grade, sampling, samples):
+    """{question number: its rows} of a finished file, which must be those of these settings."""
+    rows = read_rollouts(out, zero_is_wrong=True)
+    each = max(1, len(rows) // len(questions))
+    held = {q: rows[q * each : (q + 1) * each] for q in range(len(questions))}
+
+    def refuse(what, there, asked):
+        raise Problem(f"{out} holds other rollouts: {what} is {there!r:.60} there and {asked!r:.60} in these "
+                      "settings; use another --out, or remove the file")
+
+    for q, question in enumerate(questions):
+        for row in held[q]:
+            theirs = row.get("sampling") or {}
+            for name in sampling:
+                if theirs.get(name) != sampling[name]:
+                    refuse(name, theirs.get(name), sampling[name])
+            for name in ("id", "prompt"):
+                if row[name] != question[name]:
+                    refuse(f"the {name} of a question", row[name], question[name])
+            graded = grade(question, row["completion"])
+            if graded != (row.get("answer"), row["reward"]):
+                refuse(f"(answer, reward) of {row['id']}", (row.get("answer"), row["reward"]), graded)
+    if len(rows) != each * len(questions) or each > samples:
+        refuse("the number of completions", len(rows), len(questions) * samples)
+    return held
+
+
+def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs):
+    """write(todo, bar) for collect: (question number, its completions), each when it is finished."""
     ends = end_tokens(model, tokenizer)
-    share = with_logprobs and can_share_prompts(model, max(map(len, prompts)) + settings.max_new_tokens)
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    share = with_logprobs and can_share_prompts(model, longest)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for question, prompt in zip(questions, prompts):
         if len(prompt) + settings.max_new_tokens > room:
-            raise Problem(f"question {question['id']!r}: {len(prompt)} prompt tokens and {settings.max_new_tokens} new ones do "
-                          f"not fit the model's {room}: lower --max-new-tokens or leave the question out")
+            raise Problem(
+                f"question {question['id']!r}: {len(prompt)} prompt tokens and {settings.max_new_tokens} "
+                f"new ones do not fit the model's {room}: lower --max-new-tokens or leave it out")
+    stop = [question.get("stop") or [] for question in questions]
+    token_bytes, sample = cache_bytes(model, settings), generate
+    if not token_bytes:
+        sample = generate_alone
+        say("this model does not take our batches: transformers' generate samples, a prompt at a time")
+    if not settings.batch_size:
+        row_bytes = longest * token_bytes + 16 * model.config.get_text_config().vocab_size
+        fit = int(memory_left(model.device) / 2 // row_bytes)
+        settings = dataclasses.replace(settings, batch_size=min(256, max(1, fit)))
 
-    def write(todo):
-        uniforms = lambda t: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(
-            short_hash(f"{settings.seed}\0{questions[todo[t]]['id']}\0{questions[todo[t]]['prompt']}")))
-        for t, completions in generate(model, [prompts[q] for q in todo], uniforms, ends, settings):
-            logprobs = score(model, prompts[todo[t]], completions, share) if with_logprobs else [None] * settings.samples
-            yield todo[t], [{
-                "completion": tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=True),
-                "finish": "stop" if tokens[-1] in ends else "length", "prompt_ids": prompts[todo[t]], "completion_ids": tokens,
-                **({"logprobs": log_mu} if with_logprobs else {})} for tokens, log_mu in zip(completions, logprobs)]
+    def write(todo, bar):
+        def uniforms(t):
+            question = questions[todo[t]]
+            key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
+            return torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(key))
+
+        def stopped(t, tokens):
+            marks = stop[todo[t]]
+            if not marks:
+                return False
+            tail = tokens[-max(len(mark.encode()) for mark in marks) - 4 :]
+            text = tokenizer.decode(tail, skip_special_tokens=True)
+            return stop_position(text, marks) < len(text)
+
+        def refuse(q):
+            raise Problem(f"question {questions[q]['id']!r}: the model's logits are NaN or infinite: are its weights "
+                          "damaged, or does it need --weights float32 --precision float32?")
+
+        try:
+            for t, completions in sample(model, [prompts[q] for q in todo], uniforms, ends, settings, first, stopped, bar):
+                q = todo[t]
+                rows = [until_stop(tokens, tokens[-1] in ends, stop[q], tokenizer) for tokens in completions]
+                if with_logprobs:
+                    with compute_dtype(model, settings):
+                        logprobs = score(model, prompts[q], [row["completion_ids"] for row in rows], share)
+                    if not all(math.isfinite(sum(values)) for values in logprobs):
+                        raise FloatingPointError(t)
+                    for row, row["logprobs"] in zip(rows, logprobs):
+                        pass
+                yield q, [{"prompt_ids": prompts[q], **row} for row in rows]
+        except FloatingPointError as error:
+            refuse(todo[error.args[0]])
 
     return write
 
 
-def settings_of_sampling(settings):
-    return {name: getattr(settings, name) for name in ("model", "temperature", "top_k", "top_p", "max_new_tokens", "seed")}
+def memory_left(device):
+    """Bytes that the device still has."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            return int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024 // world()
+    except (OSError, TypeError):
+        return 4 * 2**30  # another system: a cautious guess
 
 
-def collect(write, questions, order, grade, sampling, samples, out, what):
-    """Shares the questions out over the ranks, grades what write(todo) yields, joins it in the order of the questions.
+def collect(write, questions, prompts, grade, sampling, samples, rows, out, what):
+    """Divides the questions among the ranks, grades what write(todo, bar) yields, joins it in order.
 
-    Each finished question is kept at once in OUT.part-*, so that a run that was broken off goes on from there.
+    rows: {question number: the rows that it has already}. Each finished question is kept at once in
+    OUT.part-*, and the next call samples only the rest.
     """
     wanted = [sampling, samples, [[question["id"], question["prompt"]] for question in questions]]
     parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    here = read_parts(parts) if out and os.environ.get("LOCAL_RANK", "0") == "0" else {}  # once on every machine
-    rows = {q: kept for part in gather(here) for q, kept in part.items()}  # question number -> rows
-    if rows:
-        say(f"{out}: {len(rows)} of {len(questions)} questions were finished before, going on with the rest")
-    todo = [q for q in order if q not in rows][rank()::world()]
-    if out:
-        with writing(out):
-            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-            file = open(f"{parts}{rank()}-{time.time_ns()}", "w", encoding="utf-8")
-    with progress(total=len(todo), what=what, unit="question") as bar:
-        for q, completions in write(todo):
-            question, rows[q] = questions[q], []
+    one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = len(rows[0]) if rows else 0
+    finished = {}
+    for part in gather(read_parts(parts) if out and one_of_machine else {}):
+        finished |= part
+    if finished:
+        say(f"{out}: {len(finished)} of {len(questions)} questions were finished before, going on with the rest")
+    longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
+    todo = [q for q in longest_first if q not in finished][rank() :: world()]
+    own_part, mine = f"{parts}{rank()}-{time.time_ns()}", {}
+    with progress(total=len(todo) * (samples - first), what=what, unit="completion") as bar:
+        for q, completions in write(todo, bar):
+            question = questions[q]
+            mine[q] = list(rows.get(q, []))
             for completion in completions:
                 answer, reward = grade(question, completion["completion"])
-                rows[q].append({"id": question["id"], "question": question.get("question"), "prompt": question["prompt"],
-                                "completion": completion["completion"], "reward": reward, "answer": answer,
-                                "gold": question.get("gold"), **completion, "sampling": sampling})
+                mine[q].append({
+                    "id": question["id"], "question": question.get("question"), "prompt": question["prompt"],
+                    "completion": completion["completion"], "reward": reward, "answer": answer,
+                    "gold": question.get("gold"), "split": question.get("split"), **completion, "sampling": sampling})
             if out:
-                with writing(file.name):
-                    file.write(json.dumps([q, rows[q]]) + "\n")
-                    file.flush()
-            bar.update()
-    for part in gather({q: rows[q] for q in todo}):
-        rows.update(part)
-    rows = [row for q in range(len(questions)) for row in rows[q]]
+                os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+                with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([q, mine[q]]) + "\n")
+    for part in gather(mine):
+        finished |= part
+    rows = [row for q in range(len(questions)) for row in finished[q]]
     if out:
-        file.close()
         if rank() == 0:
             with whole_file(out) as whole:
                 whole.writelines(map(to_line, rows))
         barrier()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            for part in glob.glob(glob.escape(parts) + "*"):
-                with contextlib.suppress(FileNotFoundError):  # of machines that share a disk one is first
-                    os.remove(part)
+        for part in glob.glob(glob.escape(parts) + "*") if one_of_machine else []:
+            with contextlib.suppress(FileNotFoundError):  # machines that share a disk all try
+                os.remove(part)
         barrier()
     return rows
 
 
 def read_parts(parts):
-    """What an earlier, broken-off run with the same settings finished: question number -> rows."""
+    """{question number: rows} of an earlier call with the same settings that did not finish."""
     rows = {}
     for path in glob.glob(glob.escape(parts) + "*"):
         with open(path, encoding="utf-8", errors="replace") as file:

@@ -15,6 +15,7 @@ import urllib.parse
 import urllib.request
 
 from data.rollouts import short_hash
+from data.tokens import end_token_of, stop_position, until_stop
 from engine.common import Problem
 
 LARGEST = 64 * 2**20  # bytes; a longer answer is not read to its end
@@ -29,35 +30,53 @@ class Refused(Problem):
         self.status = status
 
 
-def writer(settings, questions, prompts, tokenizer, kept):
-    """write(todo) for eval.collect: (question number, its completions), each question as soon as it is finished."""
+def writer(settings, questions, prompts, tokenizer, first, kept):
+    """write(todo, bar) for collect: (question number, completions), each question when finished.
+
+    first: how many completions of each question there are already.
+    """
     url = address(settings)
 
-    def write(todo):
+    def write(todo, bar):
         if not todo:
             return
-        stop = threading.Event()
-        ask = lambda body, patience=settings.patience: patiently(url, body, settings.timeout, patience, stop)
-        prompt_for, fields, at_once = agree(ask, settings, questions[todo[0]]["prompt"], prompts[todo[0]], tokenizer)
-        bodies = {q: {**request(settings, prompt_for(questions[q]["prompt"], prompts[q])), **fields} for q in todo}
-        name = lambda q: f"{settings.seed}\0{questions[q]['id']}\0{questions[q]['prompt']}"
-        finish = lambda q: complete(ask, bodies[q], settings.samples, at_once, name(q))
-        for done, (q, choices) in enumerate(side_by_side(finish, todo, settings.requests, stop)):
+        ended = threading.Event()
+
+        def ask(body, patience=settings.patience):
+            return patiently(url, body, settings.timeout, patience, ended)
+
+        example = todo[0]
+        prompt_for, fields, at_once = agree(
+            ask, settings, questions[example]["prompt"], prompts[example], tokenizer)
+        bodies = {}
+        for q in todo:
+            stop = {"stop": questions[q]["stop"]} if questions[q].get("stop") else {}
+            prompt = prompt_for(questions[q]["prompt"], prompts[q])
+            bodies[q] = {**request(settings, prompt), **stop, **fields}
+
+        def complete(q):
+            """Never more than asked for, and the missing ones again when a server gives fewer."""
+            name, number = f"{settings.seed}\0{questions[q]['id']}\0{questions[q]['prompt']}", first
+            choices = []
+            while number < settings.samples:
+                body = {**bodies[q], "n": min(at_once, settings.samples - number),
+                        "seed": short_hash(f"{name}\0{number}") % 2**31}
+                choices += ask(body)["choices"][: settings.samples - number]
+                number = first + len(choices)
+            return choices
+
+        finished = side_by_side(complete, todo, settings.requests, ended)
+        for done, (q, choices) in enumerate(finished):
             if isinstance(choices, Problem):
-                so_far = f"; {done} of {len(todo)} questions are finished and kept, the same command goes on" if kept else ""
+                so_far = (f"; {done} of {len(todo)} questions are finished and kept, "
+                          "rerun the same command for the rest") if kept else ""
                 raise Problem(f"question {questions[q]['id']!r}: {choices}{so_far}")
-            yield q, [to_row(choice, prompts[q], tokenizer, settings.max_new_tokens) for choice in choices]
+            stop = questions[q].get("stop") or []
+            bar.update(len(choices))
+            yield q, [to_row(choice, prompts[q], stop, tokenizer, settings.max_new_tokens)
+                      for choice in choices]
 
     return write
-
-
-def complete(ask, body, samples, at_once, name):
-    """A question's completions: never more than `samples`, and the missing ones again where a server gave fewer."""
-    choices = []
-    while len(choices) < samples:
-        missing, seed = samples - len(choices), short_hash(f"{name}\0{len(choices)}") % 2**31
-        choices += ask({**body, "n": min(at_once, missing), "seed": seed})["choices"][:missing]
-    return choices
 
 
 def side_by_side(do, items, threads, stop):
@@ -147,16 +166,25 @@ def text_for(text, ids, tokenizer):
                   "use a server that takes tokens, such as vLLM or SGLang")
 
 
-def to_row(choice, prompt, tokenizer, longest):
-    """The rollout's own fields. Tokens are kept when the server gives them whole, the sampled end token included."""
-    ids, stopped, vocabulary = choice.get("token_ids"), choice["finish_reason"] == "stop", len(tokenizer)
-    row = {"completion": choice["text"].encode("utf-8", "replace").decode(), "finish": choice["finish_reason"]}
-    if isinstance(ids, list) and 0 < len(ids) <= longest and all(type(i) is int and 0 <= i < vocabulary for i in ids):
-        if not stopped or not tokenizer.decode(ids[-1:], skip_special_tokens=True):
-            row["completion"] = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-            return {**row, "prompt_ids": prompt, "completion_ids": ids}
-    if not row["completion"]:  # nothing but the end token was written; no text could say that
-        return {**row, "prompt_ids": prompt, "completion_ids": [tokenizer.eos_token_id]}
+def to_row(choice, prompt, stop, tokenizer, longest):
+    """The rollout's own fields, with tokens when the server gives all of them, the end token included.
+
+    Of a text alone that ends at a stop string the server does not tell that no end token was
+    sampled: the trainer then teaches one there, by the rule for rows of text.
+    """
+    ids, ended = choice.get("token_ids"), choice["finish_reason"] == "stop"
+    text = choice["text"].encode("utf-8", "replace").decode()
+    valid = isinstance(ids, list) and 0 < len(ids) <= longest and all(
+        type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+    if valid:
+        by_end_token = ended and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
+        row = until_stop(ids, by_end_token, stop, tokenizer)
+        if row["finish"] == choice["finish_reason"]:
+            return {"prompt_ids": prompt, **row}
+    cut = text[: stop_position(text, stop)]
+    row = {"completion": cut, "finish": "stop" if cut != text else choice["finish_reason"]}
+    if not cut:  # nothing but the end token was written; no text could say that
+        return {**row, "prompt_ids": prompt, "completion_ids": [end_token_of(None, tokenizer)]}
     return row
 
 

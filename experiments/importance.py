@@ -1,16 +1,15 @@
-"""Figure 7: importance sampling with and without truncation, 60% negatives, gradients clipped at 1 or hardly."""
+"""Figure 7: importance sampling with and without truncation, gradients clipped at 1 or at 100."""
 
 import numpy as np
 
 from experiments.common import (
+    MEASURES,
     STYLES,
     bars,
-    by_seed,
-    compare,
-    difference,
+    by_arm,
     picture,
-    run_arm,
-    run_base,
+    rows_of,
+    run_arms,
     show_arms,
     spread,
     verdict,
@@ -21,42 +20,48 @@ CLIPS = {"loose": 100.0, "at 1": 1.0}
 
 
 def run(settings, each):
-    seeds = range(settings.seeds)
-    base = each(run_base, [(seed,) for seed in seeds], "base policies: test")
-    arms = {f"{name}, clipped {clip}": dict(loss=loss, positives=0.4, grad_clip=norm)
-            for clip, norm in CLIPS.items() for name, loss in LOSSES.items()}
-    arms = compare(settings, each, run_arm, arms, "importance")
-    return {"base": by_seed(base), "arms": arms}
+    arms = {}
+    for clip, norm in CLIPS.items():
+        for name, loss in LOSSES.items():
+            arm = {"loss": loss, "positives": 0.4, "grad_clip": norm}
+            arms[f"{name}, clipped {clip}"] = arm
+    return run_arms(settings, each, arms, "importance")
 
 
 def show(result):
-    return show_arms({"base": result["base"], **result["arms"]}, ("pass@1", "maj@16", "invalid"), "60% negatives")
+    return show_arms(rows_of(result), MEASURES, "60% negatives")
 
 
 def draw(result, path):
-    of = lambda name, measure: np.array([result["arms"][f"{name}, clipped {clip}"][measure] for clip in CLIPS]).T
+    groups = [f"clipped at {norm:g}" for norm in CLIPS.values()]
     with picture(path, 1, 2) as axes:
         for ax, measure in zip(axes, ("pass@1", "invalid")):
-            bars(ax, [f"clipped at {norm:g}" for norm in CLIPS.values()], {name: of(name, measure) for name in LOSSES})
-            ax.axhline(np.mean(result["base"][measure]), color=STYLES["base"][0], linestyle="--", label="base")
+            values = by_arm(result, measure)
+            bars(ax, groups, {
+                name: np.transpose([values[f"{name}, clipped {clip}"] for clip in CLIPS])
+                for name in LOSSES})
+            ax.axhline(values["base"].mean(), color=STYLES["base"][0], linestyle="--", label="base")
             ax.set(ylabel=measure)
 
 
 def claims(result):
-    arms, base = result["arms"], result["base"]
-    of = lambda name, measure, clip="loose": arms[f"{name}, clipped {clip}"][measure]
-    name = "importance sampling"
-    harmed = {clip: np.mean(of(name, "pass@1", clip)) < np.mean(base["pass@1"])
-              or np.mean(of(name, "invalid", clip)) > np.mean(base["invalid"]) for clip in CLIPS}
-    ahead = {clip: difference(of("TOPR", "pass@1", clip), of("importance sampling", "pass@1", clip)) for clip in CLIPS}
-    better = difference(of("TOPR", "pass@1"), base["pass@1"])
-    yield ("Untruncated importance sampling harms the model where gradients are cut at 100 (Figure 7, 60% negatives)",
-           f"invalid {spread(base['invalid'])} to {spread(of('importance sampling', 'invalid'))}; pass@1 "
-           f"{spread(base['pass@1'])} to {spread(of('importance sampling', 'pass@1'))}; TOPR minus that "
-           f"{spread(ahead['loose'], sign=True)}, with gradients cut at 1 {spread(ahead['at 1'], sign=True)}",
-           verdict(harmed["loose"] and not harmed["at 1"], harmed["loose"] or min(ahead["loose"]) > 0))
+    passed, votes, invalid = (by_arm(result, measure) for measure in MEASURES)
+    topr, truncated, plain = (f"{name}, clipped loose" for name in LOSSES)
+    topr_at_1, plain_at_1 = "TOPR, clipped at 1", "importance sampling, clipped at 1"
+    harmed = {name: passed[name].mean() < passed["base"].mean()
+              or invalid[name].mean() > invalid["base"].mean() for name in (plain, plain_at_1)}
+    ahead, ahead_at_1 = passed[topr] - passed[plain], passed[topr_at_1] - passed[plain_at_1]
+    yield ("Untruncated importance sampling harms the model where gradients are cut at 100 "
+           "(Figure 7, 60% negatives)",
+           f"invalid {spread(invalid['base'])} to {spread(invalid[plain])}; pass@1 "
+           f"{spread(passed['base'])} to {spread(passed[plain])}; TOPR minus that "
+           f"{spread(ahead, sign=True)}, with gradients cut at 1 {spread(ahead_at_1, sign=True)}",
+           verdict(harmed[plain] and not harmed[plain_at_1], harmed[plain] or ahead.min() > 0))
+
+    better = passed[topr] - passed["base"]
     yield ("TOPR improves the model in the same setting (Figure 7)",
-           f"pass@1 {spread(better, sign=True)}, to {spread(of('TOPR', 'pass@1'))}; truncated importance sampling, which also "
-           f"weighs positives by min(1, pi/mu), {spread(of('truncated importance sampling', 'pass@1'))}; maj@16 "
-           f"{spread(of('TOPR', 'maj@16'))} and {spread(of('truncated importance sampling', 'maj@16'))}",
-           verdict(min(better) > 0, np.mean(better) > 0))
+           f"pass@1 {spread(better, sign=True)}, to {spread(passed[topr])}; truncated importance "
+           "sampling, which also weighs positives by min(1, pi/mu), "
+           f"{spread(passed[truncated])}; maj@16 {spread(votes[topr])} and "
+           f"{spread(votes[truncated])}",
+           verdict(better.min() > 0, better.mean() > 0))

@@ -2,83 +2,105 @@
 
 import numpy as np
 
-from experiments.common import bars, compare, difference, picture, run_arm, run_base, show_arms, spread, table, verdict
+from experiments.common import (
+    MEASURES,
+    SAMPLES,
+    bars,
+    best_arm,
+    by_arm,
+    compare,
+    each_base,
+    picture,
+    run_arm,
+    show_arms,
+    spread,
+    table,
+    verdict,
+)
 
-SHARES = {"TOPR, as sampled": dict(loss="topr"), "TOPR, share 0.33": dict(loss="topr", positive_share=0.33),
-          "TOPR, share 0.5": dict(loss="topr", positive_share=0.5), "TOPR, share 0.75": dict(loss="topr", positive_share=0.75)}
+SHARES = {
+    "TOPR, as sampled": {"loss": "topr"},
+    "TOPR, share 0.33": {"loss": "topr", "positive_share": 0.33},
+    "TOPR, share 0.5": {"loss": "topr", "positive_share": 0.5},
+    "TOPR, share 0.75": {"loss": "topr", "positive_share": 0.75},
+}
 GROUPS = {"none": (0, 0), "1 to 4": (1, 4), "5 to 16": (5, 16)}  # right answers of 16
 
 
 def run(settings, each):
-    seeds = range(settings.seeds)
-    arms = compare(settings, each, run_arm, {"positives only": dict(loss="sft"), **SHARES}, "negatives")
-    best = best_share(arms)
-    right = {"base": each(run_base, [(seed,) for seed in seeds], "base policies: test")}
-    for name, arm in (("positives only", arms["positives only"]), ("TOPR", arms[best])):
-        jobs = [(seed, arm["settings"], arm["learning_rate"], "test") for seed in seeds]  # measured already: only read
-        right[name] = each(run_arm, jobs, f"negatives: {name} by question")
-    right = {name: np.array([one["right"] for one in runs]) for name, runs in right.items()}  # [seeds, questions] each
-    return {"arms": arms, "best": best,
-            "share of questions": {name: {group: [float(inside(one, group).mean()) for one in runs] for group in GROUPS}
-                                   for name, runs in right.items()},
-            "pass@1 by the base policy": {
-                name: {group: [pass_in(one, before, group) for one, before in zip(runs, right["base"])] for group in GROUPS}
-                for name, runs in right.items()}}
-
-
-def best_share(arms):
-    """By the validation questions; in the quick form there are none, and share 0.33 stands for it."""
-    scores = {name: max(map(np.sum, arms[name]["validation"].values())) for name in SHARES}
-    return max(scores, key=scores.get) if any(scores.values()) else "TOPR, share 0.33"
+    arms = {"positives only": {"loss": "sft"}, **SHARES}
+    arms = compare(settings, each, run_arm, arms, "negatives")
+    best = best_arm(arms, ["TOPR, share 0.33", *SHARES])
+    runs = {"base": each_base(settings, each)}
+    for name, arm in {"positives only": arms["positives only"], "TOPR": arms[best]}.items():
+        jobs = [(seed, arm["settings"], arm["learning_rate"], "test")
+                for seed in range(settings.seeds)]
+        runs[name] = each(run_arm, jobs, f"negatives: {name} by question")  # kept: read again
+    count, passed = {}, {}
+    base = np.array([one["right"] for one in runs["base"]])  # [seeds, questions]
+    for name in runs:
+        right = np.array([one["right"] for one in runs[name]])  # [seeds, questions]
+        count[name] = {group: inside(right, group).mean(1).tolist() for group in GROUPS}
+        passed[name] = {group: pass_where(right, inside(base, group)) for group in GROUPS}
+    return {"arms": arms, "best": best, "share of questions": count,
+            "pass@1 by the base policy": passed}
 
 
 def inside(right, group):
-    """Which questions have so many right answers. [questions]"""
+    """Questions whose number of right answers is in the group. [seeds, questions]"""
     low, high = GROUPS[group]
     return (right >= low) & (right <= high)
 
 
-def pass_in(right, before, group):
-    """pass@1 on the questions where the base policy has so many right; None where there is no such question."""
-    chosen = right[inside(before, group)]
-    return float(chosen.mean() / 16) if len(chosen) else None
+def pass_where(right, chosen):
+    """pass@1 on the chosen questions by seed; None where a seed has no such question."""
+    return [float(row[mask].mean() / SAMPLES) if mask.any() else None
+            for row, mask in zip(right, chosen)]
 
 
 def show(result):
-    rows = lambda part: [(name, *map(spread, groups.values())) for name, groups in result[part].items()]
-    return "\n\n".join([
-        show_arms(result["arms"], ("pass@1", "maj@16", "invalid"), f"best: {result['best']}"),
-        table(("share of questions by right answers of 16", *GROUPS), rows("share of questions")),
-        table(("pass@1 by the base policy's right answers of 16", *GROUPS), rows("pass@1 by the base policy"))])
+    tables = [show_arms(result["arms"], MEASURES, f"best: {result['best']}")]
+    for part in ("share of questions", "pass@1 by the base policy"):
+        rows = [(name, *map(spread, groups.values())) for name, groups in result[part].items()]
+        tables.append(table((f"{part} with so many right answers of 16", *GROUPS), rows))
+    return "\n\n".join(tables)
 
 
 def draw(result, path):
-    arms, count = result["arms"], result["share of questions"]
+    arms = {"positives only": result["arms"]["positives only"],
+            "TOPR": result["arms"][result["best"]]}
     with picture(path, 1, 2) as (left, right):
-        bars(left, list(GROUPS), {name: np.array([groups[group] for group in GROUPS]).T for name, groups in count.items()})
+        bars(left, list(GROUPS), {name: np.transpose(list(groups.values()))
+                                  for name, groups in result["share of questions"].items()})
         left.set(xlabel="right answers of 16", ylabel="share of questions")
-        bars(right, ["pass@1", "maj@16"], {name: np.array([arm["pass@1"], arm["maj@16"]]).T for name, arm in (
-            ("positives only", arms["positives only"]), ("TOPR", arms[result["best"]]))})
+        bars(right, ["pass@1", "maj@16"], {name: np.transpose([arm["pass@1"], arm["maj@16"]])
+                                           for name, arm in arms.items()})
         right.set(ylabel="share right", ylim=(0, 1))
 
 
 def claims(result):
-    arms, best, passed = result["arms"], result["best"], result["pass@1 by the base policy"]
-    gains = {measure: difference(arms[best][measure], arms["positives only"][measure]) for measure in ("pass@1", "maj@16")}
+    best, passed, votes = result["best"], by_arm(result, "pass@1"), by_arm(result, "maj@16")
+    gain = passed[best] - passed["positives only"]
+    more_votes = votes[best] - votes["positives only"]
     yield ("Positives only is stable and lower (Figure 4)",
-           f"pass@1 {spread(arms['positives only']['pass@1'])}, {best} (the best of {len(SHARES)} on the validation questions) "
-           f"{spread(arms[best]['pass@1'])}: "
-           f"{spread(gains['pass@1'], sign=True)}, on the worst seed {min(gains['pass@1']):+.3f}; maj@16 "
-           f"{spread(gains['maj@16'], sign=True)}",
-           verdict(min(gains["pass@1"]) > 0 and np.mean(gains["maj@16"]) >= 0, np.mean(gains["pass@1"]) > 0))
-    mean = lambda values: np.mean([value for value in values if value is not None])
-    gain = {group: mean(passed["TOPR"][group]) - mean(passed["positives only"][group])
-            for group in GROUPS if any(value is not None for value in passed["base"][group])}
-    none = {name: groups["none"] for name, groups in result["share of questions"].items()}
-    more = [gain[group] > max(gain.get("5 to 16", 0), 0) for group in gain if group != "5 to 16"]
+           f"pass@1 {spread(passed['positives only'])}, {best} (the best of {len(SHARES)} on the "
+           f"validation questions) {spread(passed[best])}: {spread(gain, sign=True)}, on the worst "
+           f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, sign=True)}",
+           verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0))
+
+    groups, gains = result["pass@1 by the base policy"], {}
+    for group in GROUPS:
+        gain = np.array(groups["TOPR"][group], float) - np.array(
+            groups["positives only"][group], float)  # [seeds], NaN without such a question
+        if not np.isnan(gain).all():
+            gains[group] = np.nanmean(gain)
+    many = max(gains.get("5 to 16", 0), 0)
+    more = [gains[group] > many for group in ("none", "1 to 4") if group in gains]
+    none = {name: counts["none"] for name, counts in result["share of questions"].items()}
+    fewer = np.mean(none["TOPR"]) < np.mean(none["positives only"])
     yield ("What negatives add is on questions with few or no solutions (Figure 4)",
            "pass@1 gained over positives only, by the base policy's right answers of 16: "
-           + ", ".join(f"{group} {value:+.3f}" for group, value in gain.items())
-           + f"; questions without any right answer: positives only {spread(none['positives only'])}, TOPR "
-           f"{spread(none['TOPR'])}",
-           verdict(all(more) and any(more) and np.mean(none["TOPR"]) < np.mean(none["positives only"]), any(more)))
+           + ", ".join(f"{group} {gain:+.3f}" for group, gain in gains.items())
+           + f"; questions without any right answer: positives only "
+           f"{spread(none['positives only'])}, TOPR {spread(none['TOPR'])}",
+           verdict(all(more) and any(more) and fewer, any(more)))

@@ -1,9 +1,10 @@
 """The paper's findings in miniature, on the embedded tasks, from nothing.
 
-    python experiments/run.py                       all of them: some 90 minutes on two cores
+    python experiments/run.py                       all of them: about 90 minutes on two cores
     python experiments/run.py collapse shares       some of them
-    python experiments/run.py --quick               one seed, one pass: some 12 minutes, to see it go
-    python experiments/run.py --show                tables and pictures of the results that are kept
+    python experiments/run.py --quick               one seed, one pass: about 12 minutes
+    python experiments/run.py --show                tables and pictures of existing results
+    python experiments/run.py pretrained            on a pretrained model, not among "all of them"
 """
 
 import importlib.util
@@ -12,34 +13,36 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script: find the scripts beside the folder
+    sys.path.insert(0, str(ROOT))  # started as a script: find the scripts beside the folder
 
 from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
 from experiments import collapse, importance, negatives, queries, rounds, shares, verdicts
 from experiments.common import Settings, prepare, workers
 
-FINDINGS = {"collapse": collapse, "negatives": negatives, "shares": shares, "importance": importance, "rounds": rounds,
-            "verdicts": verdicts, "queries": queries}
+FINDINGS = {"collapse": collapse, "negatives": negatives, "shares": shares,
+            "importance": importance, "rounds": rounds, "verdicts": verdicts, "queries": queries}
 
 
 def main():
-    names, options = [word for word in sys.argv[1:] if word in FINDINGS], [word for word in sys.argv[1:] if word not in FINDINGS]
+    start = time.time()
+    names = [word for word in sys.argv[1:] if word in FINDINGS]
+    options = [word for word in sys.argv[1:] if word not in FINDINGS]
     if options and not options[0].startswith("-"):
         raise Problem(f"{options[0]}: no such finding; there are {', '.join(FINDINGS)}")
-    settings, start = parse(Settings, options, description=__doc__), time.time()
+    settings = parse(Settings, options, description=__doc__)
     if "RANK" in os.environ:
-        raise Problem("start it with python, not with torchrun: it has processes of its own")
-    usual = settings.seeds in (None, 5) and not settings.quick
-    settings.out = os.path.abspath(settings.out) if settings.out else "experiments/results" if usual else "runs/results"
-    os.chdir(Path(__file__).resolve().parents[1])  # runs/ and experiments/results are the repository's
+        raise Problem("start this with python, not with torchrun: it starts its own processes")
+    if settings.out:
+        settings.out = os.path.abspath(settings.out)
+    else:
+        full = settings.seeds in (None, 5) and not settings.quick
+        settings.out = "experiments/results" if full else "runs/results"
+    os.chdir(ROOT)
     settings.seeds = settings.seeds or (1 if settings.quick else 5)
     if settings.show:
-        names = names or [name for name in FINDINGS if os.path.exists(f"{settings.out}/{name}.json")]
-        if not names:
-            raise Problem(f"{settings.out}: there are no results; without --show they are made")
-        for name in names:
-            report(name, settings.out)
+        show(names or list(read_results(settings.out)), settings.out)
     else:
         make(names or list(FINDINGS), settings)
     rows = claims(settings.out)
@@ -47,46 +50,60 @@ def main():
         file.write(as_markdown(rows))
     for claim, measured, verdict, _ in rows:
         say(f"\n{claim}\n    {measured}\n    {verdict}")
-    say(f"\n{(time.time() - start) / 60:.1f} minutes; the claims are in {settings.out}/claims.md")
+    minutes = (time.time() - start) / 60
+    say(f"\n{minutes:.1f} minutes; the claims are in {settings.out}/claims.md")
 
 
 def make(names, settings):
-    """Runs the findings, each result as soon as it is there."""
+    """Runs the findings and shows each result as soon as it is complete."""
+    small = set(names) - {"queries"}
     jobs = [(seed, larger) for larger in (True, False) for seed in range(settings.seeds)
-            if ("rounds" in names if larger else set(names) - {"queries"})]
+            if ("rounds" in names if larger else small)]
     with workers(settings) as each:
         each(prepare, jobs, "base policies")
         for name in names:
             began = time.time()
             result = FINDINGS[name].run(settings, each)
-            write_json(f"{settings.out}/{name}.json", {"seeds": settings.seeds, "quick": settings.quick, **result})
-            report(name, settings.out)
+            kept = {"seeds": settings.seeds, "quick": settings.quick, **result}
+            write_json(f"{settings.out}/{name}.json", kept)
+            show([name], settings.out)
             say(f"{name}: {(time.time() - began) / 60:.1f} minutes")
 
 
-def report(name, folder):
-    """Table and picture of what is kept."""
-    finding, result = FINDINGS[name], read_json(f"{folder}/{name}.json")
-    say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{finding.show(result)}\n")
-    if importlib.util.find_spec("matplotlib"):
-        finding.draw(result, f"{folder}/{name}.png")
-        say(f"{folder}/{name}.json and {name}.png")
-    else:
-        say(f"{folder}/{name}.json; no picture, for matplotlib is not installed")
+def show(names, folder):
+    """Prints the tables of existing results and draws their pictures."""
+    if not names:
+        raise Problem(f"{folder}: there are no results; without --show they are made")
+    for name in names:
+        path = f"{folder}/{name}.json"
+        finding, result = FINDINGS[name], read_json(path)
+        title = finding.__doc__.splitlines()[0]
+        say(f"\n{name}: {title}\n\n{finding.show(result)}\n")
+        if importlib.util.find_spec("matplotlib"):
+            finding.draw(result, f"{folder}/{name}.png")
+            say(f"{path} and {name}.png")
+        else:
+            say(f"{path}; no picture: matplotlib is not installed")
+
+
+def read_results(folder):
+    return {name: read_json(f"{folder}/{name}.json") for name in FINDINGS
+            if os.path.exists(f"{folder}/{name}.json")}
 
 
 def claims(folder):
-    """(claim, what was measured, verdict, command) for every finding that has results in the folder."""
-    results = {name: read_json(f"{folder}/{name}.json") for name in FINDINGS if os.path.exists(f"{folder}/{name}.json")}
+    """(claim, what was measured, verdict, command) of every finding with results in the folder."""
+    results = read_results(folder)
     if len({(result["seeds"], result["quick"]) for result in results.values()}) > 1:
-        raise Problem(f"{folder}: its results are of different numbers of seeds, or quick ones among others: make them again")
+        raise Problem(f"{folder}: results with different numbers of seeds, or quick and full ones, "
+                      "do not belong in one folder: use another --out")
     return [(*claim, f"`python experiments/run.py {name}`") for name, result in results.items()
             for claim in FINDINGS[name].claims(result)]
 
 
 def as_markdown(rows):
-    return "\n".join(["| claim of the paper | measured here | verdict | command |", "|---|---|---|---|",
-                      *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    lines = ["| claim of the paper | measured here | verdict | command |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
 
 
 if __name__ == "__main__":

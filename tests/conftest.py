@@ -23,6 +23,18 @@ def torchrun(ranks, *command, **environment):
                  **environment)
 
 
+def eval_settings(**changes):
+    import eval as evaluation
+
+    return evaluation.Settings(**changes)
+
+
+def apples_questions(tokenizer, settings, count, split="test"):
+    from data import tasks
+
+    return tasks.load_questions(tasks.load_task("apples"), split, count, settings.seed, tokenizer, settings)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A directory with the embedded task's tokenizer and a two-layer model that has seen a few demonstrations."""
@@ -34,7 +46,7 @@ def tiny(tmp_path_factory):
     tokenizer = apples.make_tokenizer(apples.vocabulary())
     tokenizer.save_pretrained(folder / "random")
     apples.make_model(tokenizer, seed=3, width=32, layers=2).save_pretrained(folder / "random")
-    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3, tokenizer))
+    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3))
     train.train(train.Settings(model=str(folder / "random"), rollouts=str(folder / "demonstrations.jsonl"), loss="sft",
                                out=str(folder / "policy"), optimizer="adamw", learning_rate=1e-2, sequences=32))
     return str(folder / "policy")
@@ -43,15 +55,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rollouts(tiny, tmp_path_factory):
     """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, some rewards set to +1."""
-    import eval as evaluation
-    from engine import sampler
     from data.rollouts import write_rollouts
+    from engine import sampler
 
     path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
-    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
-    settings = evaluation.Settings(model=tiny, questions=10, samples=5, max_new_tokens=30, split="train")
-    questions = evaluation.load_questions(settings, tokenizer)
-    rows = sampler.sample_rollouts(model, tokenizer, questions, lambda question, text: (text[-3:], -1.0), settings, str(path))
+    settings = eval_settings(model=tiny, samples=5, max_new_tokens=30)
+    model, tokenizer = sampler.load_model(tiny, settings, "cpu")
+    rows = sampler.sample_rollouts(model, tokenizer, apples_questions(tokenizer, settings, 10, "train"),
+                                   lambda question, text: (text[-3:], -1.0), settings, str(path))
     for number, row in enumerate(rows):
         row["reward"] = 1.0 if number % 3 == 0 else -1.0
     write_rollouts(path, rows)

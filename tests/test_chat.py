@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 import eval as evaluation
 import train
 from conftest import ROOT, shell
-from data import maths
+from data import maths, tasks
 from data.rollouts import read_rollouts
 from data.tokens import all_token_ids
 from engine import sampler
@@ -44,13 +44,17 @@ def chat(tmp_path_factory):
     return folder
 
 
+def gsm8k_questions(tokenizer, settings):
+    return tasks.load_questions(tasks.load_task("gsm8k"), settings.split, 0, 0, tokenizer, settings)
+
+
 def test_both_end_tokens_are_known(chat):
-    model, tokenizer = sampler.load_model(chat, "float32", "cpu")
+    model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     assert len(sampler.end_tokens(model, tokenizer)) == 2
 
 
 def test_prompts_go_through_the_template_once(chat):
-    _, tokenizer = sampler.load_model(chat, "float32", "cpu")
+    _, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     prompt = maths.make_prompt("gsm8k", "How many? <|im_end|>", tokenizer)
     ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer)[0]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
@@ -63,10 +67,10 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     rows = [dict(id=f"q{i}", question=f"What is {i} + 2?", gold=str(i + 2), solution="") for i in range(6)]
     (tmp_path / "gsm8k/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(maths, "HERE", tmp_path)
-    model, tokenizer = sampler.load_model(chat, "float32", "cpu")
+    model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     settings = evaluation.Settings(model=chat, task="gsm8k", split="train", samples=6, max_new_tokens=24)
     out = str(tmp_path / "r.jsonl")
-    sampler.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), evaluation.grader("gsm8k"), settings, out)
+    sampler.sample_rollouts(model, tokenizer, gsm8k_questions(tokenizer, settings), tasks.load_task("gsm8k").grade, settings, out)
     rollouts, ends = read_rollouts(out), sampler.end_tokens(model, tokenizer)
     assert {row["finish"] for row in rollouts} == {"stop", "length"}
     assert len({row["completion_ids"][-1] for row in rollouts if row["finish"] == "stop"}) == 2
@@ -77,12 +81,12 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     result = shell(sys.executable, ROOT / "train.py", "--model", chat, "--rollouts", tmp_path / "scored.jsonl", "--out", tmp_path / "out",
                    "--learning-rate", "1e-4", "--sequences", "12", "--gradient-checkpointing")
     assert result.returncode == 0, result.stdout
-    trained, tokenizer = sampler.load_model(str(tmp_path / "out"), "float32", "cpu")
+    trained, tokenizer = sampler.load_model(str(tmp_path / "out"), evaluation.Settings(), "cpu")
     assert tokenizer.chat_template == TEMPLATE and sampler.end_tokens(trained, tokenizer) == ends
     assert (tmp_path / "out/chat_template.jinja").read_text() == TEMPLATE
     assert same_generation(chat, tmp_path / "out")
     measures = measure(sampler.sample_rollouts(
-        trained, tokenizer, evaluation.load_questions(settings, tokenizer), evaluation.grader("gsm8k"), settings))
+        trained, tokenizer, gsm8k_questions(tokenizer, settings), tasks.load_task("gsm8k").grade, settings))
     assert measures["completions"] == 36
 
 
@@ -94,7 +98,7 @@ def same_generation(one, other):
 
 def test_odd_generation_settings_are_handed_on(chat, tmp_path):
     """Many published models name a temperature and do not sample, which transformers calls invalid: the run still ends well."""
-    model, tokenizer = sampler.load_model(chat, "float32", "cpu")
+    model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     model.save_pretrained(tmp_path / "odd")
     tokenizer.save_pretrained(tmp_path / "odd")
     odd = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": sampler.end_tokens(model, tokenizer)}

@@ -8,12 +8,14 @@ import random
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as evaluation
-from conftest import ROOT, shell, torchrun
+from conftest import ROOT, apples_questions, shell, torchrun
+from data import tasks
 from data.rollouts import read_rollouts, write_rollouts
 from engine import sampler
 from engine import measures
@@ -111,10 +113,10 @@ def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_p
 
 def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
     """Whatever temperature, top-k and top-p chose the tokens; the end token counts when it was sampled."""
-    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     settings = evaluation.Settings(model=tiny, questions=4, samples=3, max_new_tokens=25, temperature=0.5, top_k=10, top_p=0.9)
-    questions = evaluation.load_questions(settings, tokenizer)
-    rows = sampler.sample_rollouts(model, tokenizer, questions, evaluation.grader("apples"), settings, str(tmp_path / "r.jsonl"))
+    questions = apples_questions(tokenizer, settings, settings.questions)
+    rows = sampler.sample_rollouts(model, tokenizer, questions, tasks.load_task("apples").grade, settings, str(tmp_path / "r.jsonl"))
     assert rows == read_rollouts(tmp_path / "r.jsonl")
     for row in rows:
         ids = row["prompt_ids"] + row["completion_ids"]
@@ -128,9 +130,9 @@ def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
 
 def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
     """Finished questions are kept, a torn line is dropped, nothing is sampled twice."""
-    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     settings = evaluation.Settings(model=tiny, questions=9, samples=2, max_new_tokens=20, batch_size=4)
-    questions, grade, graded = evaluation.load_questions(settings, tokenizer), evaluation.grader("apples"), []
+    questions, grade, graded = apples_questions(tokenizer, settings, settings.questions), tasks.load_task("apples").grade, []
 
     def dying(question, text):
         graded.append(question["id"])
@@ -175,15 +177,69 @@ def test_majority_by_enumeration():
             assert got == pytest.approx(sum(expected) / len(expected), abs=0.04)
 
 
+def test_votes_are_counted_before_anything_looks_at_the_reference():
+    """Merging only right spellings let five right "18" beat three "20" and three "20.00"."""
+    answers = ["18"] * 5 + ["20"] * 3 + [None] + ["20.00"] * 3
+    votes = measures.group_answers(answers, lambda a, b: float(a) == float(b))
+    assert votes == [0] * 5 + [1] * 3 + [None] + [1] * 3
+    right = [answer == "18" for answer in answers]
+    assert measures.majority_at_k(votes, right, 12, random.Random(0), 1) == 0.0
+    assert measures.majority_at_k(answers, right, 12, random.Random(0), 1) == 1.0
+    rows = [dict(id="q", reward=1.0 if answer == "18" else -1.0, answer=answer) for answer in answers]
+    assert measure(rows + rows[1:5], same_answer=lambda a, b: float(a) == float(b))["maj@16"]["mean"] == 1.0
+    assert measures.group_answers([None, None]) == [None, None]
+    assert measures.majority_at_k([None, None], [False, False], 2, random.Random(0), 1) == 0.0
+
+
 def test_measures_over_questions():
-    rows = [dict(id="a", reward=1.0, answer="5", finish="stop"), dict(id="a", reward=-1.0, answer=None, finish="length"),
-            dict(id="b", reward=1.0, answer="7", finish="stop"), dict(id="b", reward=1.0, answer="7", finish="stop")]
+    rows = [dict(id="a", reward=1.0, answer="5", finish="stop"),
+            dict(id="a", reward=-1.0, answer=None, finish="length"),
+            dict(id="b", reward=1.0, answer="7", finish="stop"),
+            dict(id="b", reward=1.0, answer="7", finish="stop")]
     measures = measure(rows)
-    assert measures["questions"] == 2 and measures["completions"] == 4
-    assert measures["pass@1"]["mean"] == 0.75 and measures["invalid"]["mean"] == 0.25 and measures["cut off"]["mean"] == 0.25
+    assert measures["questions"] == 2 and measures["completions"] == 4 and "tokens" not in measures
+    assert measures["pass@1"]["mean"] == 0.75 and measures["invalid"]["mean"] == 0.25
+    assert measures["cut off"]["mean"] == 0.25
     assert measures["pass@2"]["mean"] == 1.0 and measures["maj@2"]["mean"] == 1.0
-    half = 1.96 * math.sqrt(((0.5 - 0.75) ** 2 + (1 - 0.75) ** 2) / 1) / math.sqrt(2)
-    assert measures["pass@1"]["high"] == pytest.approx(0.75 + half)
+
+
+def test_shares_have_wilsons_interval():
+    """The normal interval of 0 of 20 was [0, 0], of 1 of 20 it began below 0."""
+    for right, n in ((0, 20), (1, 20), (7, 20), (20, 20), (1, 1)):
+        p, found = right / n, measures.interval([True] * right + [False] * (n - right))
+        for end in (found["low"], found["high"]):  # where p is 1.96 standard errors from the end
+            assert abs(p - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), abs=1e-6)
+        assert 0 <= found["low"] <= p + 1e-9 and p - 1e-9 <= found["high"] <= 1
+    assert measures.interval([2.0, 4.0])["low"] == pytest.approx(3 - 1.96)
+
+
+@pytest.mark.parametrize("n", [20, 100])
+@pytest.mark.parametrize("p", [0.02, 0.05])
+@pytest.mark.parametrize("samples, alike", [(1, 0.5), (16, 0.05), (16, 0.3), (16, 0.7)])
+def test_intervals_cover(n, p, samples, alike):
+    """95% intervals held the truth in as little as 57% of such cases; `alike`: correlation within a question."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(600):
+        chances = rng.beta(p * (1 / alike - 1), (1 - p) * (1 / alike - 1), n)  # [questions]
+        found = measures.interval(rng.binomial(samples, chances) / samples)
+        covered += found["low"] <= p <= found["high"]
+    assert covered / 600 > 0.88
+
+
+def test_paired_intervals():
+    """Shared difficulty cancels; equal pairs are not proof of no change; it covers."""
+    before = np.linspace(0, 0.8, 50)
+    found = measures.paired_interval(before, before + 0.1)
+    assert found["mean"] == pytest.approx(0.1) and found["low"] > 0 and found["high"] < 0.2
+    same = measures.paired_interval([0, 1] * 10, [0, 1] * 10)
+    assert same["mean"] == 0 and same["low"] == -same["high"] < -0.05
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(600):
+        ability = rng.random(40)
+        before, after = rng.random(40) < ability * 0.5, rng.random(40) < ability * 0.7
+        found = measures.paired_interval(before, after)
+        covered += found["low"] <= 0.1 <= found["high"]
+    assert covered / 600 > 0.93
 
 
 def test_grading_an_existing_file(tmp_path):
@@ -196,29 +252,29 @@ def test_grading_an_existing_file(tmp_path):
     assert json.loads((tmp_path / "new.json").read_text())["pass@1"]["mean"] == 0.5
     del rows[1]["gold"]
     write_rollouts(tmp_path / "old.jsonl", rows)
-    with pytest.raises(Problem, match="old.jsonl:2: no \"gold\""):
-        evaluation.regrade(str(tmp_path / "old.jsonl"), evaluation.Settings())
+    with pytest.raises(Problem, match='old.jsonl: rollout 2 .* has no "gold"'):
+        evaluation.regrade(str(tmp_path / "old.jsonl"), tasks.load_task("apples"))
 
 
 def test_a_prompt_without_room_is_named(tiny):
-    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     settings = evaluation.Settings(model=tiny, questions=2, max_new_tokens=250)
     with pytest.raises(Problem, match="apples-test-0-0.*--max-new-tokens"):
-        sampler.sample_rollouts(model, tokenizer, evaluation.load_questions(settings, tokenizer), None, settings)
+        sampler.sample_rollouts(model, tokenizer, apples_questions(tokenizer, settings, settings.questions), None, settings)
     assert dataclasses.asdict(settings)["samples"] == 16
 
 
 def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys):
     """The same command again costs nothing; other settings under the same name are refused."""
-    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     wish = evaluation.Settings(model=tiny, questions=3, samples=2, max_new_tokens=8)
-    questions, grade = evaluation.load_questions(wish, tokenizer), evaluation.grader("apples")
+    questions, grade = apples_questions(tokenizer, wish, wish.questions), tasks.load_task("apples").grade
     out = str(tmp_path / "rollouts.jsonl")
     first = sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out)
     stamp = open(out, "rb").read()
     assert sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out) == first
     assert "reusing" in capsys.readouterr().out
-    for changes in (dict(temperature=0.5), dict(samples=3), dict(seed=1)):
+    for changes in (dict(temperature=0.5), dict(samples=1), dict(seed=1)):
         with pytest.raises(Problem, match="holds other rollouts"):
             sampler.sample_rollouts(model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out)
     assert open(out, "rb").read() == stamp

@@ -20,7 +20,8 @@ import pytest
 
 import eval as evaluation
 import train
-from conftest import ROOT
+from conftest import ROOT, apples_questions
+from data import tasks
 from data.rollouts import read_rollouts
 from data.tokens import prompt_tokens
 from engine import sampler, server
@@ -89,7 +90,7 @@ def settings_for(fake, tiny, **changes):
 
 def sample(settings, out="", grade=lambda question, text: (None, -1.0)):
     tokenizer = sampler.load_tokenizer(settings.tokenizer or settings.model)
-    return sampler.sample_rollouts(None, tokenizer, evaluation.load_questions(settings, tokenizer), grade, settings, str(out))
+    return sampler.sample_rollouts(None, tokenizer, apples_questions(tokenizer, settings, settings.questions), grade, settings, str(out))
 
 
 def one_line(monkeypatch, capsys, *options):
@@ -248,7 +249,7 @@ def test_the_file_trains(tiny, tmp_path):
     with Fake(lambda body: (200, choices(*itertools.islice(texts, body["n"])))) as fake:
         settings = settings_for(fake, tiny, questions=6)
         sample(settings, tmp_path / "r.jsonl", lambda question, text: (text, 1.0 if "3" in text else -1.0))
-        measures = evaluation.evaluate(None, sampler.load_tokenizer(tiny), settings)
+        measures = evaluation.evaluate(None, sampler.load_tokenizer(tiny), tasks.load_task("apples"), settings, "test", 6)
         assert measures["greedy"] and {body["temperature"] for body in fake.asked} == {0.0, 1.0}
     train.train(train.Settings(model=tiny, rollouts=str(tmp_path / "r.jsonl"), out=str(tmp_path / "trained"), sequences=12))
     assert list(tmp_path.glob("r.jsonl.mu-*")) and (tmp_path / "trained" / "model.safetensors").exists()
@@ -307,7 +308,7 @@ def test_transformers_serve(tiny, tmp_path):
         serving.terminate()
         serving.wait(20)
         log.close()
-    model, tokenizer = sampler.load_model(tiny, "float32", "cpu")
+    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     local = evaluation.Settings(model=tiny, **greedy)
-    ours = sampler.sample_rollouts(model, tokenizer, evaluation.load_questions(local, tokenizer), lambda *_: (None, -1.0), local)
+    ours = sampler.sample_rollouts(model, tokenizer, apples_questions(tokenizer, local, local.questions), lambda *_: (None, -1.0), local)
     assert [row["completion"] for row in theirs] == [row["completion"] for row in ours]

@@ -180,7 +180,7 @@ def test_errors_name_the_sequence_and_the_token(topr):
             topr.topr_loss(*tensors({**A, "mus": [A["mus"][0], [bad, -0.5]]}))
     with pytest.raises(ValueError, match="sequence 0, token 2"):
         topr.topr_loss(*tensors({**A, "logps": [[-0.5, -1, math.nan], A["logps"][1]]}))
-    with pytest.raises(ValueError, match="sequence 1 has no completion"):
+    with pytest.raises(ValueError, match="sequence 1: .*no completion"):
         topr.topr_loss(*tensors({**A, "logps": [A["logps"][0], []], "mus": [A["mus"][0], []]}))
     with pytest.raises(ValueError, match="sequence 1.*reward"):
         topr.topr_loss(*tensors({**A, "rewards": [1, math.nan]}))
