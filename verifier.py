@@ -263,11 +263,12 @@ def count_table(stages):
 
 def train_verifier(settings, candidates):
     """Rounds of verdicts and of training on them; returns the folder of the last verifier."""
+    train.check_settings(part_of(train.Settings, settings, rounds=1))
     verifier = settings.model
     for number in range(settings.rounds):
         suffix = f"-{number + 1}" if number else ""
         path, folder = f"{settings.out}/verdicts{suffix}.jsonl", f"{settings.out}/trained{suffix}"
-        seed = settings.seed + 1000 * number  # a round draws random numbers of its own
+        seed = settings.seed + 1_000_003 * number  # a round draws random numbers of its own
         sample_verdicts(settings, verifier, candidates, path, samples=settings.samples, seed=seed)
         train.train_once(part_of(
             train.Settings, settings, model=verifier, rollouts=path, out=folder, rounds=1))

@@ -247,6 +247,10 @@ def test_every_setting_of_training_reaches_it(tmp_path, monkeypatch):
              "--positive-share 0.1 --rounds 2 --samples 3 --top-k 7 --server http://a/v1 --model m "
              "--learning-rate 1e-4 --epochs 3 --checkpoint-every 5").split()
     settings = verifier.parse(verifier.Settings, [*words, "--out", "o"])
+    with pytest.raises(Problem, match="--shard needs more than one process"):
+        verifier.train_verifier(settings, [])
+    assert not sampled, "refused only after the verdicts were sampled"
+    monkeypatch.setattr(verifier.train, "world", lambda: 2)
     assert verifier.train_verifier(settings, []) == "o/trained-2"
     for number, (run, (sampling, path)) in enumerate(zip(trained, sampled, strict=True)):
         assert type(run) is train.Settings and run.rounds == 1 and run.rollouts == path
