@@ -97,7 +97,9 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
 
     # pi = 0 on a negative: there is nothing left to push down. On a positive it is an error.
     vanished = (mask & (logp == -math.inf)).any(-1)  # [batch]
-    refuse(vanished & (advantage > 0), "a positive has a token with log pi = -inf")
+    lost = vanished & (advantage > 0)  # [batch]
+    if lost.any():
+        raise ValueError(f"{place_of(lost)}: a positive has a token with log pi = -inf")
     logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # select: 0 * inf is NaN  [batch, time]
     no_gradient = vanished | (advantage == 0)  # [batch]
     coefficient = torch.where(no_gradient, 0.0, advantage * weight)  # A_i w_i  [batch]
@@ -152,27 +154,26 @@ def checked(logp, mu_logp, reward, mask):
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
-    if mu_logp is None:
-        mu_logp = torch.full_like(logp, math.nan)
-    elif mu_logp.shape == logp.shape:
-        mu_logp = mu_logp.to(logp.dtype)
-        refuse(mask & ~mu_logp.isfinite(), "log mu is missing, NaN or infinite")
+    has_mu = mu_logp is not None
+    mu_logp = mu_logp.to(logp.dtype).detach() if has_mu else torch.full_like(logp, math.nan)
     if not logp.shape == mask.shape == mu_logp.shape or reward.shape != logp.shape[:1]:
         raise ValueError(f"shapes differ: logp {list(logp.shape)}, mu_logp {list(mu_logp.shape)}, "
                          f"mask {list(mask.shape)}, reward {list(reward.shape)}")
-    refuse(mask.sum(-1) == 0, "it has no completion tokens")
-    refuse(~reward.isfinite(), "its reward is not finite")
-    refuse(mask & (logp.isnan() | (logp == math.inf)), "log pi is NaN or +inf")  # -inf: later
-    refuse(mask & (logp > 1e-3), "log pi is above 0: pass log-probabilities, not logits or losses")
-    return logp, mu_logp.detach(), reward, mask
+    for bad, message in (
+            (mask.sum(-1) == 0, "it has no completion tokens"),
+            (~reward.isfinite(), "its reward is not finite"),
+            (mask & (logp.isnan() | (logp == math.inf)), "log pi is NaN or +inf"),
+            (mask & (logp > 1e-3), "log pi is above 0: pass log-probabilities, not logits"),
+            (mask & ~mu_logp.isfinite() & has_mu, "log mu is missing, NaN or infinite")):
+        if bad.any():
+            raise ValueError(f"{place_of(bad)}: {message}")
+    return logp, mu_logp, reward, mask
 
 
-def refuse(bad, message):
-    """An error for the first True of bad, [batch] or [batch, time]."""
-    if bad.any():
-        index = bad.nonzero()[0].tolist()
-        token = f", token {index[1]}" if len(index) > 1 else ""
-        raise ValueError(f"sequence {index[0]}{token}: {message}")
+def place_of(flags):
+    """The first True of [batch] or [batch, time], in words."""
+    index = flags.nonzero()[0].tolist()
+    return f"sequence {index[0]}" + (f", token {index[1]}" if len(index) > 1 else "")
 
 
 # ---- the composition of the data: baseline, shares, Anna Karenina, pairs ----
@@ -251,7 +252,8 @@ def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=N
     largest tensor is [chunk_tokens, vocab]. A single chunk runs once.
     """
     mask = mask.bool()
-    refuse(mask[:, 0], "the first token has nothing before it to be predicted from")
+    if mask[:, 0].any():
+        raise ValueError(f"{place_of(mask[:, 0])}: the first token has nothing before it")
     if attention_mask is not None and attention_mask.dim() == 2 and position_ids is None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # [batch, time]
     layout = {"attention_mask": attention_mask, "position_ids": position_ids}

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import eval as evaluation
 import topr
 from data import apples
 from data.rollouts import file_fingerprint, write_rollouts
 from data.tasks import load_questions, load_task
 from engine import batches, optim, run_folder
-from engine.common import (Problem, Stopped, draw_lines, free_memory, parse, part_of, progress,
-                           read_json, run_main, say, seed_everything, setting, table, write_json)
+from engine.common import (Problem, Stopped, draw_lines, free_memory, parse, progress,
+                           read_json, run_main, say, seed_everything, setting, table, write_json,
+                           writing)
 from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, shard,
                              start_ranks, world)
-from engine.sampler import (Sampling, end_token_of, evaluate_policy, fingerprint, load_model,
-                            load_tokenizer, sample_once)
+from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer, sample_once
 
 
 @dataclass
@@ -113,7 +114,8 @@ class LogProbs(torch.nn.Module):
     def forward(self, packed, mask):
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.bfloat16):
             logp = topr.completion_logprobs(self.model, **packed)[packed["mask"]]  # [tokens]
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logp)  # [batch, time]
+        empty = torch.zeros(mask.shape, device=mask.device)
+        return empty.masked_scatter(mask, logp)  # [batch, time]
 
 
 def train(settings, evaluate=None):
@@ -131,11 +133,12 @@ def train(settings, evaluate=None):
     log, first = run_folder.resume(settings, model, optimizer, run)
     steps = batches.steps_per_epoch(data) * settings.epochs
     bar = progress(total=steps, what=f"training ({settings.loss})", initial=first)
-    with run_folder.catch_signals() as signals:
+    log_file = run_folder.open_log(settings.out)
+    with writing(log_file.name), run_folder.catch_signals() as signals:
         for step in range(first, steps):
             # Now and then a point of the learning curve. Sampling ends gradient checkpointing.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
-                write_log(settings, log, {"step": step, "measured": evaluate(model)})
+                write_log(log, log_file, {"step": step, "measured": evaluate(model)})
                 optim.checkpoint_layers(settings, model)
 
             # The rows of this step, the same for any number of ranks: N = units.size.
@@ -145,24 +148,27 @@ def train(settings, evaluate=None):
 
             # The gradient of the loss over all micro-batches and ranks, clipped and finite.
             parts = backward(policy, micro_batches, loss_function, units.size / data.ranks)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            limit = settings.grad_clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             norm = (norm.full_tensor() if settings.shard else norm).item()
             metrics = step_metrics(gather(parts))
             if not math.isfinite(metrics["loss"] + norm):
-                raise Problem(f"step {step}: the loss is {metrics['loss']}, the gradient norm {norm}; "
-                              f"nothing was updated. {run_folder.last_checkpoint(settings.out)}. "
-                              f"The rollouts: {batches.line_numbers(data, units.ravel())}")
+                raise Problem(
+                    f"step {step}: the loss is {metrics['loss']}, the gradient norm {norm}; nothing "
+                    f"was updated. {run_folder.last_checkpoint(settings.out)}. The rollouts: "
+                    f"{batches.line_numbers(data, units.ravel())}")
 
             # The update.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, steps)
-            metrics["peak_memory_gib"] = optim.update(settings, optimizer, step)
+            optim.update(settings, optimizer, step)
+            metrics["peak_memory_gib"] = optim.peak_memory()
             optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are views of its buckets
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
             seconds = time.time() - start
             speed = data.lengths[units].sum() / seconds
-            write_log(settings, log, {
+            write_log(log, log_file, {
                 "step": step, "epoch": step * settings.epochs // steps, "sequences": units.size,
                 **metrics, "gradient_norm": norm, "learning_rate": group["lr"],
                 "tokens_per_second": speed, "seconds": seconds})
@@ -177,7 +183,7 @@ def train(settings, evaluate=None):
                               "go on from there", stop[0])
     bar.close()
     if evaluate and settings.eval_every:
-        write_log(settings, log, {"step": steps, "measured": evaluate(model)})
+        write_log(log, log_file, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
     lock.release()
     return log
@@ -186,7 +192,7 @@ def train(settings, evaluate=None):
 def set_up(settings, device):
     """The model on one card, whole on each of many (DDP), or in shards (FSDP2); and the data."""
     seed_everything(settings.seed)
-    model, tokenizer = load_policy(settings, device)
+    model, tokenizer = load_start(settings, device)
     data = batches.read_data(settings, model, tokenizer, device)
     weights = from_first(fingerprint(model) if rank() == 0 else None)
     run = run_folder.describe_run(settings, data.fingerprint, weights)
@@ -194,7 +200,8 @@ def set_up(settings, device):
     make_loss(settings, data)  # a mistake in its options is reported before any work
     optim.prepare_model(settings, model)
     if settings.pack_prompts:
-        data.pack = from_first(rank() == 0 and batches.can_pack(model, data))
+        longest = data.lengths.max()
+        data.pack = from_first(rank() == 0 and batches.can_pack(model, longest, data.mask_dtype))
     policy = LogProbs(model, settings.precision)
     if settings.shard:
         shard(policy, device, settings.precision)
@@ -202,12 +209,13 @@ def set_up(settings, device):
     mu = batches.make_mu(settings, policy, data, device, taper is None or taper.needs_mu, weights)
     if world() > 1 and not settings.shard:
         policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    say(f"{data.path}: {data.units.size:,} completions, {(data.rewards[data.units] > 0).mean():.1%} "
-        f"positive; loss {settings.loss}, {settings.sequences} completions a step, log mu {mu}")
+    positive = (data.rewards[data.units] > 0).mean()
+    say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
+        f"{settings.loss}, {settings.sequences} completions a step, log mu {mu}")
     return model, tokenizer, data, policy, run
 
 
-def load_policy(settings, device):
+def load_start(settings, device):
     if not settings.shard:
         return load_model(settings.model, settings, device)
     tokenizer = load_tokenizer(settings.model)
@@ -256,8 +264,8 @@ def make_taper(settings):
     own = settings.pos_limits or settings.neg_limits
     if settings.loss not in topr.TAPERS:
         if own or settings.baseline or settings.positive_share is not None:
-            raise Problem("--baseline, --positive-share, --pos-limits and --neg-limits have no place "
-                          f"in --loss {settings.loss}")
+            raise Problem("--baseline, --positive-share, --pos-limits and --neg-limits have no "
+                          f"place in --loss {settings.loss}")
         return None
     named = topr.TAPERS[settings.loss]
     if not own:
@@ -293,16 +301,15 @@ def step_metrics(parts):
         "positive_share": advantage[advantage > 0].sum() / total if total else None}
     if np.isnan(d).any():  # undefined without log mu
         return metrics
-    quantiles = zip(("d_min", "d_10", "d_50", "d_90", "d_max"), np.quantile(d, (0, 0.1, 0.5, 0.9, 1)))
+    quantiles = np.quantile(d, (0, 0.1, 0.5, 0.9, 1))
     return {**metrics, "negatives_liked": (d[negative] > 0).sum() / negatives, "d_mean": d.mean(),
-            **dict(quantiles)}
+            **dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), quantiles))}
 
 
-def write_log(settings, log, entry):
-    entry = json.loads(json.dumps(entry, default=float))
-    log.append(entry)
-    if rank() == 0:
-        run_folder.append_log(settings.out, entry)
+def write_log(log, log_file, entry):
+    line = json.dumps(entry, default=float)
+    log.append(json.loads(line))
+    log_file.write(line + "\n")
 
 
 # ---- the whole job: a policy, its rollouts, training, and what came of it ----
@@ -386,7 +393,7 @@ def check_settings(settings):
             raise Problem(f"{settings.out} holds {done} round(s): use another --out; --model "
                           f"{settings.out} goes on from there")
     if settings.shard and world() == 1:
-        raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py ...")
+        raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py")
     if settings.shard and settings.task and settings.eval_every:
         raise Problem("--shard draws no curve, for no card holds the whole model: --eval-every 0")
 
@@ -399,7 +406,7 @@ def sample_rollout_file(settings, policy, path, number=1):
     def questions(tokenizer):
         return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
 
-    sample_once(settings, policy, questions, task, path, server=server,
+    sample_once(settings, policy, questions, task.grade, path, server=server,
                 seed=settings.seed + 1_000_003 * (number - 1))
 
 
@@ -407,16 +414,13 @@ def measure_once(settings, policy, name):
     """What eval.py measures on the test questions; kept in the run's folder."""
     path = os.path.join(settings.out, f"{name}.json")
     model, tokenizer = load_model(policy, settings, start_ranks())
-    sampling = part_of(Sampling, settings, server="", seed=settings.seed + 1)
-    facts = {"settings": dataclasses.asdict(sampling), "task": settings.task,
-             "questions": settings.test_questions, "weights": fingerprint(model)}
+    facts = {"settings": dataclasses.asdict(settings), "weights": fingerprint(model)}
     kept = from_first(read_json(path) if os.path.exists(path) else {})
     if {key: kept.get(key) for key in facts} == facts:
         return kept["measures"]
-    task = load_task(settings.task)
-    questions = load_questions(task, "test", settings.test_questions, settings.seed + 1, tokenizer,
-                               settings)
-    measures = evaluate_policy(model, tokenizer, task, questions, sampling, what=f"measuring {name}")
+    sampling = dataclasses.replace(settings, model=policy, server="", seed=settings.seed + 1)
+    measures = evaluation.evaluate(model, tokenizer, load_task(settings.task), sampling, "test",
+                                   settings.test_questions, what=f"measuring {name}")
     if rank() == 0:
         write_json(path, {**facts, "measures": measures})
     return measures
@@ -425,13 +429,12 @@ def measure_once(settings, policy, name):
 def curve_point(settings):
     """model -> pass@1 and invalid on a few test questions, for the learning curve."""
     task, tokenizer = load_task(settings.task), load_tokenizer(settings.model)
-    sampling = part_of(Sampling, settings, server="", seed=settings.seed + 1, samples=4)
+    sampling = dataclasses.replace(settings, server="", seed=settings.seed + 1, samples=4)
     count = min(100, settings.test_questions or 100)
-    questions = load_questions(task, "test", count, settings.seed + 1, tokenizer, settings)
 
     def point(model):
-        measures = evaluate_policy(model.eval(), tokenizer, task, questions, sampling,
-                                   what="measuring", greedy=False)
+        measures = evaluation.evaluate(model.eval(), tokenizer, task, sampling, "test", count,
+                                       what="measuring", greedy=False)
         return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
 
     return point
@@ -465,6 +468,10 @@ def show(settings, results):
         draw_lines(os.path.join(settings.out, "curve.png"), points, "step", ["pass@1", "invalid"],
                    title=settings.loss, xlabel="optimizer step", ylabel="share of completions",
                    ylim=(0, 1))
+
+
+def interval_text(value):
+    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):

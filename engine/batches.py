@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 import topr
 from data.rollouts import MOST_FAULTS, check_file, file_fingerprint, read_batches, short_hash
-from data.tokens import all_token_ids, foreign_tokens
+from data.tokens import all_token_ids, end_token_of, foreign_tokens
 from engine.common import Problem, first_line, progress, say, whole_file
 from engine.parallel import barrier, from_first, rank, sum_over_ranks, world
 
@@ -53,9 +53,9 @@ class Data:
 # ---- reading ----
 
 
-def read_data(settings, model, tokenizer, end_token, device):
+def read_data(settings, model, tokenizer, device):
     """The rollout file as arrays, checked before any weight moves."""
-    config = model.config.get_text_config()
+    config, end_token = model.config.get_text_config(), end_token_of(model, tokenizer)
     room = getattr(config, "max_position_embeddings", None) or math.inf
     faults, lines, rewards, questions, prompts, keys = [], [], [], [], [], []
     completions, logprobs, seen_prompts, distinct = [], [], {}, set()
@@ -90,8 +90,7 @@ def read_data(settings, model, tokenizer, end_token, device):
                 lengths=sizes + [len(prompt) for prompt in prompts],
                 model_width=config.hidden_size, ranks=world(), rank=rank())
     data.tokens_per_pass = settings.tokens_per_pass or DEFAULT_TOKENS.get(device.type, 16384)
-    if settings.weights == "bfloat16" or settings.precision == "bfloat16":
-        data.mask_dtype = torch.bfloat16
+    data.mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
     if len(distinct) < len(lines):
         say(f"{data.path}: {len(lines) - len(distinct):,} duplicate completions, each kept")
     make_units(settings, data)
@@ -342,17 +341,19 @@ def can_pack(model, longest=0, mask_dtype=None):
         "packed": [(prompt, [first, second, third])],
         "other neighbour": [(prompt, [third[:1] + first[1:], second, third])]}
     logprobs = {}
+    mixed = mask_dtype == torch.bfloat16 and model.dtype == torch.float32
     try:
         for name, layout in layouts.items():
             packed = pack(layout, model.device, mask_dtype)
-            values = topr.completion_logprobs(model, **packed)[packed["mask"]]
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+                values = topr.completion_logprobs(model, **packed)[packed["mask"]]
             logprobs[name] = values[-len(second + third):].float()  # [tokens]
     except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
         return False
     leak = (logprobs["packed"] - logprobs["other neighbour"]).abs().max().item()
     distance = (logprobs["packed"] - logprobs["alone"]).abs().mean().item()
-    coarse = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
-    return leak < 1e-6 and distance < (0.1 if coarse else 1e-4)
+    exact = mask_dtype in (None, torch.float32) and model.dtype == torch.float32
+    return leak < 1e-6 and distance < (1e-4 if exact else 0.1)
 
 
 # ---- log mu ----
@@ -407,7 +408,7 @@ def score_rows(settings, policy, data, rows, device):
 
 
 def check_fit(settings, policy, data, device):
-    """Refuses logprobs that the starting weights did not write: pi/mu is 1 before the first step."""
+    """Refuses logprobs that the starting weights did not write: pi/mu is 1 at the start."""
     tolerance = settings.mu_tolerance
     if tolerance is None:
         tolerance = 0.1 if data.mask_dtype == torch.float32 else 2.0

@@ -147,7 +147,13 @@ def save_checkpoint(settings, model, optimizer, step):
     barrier()
 
 
-def resume(settings, model, optimizer):
+def open_log(folder):
+    """The file that takes a line a step; only the first rank's is real."""
+    path = os.path.join(folder, "log.jsonl") if rank() == 0 else os.devnull
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def resume(settings, model, optimizer, run):
     """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
     path = from_first((checkpoints(settings.out) or [None])[-1])
     step, log = 0, []
@@ -165,6 +171,7 @@ def resume(settings, model, optimizer):
         log = [entry for entry in read_log(settings.out) if entry["step"] < step]
         say(f"{settings.out}: going on from step {step}")
     if rank() == 0:
+        write_json(os.path.join(settings.out, "run.json"), run)
         for half in glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-*.part")):
             shutil.rmtree(half)
         with whole_file(os.path.join(settings.out, "log.jsonl")) as file:

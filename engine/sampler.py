@@ -17,7 +17,7 @@ import torch
 from data.rollouts import read_rollouts, short_hash, to_line
 from data.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 from engine import server
-from engine.batches import can_share_prompts, completions_per_row, pack
+from engine.batches import can_pack, completions_per_row, pack
 from engine.common import Problem, first_line, progress, say, setting, whole_file, writing
 from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
 from topr import completion_logprobs
@@ -310,7 +310,7 @@ def score(model, prompt, completions, share):
         width = model.config.get_text_config().hidden_size
         fit = completions_per_row(len(prompt), mean, len(completions), width)
     rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
-    packed = pack(rows, model.device)
+    packed = pack(rows, model.device, model.dtype)
     logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
     return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
@@ -399,7 +399,7 @@ def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs)
     """write(todo, bar) for collect: (question number, its completions), each when it is finished."""
     ends = end_tokens(model, tokenizer)
     longest = max(map(len, prompts)) + settings.max_new_tokens
-    share = with_logprobs and can_share_prompts(model, longest)
+    share = with_logprobs and can_pack(model, longest, compute_dtype(model, settings))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for question, prompt in zip(questions, prompts):
         if len(prompt) + settings.max_new_tokens > room:

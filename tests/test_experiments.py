@@ -76,19 +76,13 @@ def check_claims_and_picture(finding, result, folder):
 
 def test_the_verifier_from_its_rates_to_its_claims(tiny, rollouts, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RATES", (1e-4, 1e-3))
-<<<<<<< HEAD
-    monkeypatch.setattr(verdicts, "prepare_verifier", lambda seed: verifier.Settings(
-        model=tiny, solutions=rollouts, test_fraction=0.4, out=f"{tmp_path}/seed{seed}", seed=seed, longest=160, samples=2,
-        test_samples=2, optimizer="adamw", max_new_tokens=6))
-=======
 
     def tiny_verifier(seed):
         return verifier.Settings(
-            model=tiny, solutions=rollouts, test_share=0.4, out=f"{tmp_path}/seed{seed}", seed=seed,
-            longest=160, verdicts=2, test_verdicts=2, optimizer="adamw", max_new_tokens=6)
+            model=tiny, solutions=rollouts, test_fraction=0.4, out=f"{tmp_path}/seed{seed}", seed=seed,
+            longest=160, samples=2, test_samples=2, optimizer="adamw", max_new_tokens=6)
 
     monkeypatch.setattr(verdicts, "prepare_verifier", tiny_verifier)
->>>>>>> h-exper
     result = verdicts.run(common.Settings(seeds=2), in_this_process)
     assert len(result["arms"]["TOPR"]["accuracy"]) == 2
     assert "invalid verdicts" in verdicts.show(result)

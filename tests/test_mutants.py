@@ -11,8 +11,8 @@ import pytest
 import test_topr
 
 SOURCE = (Path(__file__).parents[1] / "topr.py").read_text()
-WEIGHTS = "positive = log_ratio.clamp(log(taper.pos[0]), log(taper.pos[1])).exp()"
-NEGATIVE = "negative = log_ratio.clamp(log(taper.neg[0]), log(taper.neg[1])).exp()"
+WEIGHTS = "positive = log_ratio.clamp(*log_pos).exp()"
+NEGATIVE = "negative = log_ratio.clamp(*log_neg).exp()"
 ATTACHED = {"    log_ratio = log_ratio.detach()\n": "", "logp.detach() - mu_logp": "logp - mu_logp"}
 LOSS = "-(coefficient * logp.sum(-1) / length).sum()"
 MUTANTS = {  # what is done wrong: {text: replacement}
@@ -27,9 +27,9 @@ MUTANTS = {  # what is done wrong: {text: replacement}
     "mean over the micro-batch": {"(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))":
                                   "(coefficient * logp.sum(-1) / length).sum() / len(reward)"},
     "mu re-anchored on the current weights": {"    advantage = reward - baseline": "    mu_logp = logp.detach()\n    advantage = reward - baseline"},
-    "limits by the sign of R": {"torch.zeros_like(log_ratio), advantage, taper)":
-                                "torch.zeros_like(log_ratio), reward, taper)"},
-    "multiplied by the mask": {"masked_fill(gone[:, None] | ~mask, 0.0)": "mul(mask)"},
+    "limits by the sign of R": {"taper_weights(known_ratio, advantage, taper)":
+                                "taper_weights(known_ratio, reward, taper)"},
+    "multiplied by the mask": {"masked_fill(vanished[:, None] | ~mask, 0.0)": "mul(mask)"},
     "mean over tokens of the batch": {"logp.sum(-1) / length": "logp.sum(-1) * len(length) / length.sum()"},
     "no length normalisation": {"logp.sum(-1) / length": "logp.sum(-1)"},
     "sums before differences": {"torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)":
