@@ -243,7 +243,7 @@ def test_every_setting_of_training_reaches_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(verifier.sampler, "sample_once", sample_once)
     monkeypatch.setattr(verifier.train, "train_once", trained.append)
-    words = ("--weights bfloat16 --gradient-checkpointing --optimizer adafactor --shard --loss dpo "
+    words = ("--weights bfloat16 --gradient-checkpointing --optimizer adafactor --shard --loss tis "
              "--positive-share 0.1 --rounds 2 --samples 3 --top-k 7 --server http://a/v1 --model m "
              "--learning-rate 1e-4 --epochs 3 --checkpoint-every 5").split()
     settings = verifier.parse(verifier.Settings, [*words, "--out", "o"])
