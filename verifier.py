@@ -34,11 +34,11 @@ class Settings(train.Optimisation, sampler.Sampling):
     solutions: str = setting("", "rollout file of graded solutions (none: the embedded policy "
                              "writes them)", main=True)
     test_solutions: str = setting("", "another such file to measure on (none: a part of "
-                                  "--solutions)", main=True)
+                                  "--solutions)")
     out: str = setting("", "folder for the verifier and its verdicts (default: "
                        "runs/MODEL-verifier)", main=True)
     samples: int = setting(8, "verdicts on each training solution", least=1, main=True)
-    test_samples: int = setting(8, "verdicts on each held-out solution", least=1, main=True)
+    test_samples: int = setting(8, "verdicts on each held-out solution", least=1)
     rounds: int = setting(1, "rounds of verdicts and training; each starts from the last verifier",
                           least=1)
     questions: int = setting(0, "training questions (0: all)")
@@ -356,14 +356,14 @@ def reliability(pairs):
 # ---- the vote ----
 
 
-def vote(candidates, scores, together):
+def vote(candidates, scores, by_answer):
     """How right the winner is: most score, then most candidates; a tie is shared.
 
-    Equal answers vote together, or each solution alone. The truth is looked at last.
+    by_answer: equal answers vote together; otherwise each solution is alone. The truth comes last.
     """
     answered = [candidate for candidate in candidates if candidate["answer"] is not None]
     parties = [[candidate] for candidate in answered]
-    if together:
+    if by_answer:
         parties = grouped(answered, "same answer").values()
     strengths = [(round(sum(scores[candidate["id"]] for candidate in party), 9), len(party))
                  for party in parties]
@@ -443,7 +443,10 @@ def job(settings):
 
 
 def judge(settings, verifier, held_out, even, path):
-    """(measures on the half right solutions `even`, scores of all that are even or have a vote)"""
+    """(measures, scores) of a verifier on held-out solutions.
+
+    even: as many right as wrong ones, to measure on; of the others those with an answer can vote.
+    """
     truth = {candidate["id"]: is_right(candidate) for candidate in even}
     judged = [c for c in distinct(held_out) if c["id"] in truth or c["answer"] is not None]
     rows = sample_verdicts(settings, verifier, judged, path, logprobs=False,
@@ -465,8 +468,8 @@ def embedded(settings):
         settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
         test_solutions=f"{out}/test-solutions.jsonl")
     write_solutions(settings, policy, settings.solutions, "train", settings.questions, seed)
-    write_solutions(
-        settings, policy, settings.test_solutions, "test", settings.test_questions, seed + 1)
+    write_solutions(settings, policy, settings.test_solutions, "test", settings.test_questions,
+                    seed + 1)
     demonstrations = f"{out}/demonstrations.jsonl"
     if rank() == 0 and not os.path.exists(demonstrations):
         tokenizer = sampler.load_tokenizer(policy)
