@@ -34,11 +34,11 @@ class Settings(train.Optimisation, sampler.Sampling):
     solutions: str = setting("", "rollout file of graded solutions (none: the embedded policy "
                              "writes them)", main=True)
     test_solutions: str = setting("", "another such file to measure on (none: a part of "
-                                  "--solutions)", main=True)
+                                  "--solutions)")
     out: str = setting("", "folder for the verifier and its verdicts (default: "
                        "runs/MODEL-verifier)", main=True)
     samples: int = setting(8, "verdicts on each training solution", least=1, main=True)
-    test_samples: int = setting(8, "verdicts on each held-out solution", least=1, main=True)
+    test_samples: int = setting(8, "verdicts on each held-out solution", least=1)
     rounds: int = setting(1, "rounds of verdicts and training; each starts from the last verifier",
                           least=1)
     questions: int = setting(0, "training questions (0: all)")
@@ -263,11 +263,12 @@ def count_table(stages):
 
 def train_verifier(settings, candidates):
     """Rounds of verdicts and of training on them; returns the folder of the last verifier."""
+    train.check_settings(part_of(train.Settings, settings, rounds=1))
     verifier = settings.model
     for number in range(settings.rounds):
         suffix = f"-{number + 1}" if number else ""
         path, folder = f"{settings.out}/verdicts{suffix}.jsonl", f"{settings.out}/trained{suffix}"
-        seed = settings.seed + 1000 * number  # a round draws random numbers of its own
+        seed = settings.seed + 1_000_003 * number  # a round draws random numbers of its own
         sample_verdicts(settings, verifier, candidates, path, samples=settings.samples, seed=seed)
         train.train_once(part_of(
             train.Settings, settings, model=verifier, rollouts=path, out=folder, rounds=1))
@@ -300,14 +301,11 @@ def score_solutions(settings, verifier, rows):
 
 def probability_of_correct(model, tokenizer, rows):
     """The mean of P(correct) / (P(correct) + P(incorrect)) at each verdict, given its working."""
-    texts = []
-    for row in rows:
-        found = find_verdict(row["completion"])
-        if found:
-            working = row["completion"][: found.start(1)]
-            texts += [working + "correct", working + "incorrect"]
-    if not texts:
+    found = [find_verdict(row["completion"]) for row in rows]
+    working = [match.string[: match.start(1)] for match in found if match]
+    if not working:
         return 0.0
+    texts = [text + word for text in working for word in ("correct", "incorrect")]
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     logp = [sum(tokens) for tokens in sampler.score(model, rows[0]["prompt_ids"], ids, share=False)]
     gaps = np.diff(np.reshape(logp, (-1, 2)))  # log P(incorrect) - log P(correct), [verdicts, 1]
@@ -337,36 +335,35 @@ def verdict_measures(rows):
 def auroc(pairs):
     """The chance that a right solution scores above a wrong one, ties counting half.
 
-    pairs: (score, is it right?) of each solution."""
+    pairs: (score, is it right?) of each solution.
+    """
     right = [score for score, truth in pairs if truth]
     wrong = np.sort([score for score, truth in pairs if not truth])
-    if not right or not len(wrong):
-        return None
     ranks = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
-    return mean(ranks / 2 / len(wrong))
+    return mean(ranks / 2 / len(wrong)) if len(wrong) else None
 
 
-def reliability(pairs, bins=5):
-    """[from, to, solutions, mean score, share right] of each bin of scores that holds any."""
+def reliability(pairs):
+    """[from, to, solutions, mean score, share right] of each fifth of scores that holds any."""
     rows = []
-    for number in range(bins):
-        inside = [pair for pair in pairs if min(int(pair[0] * bins), bins - 1) == number]
+    for number in range(5):
+        inside = [pair for pair in pairs if min(int(pair[0] * 5), 4) == number]
         if inside:
-            score, right = np.mean(inside, axis=0)
-            rows.append([number / bins, (number + 1) / bins, len(inside), score, right])
+            rows.append([number / 5, (number + 1) / 5, len(inside), *np.mean(inside, axis=0)])
     return rows
 
 
 # ---- the vote ----
 
 
-def vote(candidates, scores, together):
+def vote(candidates, scores, by_answer):
     """How right the winner is: most score, then most candidates; a tie is shared.
 
-    Equal answers vote together, or each solution alone. The truth is looked at last."""
+    by_answer: equal answers vote together; otherwise each solution is alone. The truth comes last.
+    """
     answered = [candidate for candidate in candidates if candidate["answer"] is not None]
     parties = [[candidate] for candidate in answered]
-    if together:
+    if by_answer:
         parties = grouped(answered, "same answer").values()
     strengths = [(round(sum(scores[candidate["id"]] for candidate in party), 9), len(party))
                  for party in parties]
@@ -446,7 +443,10 @@ def job(settings):
 
 
 def judge(settings, verifier, held_out, even, path):
-    """(measures on the half right solutions `even`, scores of all that are even or have a vote)"""
+    """(measures, scores) of a verifier on held-out solutions.
+
+    even: as many right as wrong ones, to measure on; of the others those with an answer can vote.
+    """
     truth = {candidate["id"]: is_right(candidate) for candidate in even}
     judged = [c for c in distinct(held_out) if c["id"] in truth or c["answer"] is not None]
     rows = sample_verdicts(settings, verifier, judged, path, logprobs=False,
@@ -456,8 +456,8 @@ def judge(settings, verifier, held_out, even, path):
     pairs = [(scores[id], truth[id]) for id in truth]
     by_question = [mean([row["answer"] == row["gold"] for row in group])
                    for group in grouped(rows, "question").values()]
-    return {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs),
-            "accuracy by question": by_question}, scores
+    measured = {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs)}
+    return {**measured, "accuracy by question": by_question}, scores
 
 
 def embedded(settings):
@@ -468,8 +468,8 @@ def embedded(settings):
         settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
         test_solutions=f"{out}/test-solutions.jsonl")
     write_solutions(settings, policy, settings.solutions, "train", settings.questions, seed)
-    write_solutions(
-        settings, policy, settings.test_solutions, "test", settings.test_questions, seed + 1)
+    write_solutions(settings, policy, settings.test_solutions, "test", settings.test_questions,
+                    seed + 1)
     demonstrations = f"{out}/demonstrations.jsonl"
     if rank() == 0 and not os.path.exists(demonstrations):
         tokenizer = sampler.load_tokenizer(policy)
@@ -493,18 +493,19 @@ def write_solutions(settings, policy, path, split, count, seed):
 
 def report(results, out):
     """Tables, the picture and results.json."""
-    before, after = results["measures"]["untrained"], results["measures"]["trained"]
-    interval = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]), [
-        (name, before[name], after[name]) for name in after if not isinstance(after[name], list)]))
-    say("gain in accuracy (95% over questions): " + interval.format(**measures.paired_interval(
-        before["accuracy by question"], after["accuracy by question"])))
+    before, after = results["measures"].values()
+    number = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    gain = measures.paired_interval(before["accuracy by question"], after["accuracy by question"])
+    names = [name for name in after if name not in ("calibration", "accuracy by question")]
+    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]),
+                     [(name, before[name], after[name]) for name in names]))
+    say("gain in accuracy (95% over questions): " + number.format(**gain))
     say("\n" + table(("score, trained", "solutions", "mean score", "share right"), [
         (f"{low:.1f} to {high:.1f}", *rest) for low, high, *rest in after["calibration"]]))
     rows, points = [], []
     for entry in results["voting"]:
         accuracy = {name: value["mean"] for name, value in entry["accuracy"].items()}
-        gain = interval.format(**entry["gain"]["weighted, trained"])
+        gain = number.format(**entry["gain"]["weighted, trained"])
         rows.append((entry["n"], entry["questions"], *accuracy.values(), gain))
         points.append({"n": str(entry["n"]), **accuracy})
     say("\n" + table(("solutions", "questions", *accuracy, "trained - majority (95%)"), rows))

@@ -243,10 +243,14 @@ def test_every_setting_of_training_reaches_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(verifier.sampler, "sample_once", sample_once)
     monkeypatch.setattr(verifier.train, "train_once", trained.append)
-    words = ("--weights bfloat16 --gradient-checkpointing --optimizer adafactor --shard --loss dpo "
+    words = ("--weights bfloat16 --gradient-checkpointing --optimizer adafactor --shard --loss tis "
              "--positive-share 0.1 --rounds 2 --samples 3 --top-k 7 --server http://a/v1 --model m "
              "--learning-rate 1e-4 --epochs 3 --checkpoint-every 5").split()
     settings = verifier.parse(verifier.Settings, [*words, "--out", "o"])
+    with pytest.raises(Problem, match="--shard needs more than one process"):
+        verifier.train_verifier(settings, [])
+    assert not sampled, "refused only after the verdicts were sampled"
+    monkeypatch.setattr(verifier.train, "world", lambda: 2)
     assert verifier.train_verifier(settings, []) == "o/trained-2"
     for number, (run, (sampling, path)) in enumerate(zip(trained, sampled, strict=True)):
         assert type(run) is train.Settings and run.rounds == 1 and run.rollouts == path
@@ -311,12 +315,12 @@ def test_two_ranks_write_the_same_verdicts(tiny, tmp_path):
         names = "verdicts.jsonl", "verdicts-untrained.jsonl"
         files.append([(out / name).read_bytes() for name in names])
         kept = json.loads((out / "results.json").read_text())
-        assert kept["voting"][0]["questions"] == 4 and list(kept["voting"][0]["gain"])[0] == "majority"
+        assert kept["voting"][0]["questions"] == 4
         assert kept["measures"].keys() == {"untrained", "trained"}
         for text in ("trained - majority (95%)", "half on right solutions", "gain in accuracy"):
             assert text in result.stdout
     assert files[0] == files[1]
-    assert (out / "trained-2/model.safetensors").exists(), "the second round has a verifier of its own"
+    assert (out / "trained-2/model.safetensors").exists(), "the second round's verifier"
 
 
 def test_help_and_user_errors(tiny, tmp_path):
