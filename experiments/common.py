@@ -71,9 +71,11 @@ def workers(settings):
     os.makedirs("runs", exist_ok=True)
     # Processes that are stopped leave resources behind; Python would print a warning about each.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    processes = settings.processes or len(os.sched_getaffinity(0))
+    affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        settings.processes or cores, spawn, torch.set_num_threads, (1,))
 
     def each(function, jobs, what):
         # Workers inherit this handler: Ctrl-C reaches this process alone, which then stops them.
