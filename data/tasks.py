@@ -117,15 +117,17 @@ def render_prompt(message, plain, tokenizer, settings):
     messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
     if settings.system:
         messages = [{"role": "system", "content": settings.system}, *messages]
+    dated = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
     with one_line("--template-arguments needs a JSON object, or does not suit the chat template"):
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, strftime_now=same_date,
+            messages, tokenize=False, add_generation_prompt=True,
+            chat_template=dated.sub(same_date, tokenizer.get_chat_template()),
             **json.loads(settings.template_arguments))
 
 
-def same_date(form):
-    """Today's date for a template that asks for it: a prompt must not change overnight."""
-    return datetime.date(2024, 7, 26).strftime(form)
+def same_date(match):
+    """Instead of today's date in a template: a prompt must not change overnight."""
+    return repr(datetime.date(2024, 7, 26).strftime(match[2]))
 
 
 def without_marks(text, tokenizer):
