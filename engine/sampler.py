@@ -300,7 +300,7 @@ def generate_alone(model, prompts, uniforms, ends, settings, first=0, stopped=No
 
 
 @torch.no_grad()
-def score(model, prompt, completions, share):
+def score(model, prompt, completions, share, mask_dtype=None):
     """log mu of every completion token, by the trainer's own function, one question at a time.
 
     Its shape depends on the question alone, and pi/mu of an untrained policy is 1.
@@ -310,7 +310,7 @@ def score(model, prompt, completions, share):
         width = model.config.get_text_config().hidden_size
         fit = completions_per_row(len(prompt), mean, len(completions), width)
     rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
-    packed = pack(rows, model.device, model.dtype)
+    packed = pack(rows, model.device, mask_dtype)
     logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
     return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
@@ -399,7 +399,8 @@ def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs)
     """write(todo, bar) for collect: (question number, its completions), each when it is finished."""
     ends = end_tokens(model, tokenizer)
     longest = max(map(len, prompts)) + settings.max_new_tokens
-    share = with_logprobs and can_pack(model, longest, compute_dtype(model, settings))
+    mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
+    share = with_logprobs and can_pack(model, longest, mask_dtype)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for question, prompt in zip(questions, prompts):
         if len(prompt) + settings.max_new_tokens > room:
@@ -440,7 +441,8 @@ def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs)
                 rows = [until_stop(tokens, tokens[-1] in ends, stop[q], tokenizer) for tokens in completions]
                 if with_logprobs:
                     with compute_dtype(model, settings):
-                        logprobs = score(model, prompts[q], [row["completion_ids"] for row in rows], share)
+                        ids = [row["completion_ids"] for row in rows]
+                        logprobs = score(model, prompts[q], ids, share, mask_dtype)
                     if not all(math.isfinite(sum(values)) for values in logprobs):
                         raise FloatingPointError(t)
                     for row, row["logprobs"] in zip(rows, logprobs):
