@@ -14,6 +14,7 @@ import shutil
 import signal
 import warnings
 
+import torch
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout  # a requirement of torch
 
@@ -121,11 +122,15 @@ def last_checkpoint(folder):
     return f"The last checkpoint is {paths[-1]}" if paths else "There is no checkpoint"
 
 
-def run_state(model, optimizer):
+def run_tensors(model, optimizer):
     """The tensors of a run by name; torch.distributed.checkpoint writes and fills them in place."""
-    weights = dict(model.named_parameters())
-    states = {name: optimizer.state[p] for name, p in weights.items() if p.requires_grad}
-    return {"weights": weights, "optimizer": states}
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[name] = p
+        for key, value in optimizer.state.get(p, {}).items():
+            if torch.is_tensor(value) and value.ndim > 0:  # numbers follow from the step
+                tensors[f"{key} of {name}"] = value
+    return tensors
 
 
 def save_checkpoint(settings, model, optimizer, step):
@@ -136,8 +141,9 @@ def save_checkpoint(settings, model, optimizer, step):
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()
-    with writing(path, DISK_ERRORS), quiet():
-        dcp.save(run_state(model, optimizer), checkpoint_id=beside)
+    with writing(path, DISK_ERRORS), quiet():  # safetensors: DCP's own format holds pickles
+        dcp.save(run_tensors(model, optimizer),
+                 storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True))
     if rank() == 0:
         with writing(path):
             write_json(os.path.join(beside, "step.json"), {"step": step})
@@ -160,14 +166,15 @@ def resume(settings, model, optimizer, run):
     if path:
         try:
             step = read_json(os.path.join(path, "step.json"))["step"]
-            state = run_state(model, optimizer)
-            with quiet():
-                dcp.load(state, checkpoint_id=path)
+            with quiet(), torch.no_grad():
+                dcp.load(run_tensors(model, optimizer),
+                         storage_reader=dcp.HuggingFaceStorageReader(path))
         except (Exception, dcp.api.CheckpointException) as error:  # many kinds; for the user one
             raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from "
                           "the beginning")
-        for name, values in state["optimizer"].items():  # tensors are filled, numbers replaced
-            optimizer.state[state["weights"][name]].update(values)
+        for state in optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(
+                state["step"]) else step
         log = [entry for entry in read_log(settings.out) if entry["step"] < step]
         say(f"{settings.out}: going on from step {step}")
     if rank() == 0:
