@@ -17,6 +17,7 @@ import train
 from conftest import shell, torchrun
 from data import library
 from data.rollouts import read_rollouts
+from engine import measures
 from engine.common import Problem, run_main
 
 # the last ones keep the others' words below an eighth of the documents: those of more may repeat
@@ -255,7 +256,8 @@ def test_the_job_prints_and_keeps_what_it_found(base, job):
     change = (np.array(runs) - others).mean(0)[:, 0]  # [queries], of recall@10
     said = kept["means"]["topr - base, sampled"]["recall@10"]
     assert said["mean"] == pytest.approx(change.mean()) and len(change) == 12
-    assert said["high"] - said["mean"] == pytest.approx(1.96 * change.std(ddof=1) / 12**0.5)
+    pair = (np.mean(group, 0)[:, 0] for group in (others, runs))
+    assert said == pytest.approx(measures.paired_interval(*pair))
 
 
 def test_two_ranks_find_the_same(base, job, tmp_path):
