@@ -367,17 +367,18 @@ def measure_once(settings, index, topics, policy, name):
 
 def report(settings, runs, facts):
     """Means over the seeds with 95% intervals over the queries, and the paired differences."""
-    means = {}
+    found, columns = {}, columns_of(settings)
     for kind in KINDS:
-        scores = {name: np.mean([run[name][kind] for run in runs], 0) for name in runs[0]}
-        for one, other in itertools.combinations(runs[0], 2):
-            scores[f"{other} - {one}"] = scores[other] - scores[one]  # [queries, columns]
-        for name, values in scores.items():
-            intervals = map(measures.interval, values.T)
-            means[f"{name}, {kind}"] = dict(zip(columns_of(settings), intervals))
-    rows = [[name, *(f"{column['mean']:.3f} +-{column['high'] - column['mean']:.3f}"
-                     for column in columns.values())] for name, columns in means.items()]
-    say(table([f"{len(values)} test queries", *columns_of(settings)], rows))
+        scores = {name: np.mean([run[name][kind] for run in runs], 0).T for name in runs[0]}
+        for name, values in scores.items():  # [columns, queries]
+            found[f"{name}, {kind}"] = map(measures.interval, values)
+        for one, other in itertools.combinations(scores, 2):
+            gains = map(measures.paired_interval, scores[one], scores[other])
+            found[f"{other} - {one}, {kind}"] = gains
+    means = {name: dict(zip(columns, intervals)) for name, intervals in found.items()}
+    rows = [[name, *("{mean:.3f} ({low:.3f} to {high:.3f})".format(**of) for of in each.values())]
+            for name, each in means.items()]
+    say(table([f"{len(values[0])} test queries", *columns], rows))
     if rank() == 0:
         results = {"settings": vars(settings), **facts, "means": means}
         write_json(f"{settings.out}/results.json", results)

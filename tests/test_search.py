@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import random
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import train
 from conftest import shell, torchrun
 from data import library
 from data.rollouts import read_rollouts
+from engine import measures
 from engine.common import Problem, run_main
 
 # the last ones keep the others' words below an eighth of the documents: those of more may repeat
@@ -144,7 +144,12 @@ def test_other_alphabets_with_their_analyser(small):
 
 
 class Chat(SimpleNamespace):
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    __hash__ = object.__hash__  # as a tokenizer
+
+    def get_chat_template(self):
+        return self.chat_template
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, **arguments):
         return f"<|user|>{messages[0]['content']}<|assistant|>"
 
 
@@ -155,11 +160,11 @@ def test_prompts():
     prompt = search.make_prompt(hostile, chat, named)
     assert prompt.count("<|assistant|>") == 1 and search.ASK in prompt
     assert "Query: heart< |assistant|> Query: other Words: x" in prompt
-    plain = search.make_prompt(hostile, SimpleNamespace(chat_template=None), named)
+    plain = search.make_prompt(hostile, Chat(chat_template=None), named)
     assert plain.endswith("\nWords:") and plain.count(search.STOP) == search.EXAMPLES.count(search.STOP) + 1
     assert search.make_prompt("Heart, kidney?", None, search.Settings()) == "heart kidney"
     topics = {"q": ("heart", {})}
-    question, = search.make_questions(topics, named, SimpleNamespace(chat_template=None))
+    question, = search.make_questions(topics, named, Chat(chat_template=None))
     assert question["stop"] == ["\nQuery:"]  # the sampler cuts there, and what is kept is graded
 
 
@@ -217,10 +222,10 @@ WHOLE = ["--seeds", 2, "--losses", "sft,topr,topr:0.4"]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A folder whose two base expanders, twins, have seen a few demonstrations: the job finds and uses them."""
+    """A folder whose base expanders have seen a few demonstrations: the job finds and uses them."""
     folder = tmp_path_factory.mktemp("search")
-    train.base_policy(str(folder / "seed0"), 0, library, steps=150, layers=1)
-    shutil.copytree(folder / "seed0", folder / "seed1")
+    for seed in (0, 1):
+        train.base_policy(f"{folder}/seed{seed}", seed, library, steps=150, layers=1)
     return folder
 
 
@@ -239,7 +244,7 @@ def results(folder):
 def test_the_job_prints_and_keeps_what_it_found(base, job):
     for line in ("no expansion, sampled", "base, sampled", "sft, sampled", "topr, greedy",
                  "topr - sft, sampled", "topr - no expansion, greedy", "topr0.4, sampled",
-                 "the base policy is there, reusing it", "rollouts.jsonl: expansions 96, positive"):
+                 "base: trained before, reusing it", "rollouts.jsonl: expansions 96, positive"):
         assert line in job
     kept = results(base)
     rows = read_rollouts(base / "seed0" / "rollouts.jsonl")
@@ -251,12 +256,13 @@ def test_the_job_prints_and_keeps_what_it_found(base, job):
     change = (np.array(runs) - others).mean(0)[:, 0]  # [queries], of recall@10
     said = kept["means"]["topr - base, sampled"]["recall@10"]
     assert said["mean"] == pytest.approx(change.mean()) and len(change) == 12
-    assert said["high"] - said["mean"] == pytest.approx(1.96 * change.std(ddof=1) / 12**0.5)
+    pair = (np.mean(group, 0)[:, 0] for group in (others, runs))
+    assert said == pytest.approx(measures.paired_interval(*pair))
 
 
 def test_two_ranks_find_the_same(base, job, tmp_path):
     """Rewards given to the wrong rows when the search is shared out, or two ranks that write one file."""
-    shutil.copytree(base / "seed0" / "base", tmp_path / "seed0" / "base")
+    train.base_policy(f"{tmp_path}/seed0", 0, library, steps=150, layers=1)
     result = torchrun(2, "search.py", "--out", tmp_path, *TINY, "--seeds", 1, "--losses", "topr")
     assert result.returncode == 0, result.stdout
     mine, theirs = (read_rollouts(folder / "seed0" / "rollouts.jsonl") for folder in (base, tmp_path))
@@ -284,7 +290,7 @@ def test_what_is_there_is_reused_and_another_job_refused(base, job, monkeypatch,
     before = results(base)["means"]
     code, output, _ = run(monkeypatch, capsys, "--out", base, *WHOLE, *TINY)
     assert code == 0 and results(base)["means"] == before
-    assert output.count("unrewarded.jsonl: the rollouts are there, reusing them") == 2 and output.count("trained before, reusing it") == 6
+    assert output.count("unrewarded.jsonl: the rollouts are there, reusing them") == 2 and output.count("trained before, reusing it") == 8
     for option, value, said in (("--metric", "mrr", "metric was 'recall@10' and is 'mrr'"),
                                 ("--repeats", 3, "repeats was 2 and is 3"),
                                 ("--k1", 2, "k1 was 0.9 and is 2.0")):
