@@ -168,7 +168,7 @@ def train_on(model, rollouts, out, **changes):
     return out
 
 
-def sample(plan, policy, part, out="", **changes):
+def sample(plan, policy, part, out, **changes):
     """Graded answers of a policy to the questions of a part."""
     settings = train.Settings(model=policy, max_new_tokens=64, batch_size=64)
 
@@ -206,7 +206,8 @@ def measure_once(plan, policy, split):
         right, answers = {}, []
         for part in PARTS if split == "test" else ["validation"]:
             for name, changes in ((part, {"samples": 4}), (f"{part}, greedy", GREEDY)):
-                rows = sample(plan, policy, part, seed=1, **changes)
+                kept = f"{policy}/{name}.jsonl"
+                rows = sample(plan, policy, part, kept, logprobs=False, seed=1, **changes)
                 rewards = np.reshape([row["reward"] for row in rows], (-1, changes["samples"]))
                 right[name] = (rewards > 0).mean(1).tolist()  # [questions]
                 answers += [row["answer"] for row in rows]
