@@ -34,6 +34,8 @@ class Settings(Sampling):
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
+    answer_marker: str = setting("", "words before an answer, for the tasks of data/maths.py "
+                                 "(none: The answer is)")
 
 
 def evaluate(model, tokenizer, task, settings, split, questions, out="", what="sampling",
@@ -64,7 +66,8 @@ def regrade(path, task):
 def main():
     settings = parse(Settings, description=__doc__)
     start_ranks()
-    task = load_task(settings.task)
+    marker = {"marker": settings.answer_marker} if settings.answer_marker else {}
+    task = load_task(settings.task, **marker)
     if settings.grade:
         rows = regrade(settings.grade, task)
         measures = measure(rows, settings.seed, same_answer=task.same_answer)

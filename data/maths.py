@@ -223,8 +223,8 @@ def task(name):
     def questions(split):
         return load_questions(name, split)
 
-    def graded(question, completion):
-        return grade(name, completion, question["gold"])
+    def graded(question, completion, marker="The answer is"):
+        return grade(name, completion, question["gold"], marker)
 
     return types.SimpleNamespace(questions=questions, grade=graded, STOP=[STOP], ASK=ASK[name], EXAMPLES=EXAMPLES[name],
                                  same_answer=SAME[name])

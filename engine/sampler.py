@@ -28,7 +28,7 @@ class Sampling:
     """How completions are sampled: a part of the settings of every script."""
 
     samples: int = setting(16, "completions of each question", least=1, main=True)
-    temperature: float = setting(1.0, "0 takes the likeliest token", main=True)
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
     top_p: float = setting(1.0, "sample from the likeliest tokens of this probability", least=0.001)
     max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True)
@@ -95,7 +95,7 @@ def generate(model, prompts, uniforms, ends, settings, first=0, stopped=None, ba
     A prompt is read once for all its completions, the longest prompts first. Rows are padded on the
     left; finished ones leave the batch, and the next prompts replace them.
     """
-    size, finished, batch = settings.batch_size, collections.defaultdict(dict), None
+    size, finished, batch = settings.batch_size or 256, collections.defaultdict(dict), None
     longest_first = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
     waiting = collections.deque(
         (p, range(start, min(start + size, settings.samples)))

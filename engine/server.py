@@ -164,8 +164,8 @@ def agree(ask, settings, text, ids, tokenizer):
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     if prompt_for is as_text and isinstance(counted, int) and counted != len(ids):
         raise Problem(f"{settings.server} reads {counted} tokens in a prompt that has {len(ids)} "
-                      f"by the tokenizer of {settings.tokenizer or settings.model!r}: name the served "
-                      "model's own with --tokenizer")
+                      f"by the tokenizer of {settings.tokenizer or settings.model!r}: name the "
+                      "served model's own with --tokenizer")
     different = len({choice["text"] for choice in answer["choices"]}) > 1
     # Some servers write n times the same for one seed: they are asked for one at a time.
     return prompt_for, extras, settings.samples if different else 1
