@@ -1,7 +1,8 @@
 """Samples completions, grades them, measures. What it writes is a rollout file for train.py.
 
-    python eval.py --model DIR_OR_NAME --task gsm8k                       measures on the test questions
-    python eval.py --model DIR_OR_NAME --task gsm8k --split train --out rollouts.jsonl     to train on
+    python eval.py --model DIR_OR_NAME --task gsm8k        measures on the test questions
+    python eval.py --model DIR_OR_NAME --task gsm8k --split train --out rollouts.jsonl
+                                                           rollouts to train on
     torchrun --nproc-per-node 2 eval.py ...       the questions are divided, the file is the same
     python eval.py --model NAME --server http://localhost:8000/v1 ...      a server samples
     python eval.py --grade rollouts.jsonl --task my_task.py    grades and measures an existing file
@@ -33,9 +34,12 @@ class Settings(Sampling):
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
+    answer_marker: str = setting("", "words before an answer, for the tasks of data/maths.py "
+                                 "(none: The answer is)")
 
 
-def evaluate(model, tokenizer, task, settings, split, questions, out="", what="sampling", greedy=True):
+def evaluate(model, tokenizer, task, settings, split, questions, out="", what="sampling",
+             greedy=True):
     """Samples `questions` (their number) of a split and measures; greedy: also at temperature 0."""
     questions = load_questions(task, split, questions, settings.seed, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what)
@@ -53,7 +57,7 @@ def regrade(path, task):
     rows = read_rollouts(path, zero_is_wrong=True)
     for number, row in enumerate(rows, 1):
         if row.get("gold") is None and task.name in OURS:
-            raise Problem(f'{path}: rollout {number} ({row["id"]!r}) has no "gold" to grade against')
+            raise Problem(f'{path}: rollout {number} (id {row["id"]!r}) has no "gold"')
         text = row["completion"]
         row["answer"], row["reward"] = task.grade(row, text[: stop_position(text, task.STOP)])
     return rows
@@ -62,7 +66,8 @@ def regrade(path, task):
 def main():
     settings = parse(Settings, description=__doc__)
     start_ranks()
-    task = load_task(settings.task)
+    marker = {"marker": settings.answer_marker} if settings.answer_marker else {}
+    task = load_task(settings.task, **marker)
     if settings.grade:
         rows = regrade(settings.grade, task)
         measures = measure(rows, settings.seed, same_answer=task.same_answer)
@@ -72,7 +77,7 @@ def main():
         measures = evaluate(*load_policy(settings, settings.model), task, settings, settings.split,
                             settings.questions, settings.out, greedy=settings.greedy)
     else:
-        raise Problem("--model is needed: a directory or a hub name (train.py makes one for apples)")
+        raise Problem("--model is needed: a directory or a hub name (train.py makes one)")
     say(report(measures, settings.grade or settings.model))
     if settings.out and rank() == 0:
         path = settings.out.removesuffix(".jsonl") + ".json"

@@ -28,7 +28,7 @@ OURS = ("apples", "gsm8k", "math", "svamp")
 OPTIONAL = {"STOP": [], "same_answer": operator.eq, "ASK": "", "EXAMPLES": ""}
 
 
-def load_task(name):
+def load_task(name, **grade_options):
     """One of ours by its name, or the user's own by the path of its .py file."""
     if name == "apples":
         from data import apples as task
@@ -47,7 +47,7 @@ def load_task(name):
         if not callable(getattr(task, function, None)):
             raise Problem(f"{name}: has no function {function}; a task needs questions and grade")
     optional = {key: getattr(task, key, default) for key, default in OPTIONAL.items()}
-    grade = functools.partial(grade_checked, name, task.grade)
+    grade = functools.partial(grade_checked, name, functools.partial(task.grade, **grade_options))
     return types.SimpleNamespace(name=name, questions=task.questions, grade=grade, **optional)
 
 

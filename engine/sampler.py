@@ -28,22 +28,23 @@ class Sampling:
     """How completions are sampled: a part of the settings of every script."""
 
     samples: int = setting(16, "completions of each question", least=1, main=True)
-    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token", main=True)
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability", least=0.001)
+    top_p: float = setting(1.0, "sample from the likeliest tokens of this probability", least=0.001)
     max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True)
-    batch_size: int = setting(0, "completions sampled at once (0: what fits into memory, at most 256)")
-    seed: int = setting(0, "seed of the sampling, the data order and generated questions", main=True)
-    weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with bfloat16 "
-                           "halves the memory; updates are rounded at random, so that small ones count",
-                           ("auto", "float32", "bfloat16"))
-    precision: str = setting("float32", "compute dtype (for the weights see --weights)", ("float32", "bfloat16"))
+    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 256)")
+    seed: int = setting(0, "of the sampling, the data order, generated questions", main=True)
+    weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
+                           "bfloat16 halves the memory; updates are rounded at random, so that "
+                           "small ones count", ("auto", "float32", "bfloat16"))
+    precision: str = setting("float32", "compute dtype (for the weights see --weights)",
+                             ("float32", "bfloat16"))
     system: str = setting("", "system message of every chat prompt; precedes a plain prompt")
     template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
                                       '{"enable_thinking": false}')
     plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one")
-    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, SGLang, "
-                          "transformers serve); its key, if any, is read from OPENAI_API_KEY")
+    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, "
+                          "SGLang, transformers serve); OPENAI_API_KEY holds its key, if any")
     tokenizer: str = setting("", "with --server: a directory or hub name, if --model is neither")
     requests: int = setting(16, "with --server: concurrent requests of each rank")
     timeout: float = setting(600.0, "with --server: seconds to wait for an answer before a retry")
@@ -51,7 +52,7 @@ class Sampling:
 
 
 def load_model(name, settings, device):
-    """(model, tokenizer) from a directory or the hub: safetensors only, no code of its repository."""
+    """(model, tokenizer) of a directory or the hub: safetensors only, none of its code."""
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
@@ -78,7 +79,8 @@ def load_tokenizer(name, advice=""):
 def load_policy(settings, name):
     """What sample_rollouts takes first: (model, tokenizer), or (None, tokenizer) with a server."""
     if settings.server:
-        return None, load_tokenizer(settings.tokenizer or name, "; name its tokenizer with --tokenizer")
+        advice = "; name its tokenizer with --tokenizer"
+        return None, load_tokenizer(settings.tokenizer or name, advice)
     return load_model(name, settings, start_ranks())
 
 
@@ -93,7 +95,7 @@ def generate(model, prompts, uniforms, ends, settings, first=0, stopped=None, ba
     A prompt is read once for all its completions, the longest prompts first. Rows are padded on the
     left; finished ones leave the batch, and the next prompts replace them.
     """
-    size, finished, batch = settings.batch_size, collections.defaultdict(dict), None
+    size, finished, batch = settings.batch_size or 256, collections.defaultdict(dict), None
     longest_first = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
     waiting = collections.deque(
         (p, range(start, min(start + size, settings.samples)))
@@ -125,7 +127,8 @@ def next_logits(model, settings, **inputs):
 
 
 def compute_dtype(model, settings):
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    enabled = settings.precision == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
 def read_prompts(model, prompts, newcomers, uniforms, settings):
@@ -142,8 +145,8 @@ def read_prompts(model, prompts, newcomers, uniforms, settings):
     rows, source = [], []
     for number, (p, copies) in enumerate(newcomers):
         table = uniforms(p)  # [samples, max_new_tokens]
-        rows += [{"prompt": p, "copy": copy, "uniform": table[copy].tolist(), "tokens": [], "done": False}
-                 for copy in copies]
+        rows += [{"prompt": p, "copy": copy, "uniform": table[copy].tolist(), "tokens": [],
+                  "done": False} for copy in copies]
         source += [number] * len(copies)
     source = torch.tensor(source, device=model.device)  # [rows]
     cache.batch_select_indices(source)
@@ -184,7 +187,8 @@ def draw(logits, uniform, settings):
         before = probability.cumsum(-1) - probability
         probability = probability.masked_fill(before >= settings.top_p, 0.0)
     cumulative = probability.cumsum(-1)  # [rows, k]
-    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=k - 1)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # [rows, 1]
+    chosen = chosen.clamp(max=k - 1)
     return chosen if order is None else order.gather(1, chosen)
 
 
@@ -202,7 +206,7 @@ def step(model, batch, settings):
 
 
 def keep(batch, numbers):
-    """The batch with these rows alone, without the columns that are padding in all of them, or None."""
+    """The batch with these rows alone, without columns of padding alone; None without rows."""
     if not numbers:
         return None
     kept = {name: batch[name][numbers] for name in ("attention", "logits", "chosen")}
@@ -236,33 +240,35 @@ def join(old, new):
 
 @torch.no_grad()
 def cache_bytes(model, settings):
-    """Bytes of a token in the cache; 0 when our batches give other logits than the model alone does.
+    """Bytes of a token in the cache; 0 when our batches give other logits than a plain pass.
 
     State-space and hybrid models keep a state in their own way. Two prompts of different lengths go
     through all that a batch goes through.
     """
-    prompts, settings = [list(range(1, 8)), [8, 9]], dataclasses.replace(settings, samples=1)
+    prompts = [list(range(1, 8)), [8, 9]]
     try:
-        parts = [read_prompts(model, prompts, [(p, [0])], no_uniforms, settings) for p in (0, 1)]
+        parts = [read_prompts(model, prompts, [(p, [0])], lambda p: torch.zeros(1, 1), settings)
+                 for p in (0, 1)]
         batch = {**join(*parts), "chosen": torch.tensor([[5], [4]], device=model.device)}
         batch = keep(batch, [1, 0])
         step(model, batch, settings)
         for row, ids in zip(batch["logits"], ([*prompts[1], 4], [*prompts[0], 5])):
-            plain = next_logits(model, settings, input_ids=torch.tensor([ids], device=model.device))[0]
+            ids = torch.tensor([ids], device=model.device)
+            plain = next_logits(model, settings, input_ids=ids)[0]  # [vocab]
             if not (row - plain).abs().max() < 0.1 * plain.std():
                 return 0
     except Exception:  # a model may fail in any way at what it does not know
         return 0
-    return sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in batch["cache"].layers)
-
-
-def no_uniforms(p):
-    return torch.zeros(1, 1)
+    return sum(part[0, :, 0].nbytes for layer in batch["cache"].layers
+               for part in (layer.keys, layer.values))
 
 
 @torch.no_grad()
 def generate_alone(model, prompts, uniforms, ends, settings, first=0, stopped=None, bar=None):
-    """As generate, by transformers' own loop, one prompt at a time; the draws are ours."""
+    """As generate, by transformers' own loop, one prompt at a time; the draws are ours.
+
+    Rows are not stopped at a stop string: what follows it is cut off later.
+    """
     from transformers import GenerationConfig
 
     neutral = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=False,
@@ -277,10 +283,6 @@ def generate_alone(model, prompts, uniforms, ends, settings, first=0, stopped=No
             chosen = draw(logits.float(), uniform[:, now : now + 1], settings)
             return torch.full_like(logits, -math.inf).scatter(1, chosen, 0.0)
 
-        def at_stop(ids, logits):
-            return torch.tensor([bool(stopped and stopped(p, row)) for row in ids[:, len(prompt) :].tolist()],
-                                device=ids.device)
-
         completions = []
         for uniform in table.split(settings.batch_size):
             ids = torch.tensor([prompt] * len(uniform), device=model.device)
@@ -288,7 +290,7 @@ def generate_alone(model, prompts, uniforms, ends, settings, first=0, stopped=No
             try:
                 with compute_dtype(model, settings):
                     ids = model.generate(ids, attention_mask=torch.ones_like(ids),
-                                         logits_processor=[only_the_drawn], stopping_criteria=[at_stop])
+                                         logits_processor=[only_the_drawn])
             finally:
                 model.generation_config = own
             for row in ids[:, len(prompt) :].tolist():
@@ -326,35 +328,38 @@ def sample_once(settings, policy, questions, grade, out="", logprobs=True, **cha
     settings = dataclasses.replace(settings, model=policy, **changes)
     model, tokenizer = load_policy(settings, policy)
     what = os.path.basename(out) or "sampling"
-    return sample_rollouts(model, tokenizer, questions(tokenizer), grade, settings, out, what, logprobs)
+    questions = questions(tokenizer)
+    return sample_rollouts(model, tokenizer, questions, grade, settings, out, what, logprobs)
 
 
-def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling", logprobs=True):
+def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling",
+                    logprobs=True):
     """Rollout rows for all questions, on every rank; also as the file `out` when it is named.
 
     A finished file is reused, or extended when more samples are asked for; other rollouts are never
     overwritten. With settings.server `model` is None.
-    questions: dicts with "id", "prompt" and what grade(question, completion) -> (answer, reward) needs.
+    questions: dicts with "id", "prompt" and what grade(question, completion) needs.
     """
     prompts = [prompt_tokens(question["prompt"], tokenizer) for question in questions]
     name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
     fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
     sampling = {"model": name, **{field: getattr(settings, field) for field in fields}}
     sampling |= {"server": settings.server} if settings.server else {"weights": fingerprint(model)}
-    rows = {}
+    rows = [[] for _ in questions]
     if out and from_first(os.path.exists(out)):
         rows = finished_rows(out, questions, grade, sampling, settings.samples)
-        if len(rows[0]) == settings.samples:
-            say(f"{out}: the rollouts are there, reusing them")
-            return [row for q in sorted(rows) for row in rows[q]]
-        say(f"{out}: {len(rows[0])} of {settings.samples} completions a question are there, adding the rest")
-    arguments = (settings, questions, prompts, tokenizer, len(rows[0]) if rows else 0)
+    first = len(rows[0])
+    if first == settings.samples:
+        say(f"{out}: the rollouts are there, reusing them")
+        return [row for of_question in rows for row in of_question]
+    arguments = (settings, questions, prompts, tokenizer, first)
     if settings.server:
         write = server.writer(*arguments, kept=bool(out))
     else:
         write = writer(model, *arguments, with_logprobs=bool(out) and logprobs)
     with memory_advice("--batch-size, --max-new-tokens, or use --weights bfloat16"):
-        return collect(write, questions, prompts, grade, sampling, settings.samples, rows, out, what)
+        samples = settings.samples
+        return collect(write, questions, prompts, grade, sampling, samples, rows, out, what)
 
 
 @contextlib.contextmanager
@@ -363,40 +368,35 @@ def memory_advice(advice):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        known = re.search("out of memory|allocate memory", str(error))
+        if isinstance(error, RuntimeError) and not known:
             raise
         raise Problem(f"out of memory: lower {advice} ({first_line(error)})")
 
 
 def finished_rows(out, questions, grade, sampling, samples):
-    """{question number: its rows} of a finished file, which must be those of these settings."""
+    """The rows of each question in a finished file, which must be those of these settings."""
     rows = read_rollouts(out, zero_is_wrong=True)
     each = max(1, len(rows) // len(questions))
-    held = {q: rows[q * each : (q + 1) * each] for q in range(len(questions))}
+    expected = [question for question in questions for _ in range(each)]
 
-    def refuse(what, there, asked):
-        raise Problem(f"{out} holds other rollouts: {what} is {there!r:.60} there and {asked!r:.60} in these "
-                      "settings; use another --out, or remove the file")
+    def compare(name, there, asked):
+        if there != asked:
+            raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
+                          f"{asked!r:.60} in these settings; use another --out, or remove the file")
 
-    for q, question in enumerate(questions):
-        for row in held[q]:
-            theirs = row.get("sampling") or {}
-            for name in sampling:
-                if theirs.get(name) != sampling[name]:
-                    refuse(name, theirs.get(name), sampling[name])
-            for name in ("id", "prompt"):
-                if row[name] != question[name]:
-                    refuse(f"the {name} of a question", row[name], question[name])
-            graded = grade(question, row["completion"])
-            if graded != (row.get("answer"), row["reward"]):
-                refuse(f"(answer, reward) of {row['id']}", (row.get("answer"), row["reward"]), graded)
-    if len(rows) != each * len(questions) or each > samples:
-        refuse("the number of completions", len(rows), len(questions) * samples)
-    return held
+    compare("the number of completions", len(rows), len(questions) * min(each, samples))
+    for row, question in zip(rows, expected):
+        there = {**row, **(row.get("sampling") or {})}
+        for name, asked in {**sampling, "id": question["id"], "prompt": question["prompt"]}.items():
+            compare(name, there.get(name), asked)
+        graded = grade(question, row["completion"])
+        compare("(answer, reward)", (row.get("answer"), row["reward"]), graded)
+    return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
 def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs):
-    """write(todo, bar) for collect: (question number, its completions), each when it is finished."""
+    """write(todo, bar) for collect: (question number, its completions), each when finished."""
     ends = end_tokens(model, tokenizer)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
@@ -405,13 +405,14 @@ def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs)
     for question, prompt in zip(questions, prompts):
         if len(prompt) + settings.max_new_tokens > room:
             raise Problem(
-                f"question {question['id']!r}: {len(prompt)} prompt tokens and {settings.max_new_tokens} "
-                f"new ones do not fit the model's {room}: lower --max-new-tokens or leave it out")
-    stop = [question.get("stop") or [] for question in questions]
+                f"question {question['id']!r}: {len(prompt)} prompt tokens and "
+                f"{settings.max_new_tokens} new ones do not fit the model's {room}: "
+                "lower --max-new-tokens or leave the question out")
     token_bytes, sample = cache_bytes(model, settings), generate
     if not token_bytes:
         sample = generate_alone
-        say("this model does not take our batches: transformers' generate samples, a prompt at a time")
+        say("this model keeps its state in its own way: transformers' generate samples, "
+            "one question at a time")
     if not settings.batch_size:
         row_bytes = longest * token_bytes + 16 * model.config.get_text_config().vocab_size
         fit = int(memory_left(model.device) / 2 // row_bytes)
@@ -421,35 +422,36 @@ def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs)
         def uniforms(t):
             question = questions[todo[t]]
             key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
-            return torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(key))
+            generator = torch.Generator().manual_seed(key)
+            return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
 
         def stopped(t, tokens):
-            marks = stop[todo[t]]
-            if not marks:
-                return False
-            tail = tokens[-max(len(mark.encode()) for mark in marks) - 4 :]
-            text = tokenizer.decode(tail, skip_special_tokens=True)
-            return stop_position(text, marks) < len(text)
-
-        def refuse(q):
-            raise Problem(f"question {questions[q]['id']!r}: the model's logits are NaN or infinite: are its weights "
-                          "damaged, or does it need --weights float32 --precision float32?")
+            stop = questions[todo[t]].get("stop") or []
+            enough = max([len(mark.encode()) + 4 for mark in stop], default=0)  # a token has a byte
+            text = tokenizer.decode(tokens[-enough:], skip_special_tokens=True) if stop else ""
+            return stop_position(text, stop) < len(text)
 
         try:
-            for t, completions in sample(model, [prompts[q] for q in todo], uniforms, ends, settings, first, stopped, bar):
-                q = todo[t]
-                rows = [until_stop(tokens, tokens[-1] in ends, stop[q], tokenizer) for tokens in completions]
+            own = [prompts[q] for q in todo]
+            for t, completions in sample(
+                    model, own, uniforms, ends, settings, first, stopped, bar):
+                prompt, stop = prompts[todo[t]], questions[todo[t]].get("stop") or []
+                rows = [until_stop(tokens, tokens[-1] in ends, stop, tokenizer)
+                        for tokens in completions]
                 if with_logprobs:
                     with compute_dtype(model, settings):
                         ids = [row["completion_ids"] for row in rows]
-                        logprobs = score(model, prompts[q], ids, share, mask_dtype)
-                    if not all(math.isfinite(sum(values)) for values in logprobs):
-                        raise FloatingPointError(t)
-                    for row, row["logprobs"] in zip(rows, logprobs):
-                        pass
-                yield q, [{"prompt_ids": prompts[q], **row} for row in rows]
+                        scores = score(model, prompt, ids, share, mask_dtype)
+                    for row, logprobs in zip(rows, scores):
+                        row["logprobs"] = logprobs
+                        if not math.isfinite(sum(logprobs)):
+                            raise FloatingPointError(t)
+                yield todo[t], [{"prompt_ids": prompt, **row} for row in rows]
         except FloatingPointError as error:
-            refuse(todo[error.args[0]])
+            question = questions[todo[error.args[0]]]
+            raise Problem(
+                f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
+                "weights damaged, or does it need --weights float32 --precision float32?")
 
     return write
 
@@ -467,35 +469,29 @@ def memory_left(device):
 
 
 def collect(write, questions, prompts, grade, sampling, samples, rows, out, what):
-    """Divides the questions among the ranks, grades what write(todo, bar) yields, joins it in order.
+    """Divides the questions among the ranks, grades what write(todo, bar) yields, joins all.
 
-    rows: {question number: the rows that it has already}. Each finished question is kept at once in
+    rows: those that each question has already. Each finished question is kept at once in
     OUT.part-*, and the next call samples only the rest.
     """
     wanted = [sampling, samples, [[question["id"], question["prompt"]] for question in questions]]
     parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    first = len(rows[0]) if rows else 0
-    finished = {}
+    one_of_machine, finished, mine = os.environ.get("LOCAL_RANK", "0") == "0", {}, {}
     for part in gather(read_parts(parts) if out and one_of_machine else {}):
         finished |= part
     if finished:
-        say(f"{out}: {len(finished)} of {len(questions)} questions were finished before, going on with the rest")
+        say(f"{out}: {len(finished)} of {len(questions)} questions were finished before, "
+            "going on with the rest")
     longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
     todo = [q for q in longest_first if q not in finished][rank() :: world()]
-    own_part, mine = f"{parts}{rank()}-{time.time_ns()}", {}
-    with progress(total=len(todo) * (samples - first), what=what, unit="completion") as bar:
+    if out:
+        with writing(out):
+            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    own_part, total = f"{parts}{rank()}-{time.time_ns()}", len(todo) * (samples - len(rows[0]))
+    with progress(total=total, what=what, unit="completion") as bar:
         for q, completions in write(todo, bar):
-            question = questions[q]
-            mine[q] = list(rows.get(q, []))
-            for completion in completions:
-                answer, reward = grade(question, completion["completion"])
-                mine[q].append({
-                    "id": question["id"], "question": question.get("question"), "prompt": question["prompt"],
-                    "completion": completion["completion"], "reward": reward, "answer": answer,
-                    "gold": question.get("gold"), "split": question.get("split"), **completion, "sampling": sampling})
+            mine[q] = rows[q] + [graded(grade, questions[q], row, sampling) for row in completions]
             if out:
-                os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
                 with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
                     file.write(json.dumps([q, mine[q]]) + "\n")
     for part in gather(mine):
@@ -513,6 +509,14 @@ def collect(write, questions, prompts, grade, sampling, samples, rows, out, what
     return rows
 
 
+def graded(grade, question, completion, sampling):
+    """A whole row, as it is in the file."""
+    answer, reward = grade(question, completion["completion"])
+    about = {name: question.get(name) for name in ("id", "question", "prompt", "gold", "split")}
+    about |= {"completion": completion["completion"], "reward": reward, "answer": answer}
+    return {**about, **completion, "sampling": sampling}
+
+
 def read_parts(parts):
     """{question number: rows} of an earlier call with the same settings that did not finish."""
     rows = {}
@@ -528,7 +532,7 @@ def read_parts(parts):
 
 
 def fingerprint(model):
-    """16 letters that change with the weights: names, shapes and up to 4,096 values of each tensor."""
+    """16 letters that change with the weights: names, shapes, 4,096 values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()

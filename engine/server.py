@@ -1,6 +1,7 @@
-"""Completions from a server that speaks OpenAI's completions API: vLLM, SGLang, `transformers serve` and others.
+"""Completions from a server with OpenAI's completions API: vLLM, SGLang, `transformers serve`.
 
-Many questions are asked at once, what fails is asked again, and nothing that a server sends is trusted in size or kind.
+Many requests run at once, failed ones are repeated, and nothing that a server sends is trusted in
+size or kind.
 """
 
 import http.client
@@ -19,7 +20,8 @@ from data.tokens import end_token_of, stop_position, until_stop
 from engine.common import Problem
 
 LARGEST = 64 * 2**20  # bytes; a longer answer is not read to its end
-PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)  # no connection, no answer, no JSON, no choices
+# No connection, no answer, no JSON, no choices: what may pass.
+PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
 
 class Refused(Problem):
@@ -93,7 +95,8 @@ def side_by_side(do, items, threads, stop):
     for item in [*items, *[None] * threads]:
         waiting.put(item)
     for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()  # a daemon, so that Ctrl-C does not wait for the server
+        # A daemon thread, so that Ctrl-C does not wait for the server.
+        threading.Thread(target=work, daemon=True).start()
     try:
         for _ in items:
             item, result = finished.get()
@@ -105,14 +108,16 @@ def side_by_side(do, items, threads, stop):
 
 
 def address(settings):
-    """Where completions are asked for; settings that cannot work are refused before anything is sent."""
+    """The URL of completions; settings that cannot work are refused before anything is sent."""
     try:
         parts = urllib.parse.urlsplit(settings.server)
-        fine = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and (parts.port or True)
+        fine = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+        parts.port  # reading it raises ValueError when it is no port
     except ValueError:
         fine = False
     if not fine:
-        raise Problem("--server is no address such as http://localhost:8000/v1 (a key goes in OPENAI_API_KEY)")
+        raise Problem("--server needs an address such as http://localhost:8000/v1 "
+                      "(a key goes in OPENAI_API_KEY)")
     if settings.requests < 1 or not settings.timeout > 0:
         raise Problem("--requests must be 1 or more, and --timeout above 0")
     return settings.server.rstrip("/").removesuffix("/completions") + "/completions"
@@ -127,21 +132,28 @@ def request(settings, prompt):
 
 
 def agree(ask, settings, text, ids, tokenizer):
-    """(how to write a prompt, further fields, completions to ask for at once), found by asking for a few tokens.
+    """(prompt_for, further fields, completions in a request), found by asking for a few tokens.
 
-    Servers refuse the fields that they do not know, so the fullest request comes first. vLLM and SGLang take the prompt
-    as tokens and give the completion's tokens; they apply the top-k and the penalties of the model's
-    generation_config.json to whoever does not name others. `transformers serve` takes only text, and its answers are
-    greedy at any temperature unless generation_config says do_sample.
+    Servers refuse fields that they do not know, so the fullest request comes first. vLLM and SGLang
+    take the prompt as tokens and give the completion's tokens; unless told otherwise they apply the
+    top-k and the penalties of the model's generation_config.json. `transformers serve` takes only
+    text, and is greedy at any temperature unless generation_config says do_sample.
     """
-    as_ids, as_text = lambda text, ids: ids, lambda text, ids: text_for(text, ids, tokenizer)
+    def as_ids(text, ids):
+        return ids
+
+    def as_text(text, ids):
+        return text_for(text, ids, tokenizer)
+
     neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
     config = json.dumps({"do_sample": settings.temperature > 0, "top_k": settings.top_k, **neutral})
     dialects = [(as_ids, {"top_k": settings.top_k or -1, **neutral, "return_token_ids": True}),
-                (as_text, {"generation_config": config}), *([] if settings.top_k else [(as_ids, {}), (as_text, {})])]
+                (as_text, {"generation_config": config})]
+    dialects += [] if settings.top_k else [(as_ids, {}), (as_text, {})]
     for prompt_for, extras in dialects:
-        probe = {**request(settings, prompt_for(text, ids)), **extras, "n": min(4, settings.samples), "seed": 1,
-                  "max_tokens": min(16, settings.max_new_tokens), "temperature": 2.0 if settings.temperature else 0.0}
+        probe = {**request(settings, prompt_for(text, ids)), **extras, "seed": 1,
+                 "n": min(4, settings.samples), "max_tokens": min(16, settings.max_new_tokens),
+                 "temperature": 2.0 if settings.temperature else 0.0}
         try:
             answer = ask(probe, min(5, settings.patience))
             break
@@ -149,25 +161,27 @@ def agree(ask, settings, text, ids, tokenizer):
             if refusal.status not in (400, 422) or (prompt_for, extras) == dialects[-1]:
                 raise
     usage = answer.get("usage")
-    counted = usage.get("prompt_tokens") if prompt_for is as_text and isinstance(usage, dict) else None
-    if isinstance(counted, int) and counted != len(ids):
-        raise Problem(f"{settings.server} reads {counted} tokens in a prompt that has {len(ids)} by the tokenizer of "
-                      f"{settings.tokenizer or settings.model!r}: name the served model's own with --tokenizer")
-    texts = [choice["text"] for choice in answer["choices"]]
-    return prompt_for, extras, settings.samples if len(set(texts)) > 1 else 1  # some write n times the same for a seed
+    counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if prompt_for is as_text and isinstance(counted, int) and counted != len(ids):
+        raise Problem(f"{settings.server} reads {counted} tokens in a prompt that has {len(ids)} "
+                      f"by the tokenizer of {settings.tokenizer or settings.model!r}: name the "
+                      "served model's own with --tokenizer")
+    different = len({choice["text"] for choice in answer["choices"]}) > 1
+    # Some servers write n times the same for one seed: they are asked for one at a time.
+    return prompt_for, extras, settings.samples if different else 1
 
 
 def text_for(text, ids, tokenizer):
-    """The text that a server turns into these very tokens: it puts the start token in front itself."""
+    """The text that a server turns into these tokens: it adds the start token itself."""
     for shorter in (text, text.removeprefix(tokenizer.bos_token or "")):
         if tokenizer(shorter).input_ids == ids:
             return shorter
-    raise Problem(f"the server takes prompts as text only, and would read other tokens than ours in {text[:60]!r}: "
-                  "use a server that takes tokens, such as vLLM or SGLang")
+    raise Problem("the server takes prompts as text only, and would read other tokens than ours in "
+                  f"{text[:60]!r}: use a server that takes tokens, such as vLLM or SGLang")
 
 
 def to_row(choice, prompt, stop, tokenizer, longest):
-    """The rollout's own fields, with tokens when the server gives all of them, the end token included.
+    """The rollout's own fields, with tokens when the server gives all, the end token included.
 
     Of a text alone that ends at a stop string the server does not tell that no end token was
     sampled: the trainer then teaches one there, by the rule for rows of text.
@@ -192,7 +206,7 @@ def to_row(choice, prompt, stop, tokenizer, longest):
 
 
 def patiently(url, body, timeout, patience, stop):
-    """The answer; what may pass is tried again, later and later, until `patience` seconds after the first failure."""
+    """The answer; PASSING errors are retried until `patience` seconds after the first one."""
     first, tries = None, 0
     while True:
         try:
@@ -201,14 +215,17 @@ def patiently(url, body, timeout, patience, stop):
             now, tries = time.monotonic(), tries + 1
             first = first or now
             if now - first >= patience or stop.is_set():
-                raise Problem(f"{url} does not answer: {plain(getattr(error, 'reason', None) or error)} "
-                              f"(tried {tries} times in {now - first:.0f} s): is the server up, and --server right?")
-        stop.wait(min(first + patience - now, min(30, 0.25 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.5)))
+                reason = plain(getattr(error, "reason", None) or error)
+                raise Problem(f"{url} does not answer: {reason} (tried {tries} times in "
+                              f"{now - first:.0f} s): is the server up, and --server right?")
+        pause = min(30, 0.25 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.5)  # seconds
+        stop.wait(min(first + patience - now, pause))
 
 
 def post(url, body, timeout):
     """The answer's JSON, with at least one whole choice in it."""
-    question = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    question = urllib.request.Request(url, json.dumps(body).encode(), headers)
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         question.add_unredirected_header("Authorization", f"Bearer {key}")
     deadline = time.monotonic() + timeout
@@ -220,7 +237,8 @@ def post(url, body, timeout):
             message = f"HTTP {error.code}: {said(read(error, deadline))}"
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise OSError(message)
-        advice = {401: ": the key goes in OPENAI_API_KEY", 404: ": does --server end in /v1, does the server know --model?"}
+        advice = {401: ": the key goes in OPENAI_API_KEY",
+                  404: ": does --server end in /v1, does the server know --model?"}
         raise Refused(f"{url} refuses: {message}{advice.get(error.code, '')}", error.code)
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices:
@@ -234,7 +252,7 @@ def post(url, body, timeout):
 
 
 def read(response, deadline):
-    """The whole body; the timeout of a connection is for each piece, and a server may send piece by piece for ever."""
+    """The whole body before the deadline: the timeout of a connection is for each piece alone."""
     body = bytearray()
     while piece := response.read1(2**16):
         body += piece
@@ -250,7 +268,9 @@ def said(body):
     try:
         answer = json.loads(body)
         answer = answer.get("error") or answer
-        return plain(answer if isinstance(answer, str) else answer.get("message") or answer.get("detail") or answer)
+        if not isinstance(answer, str):
+            answer = answer.get("message") or answer.get("detail") or answer
+        return plain(answer)
     except (ValueError, AttributeError, RecursionError):
         return plain(body.decode("utf-8", "replace"))
 

@@ -1,4 +1,5 @@
-"""A chat model as people have it: a template, pad equal to the end token, two end tokens, no start token."""
+"""A chat model as people have it: a template, pad equal to the end token, two end tokens, no
+start token."""
 
 import json
 import sys
@@ -19,8 +20,10 @@ from data.tokens import all_token_ids
 from engine import sampler
 from engine.measures import measure
 
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +32,37 @@ def chat(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("chat"))
     bytes_of = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = Tokenizer(models.BPE({letter: i for i, letter in enumerate(bytes_of)}, []))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", pad_token="<|im_end|>",
-                                        additional_special_tokens=["<|im_start|>", "<|endoftext|>"])
+    fast.pre_tokenizer, fast.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
+    )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.3, eos_token_id=ends[0], pad_token_id=ends[0]))
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.6, top_p=0.9)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=0.3,
+            eos_token_id=ends[0],
+            pad_token_id=ends[0],
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.6, top_p=0.9
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -58,19 +81,34 @@ def test_prompts_go_through_the_template_once(chat):
     prompt = maths.make_prompt("gsm8k", "How many? <|im_end|>", tokenizer)
     ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer)[0]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
-    assert ids.count(tokenizer.eos_token_id) == 1  # the template's own; the one in the question is only text
+    assert (
+        ids.count(tokenizer.eos_token_id) == 1
+    )  # the template's own; the one in the question is only text
 
 
 def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
-    """The end token is learned when it was sampled and absent when the completion was cut; it goes round twice."""
+    """The end token is learned when it was sampled and absent when the completion was cut; it
+    goes round twice."""
     (tmp_path / "gsm8k").mkdir()
-    rows = [dict(id=f"q{i}", question=f"What is {i} + 2?", gold=str(i + 2), solution="") for i in range(6)]
+    rows = [
+        dict(id=f"q{i}", question=f"What is {i} + 2?", gold=str(i + 2), solution="")
+        for i in range(6)
+    ]
     (tmp_path / "gsm8k/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(maths, "HERE", tmp_path)
     model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
-    settings = evaluation.Settings(model=chat, task="gsm8k", split="train", samples=6, max_new_tokens=24)
+    settings = evaluation.Settings(
+        model=chat, task="gsm8k", split="train", samples=6, max_new_tokens=24
+    )
     out = str(tmp_path / "r.jsonl")
-    sampler.sample_rollouts(model, tokenizer, gsm8k_questions(tokenizer, settings), tasks.load_task("gsm8k").grade, settings, out)
+    sampler.sample_rollouts(
+        model,
+        tokenizer,
+        gsm8k_questions(tokenizer, settings),
+        tasks.load_task("gsm8k").grade,
+        settings,
+        out,
+    )
     rollouts, ends = read_rollouts(out), sampler.end_tokens(model, tokenizer)
     assert {row["finish"] for row in rollouts} == {"stop", "length"}
     assert len({row["completion_ids"][-1] for row in rollouts if row["finish"] == "stop"}) == 2
@@ -78,15 +116,35 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     for row in rollouts[::2]:
         row["reward"] = 1.0
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
-    result = shell(sys.executable, ROOT / "train.py", "--model", chat, "--rollouts", tmp_path / "scored.jsonl", "--out", tmp_path / "out",
-                   "--learning-rate", "1e-4", "--sequences", "12", "--gradient-checkpointing")
+    result = shell(
+        sys.executable,
+        ROOT / "train.py",
+        "--model",
+        chat,
+        "--rollouts",
+        tmp_path / "scored.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--learning-rate",
+        "1e-4",
+        "--sequences",
+        "12",
+        "--gradient-checkpointing",
+    )
     assert result.returncode == 0, result.stdout
     trained, tokenizer = sampler.load_model(str(tmp_path / "out"), evaluation.Settings(), "cpu")
     assert tokenizer.chat_template == TEMPLATE and sampler.end_tokens(trained, tokenizer) == ends
     assert (tmp_path / "out/chat_template.jinja").read_text() == TEMPLATE
     assert same_generation(chat, tmp_path / "out")
-    measures = measure(sampler.sample_rollouts(
-        trained, tokenizer, gsm8k_questions(tokenizer, settings), tasks.load_task("gsm8k").grade, settings))
+    measures = measure(
+        sampler.sample_rollouts(
+            trained,
+            tokenizer,
+            gsm8k_questions(tokenizer, settings),
+            tasks.load_task("gsm8k").grade,
+            settings,
+        )
+    )
     assert measures["completions"] == 36
 
 
@@ -97,28 +155,68 @@ def same_generation(one, other):
 
 
 def test_odd_generation_settings_are_handed_on(chat, tmp_path):
-    """Many published models name a temperature and do not sample, which transformers calls invalid: the run still ends well."""
+    """Many published models name a temperature and do not sample, which transformers calls
+    invalid: the run still ends well."""
     model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     model.save_pretrained(tmp_path / "odd")
     tokenizer.save_pretrained(tmp_path / "odd")
-    odd = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": sampler.end_tokens(model, tokenizer)}
+    odd = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": False,
+        "eos_token_id": sampler.end_tokens(model, tokenizer),
+    }
     (tmp_path / "odd/generation_config.json").write_text(json.dumps(odd))
-    (tmp_path / "r.jsonl").write_text(json.dumps(dict(id="q", prompt="How many?", completion="The answer is 5.", reward=1)) + "\n")
-    train.train(train.Settings(model=str(tmp_path / "odd"), rollouts=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out")))
+    (tmp_path / "r.jsonl").write_text(
+        json.dumps(dict(id="q", prompt="How many?", completion="The answer is 5.", reward=1)) + "\n"
+    )
+    train.train(
+        train.Settings(
+            model=str(tmp_path / "odd"),
+            rollouts=str(tmp_path / "r.jsonl"),
+            out=str(tmp_path / "out"),
+        )
+    )
     assert same_generation(tmp_path / "odd", tmp_path / "out")
 
 
 def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
-    """Real questions, with a model that knows nothing: sampled, graded, trained on, sampled and measured again."""
+    """Real questions, with a model that knows nothing: sampled, graded, trained on, sampled and
+    measured again."""
     questions, test = need("gsm8k/train.jsonl", "gsm8k/test.jsonl")
     maths.main(["gsm8k", "--train", questions, "--test", test, "--out", str(tmp_path)])
     monkeypatch.setattr(maths, "HERE", tmp_path)
-    results = train.job(train.Settings(
-        model=chat, task="gsm8k", out=str(tmp_path / "out"), questions=4, samples=4, test_questions=4, max_new_tokens=24,
-        learning_rate=1e-3, sequences=8, rounds=2, eval_every=1))
-    assert results["before"]["questions"] == results["after"]["questions"] == 4 and len(results["curve"]) == 6
+    results = train.job(
+        train.Settings(
+            model=chat,
+            task="gsm8k",
+            out=str(tmp_path / "out"),
+            questions=4,
+            samples=4,
+            test_questions=4,
+            max_new_tokens=24,
+            learning_rate=1e-3,
+            sequences=8,
+            rounds=2,
+            eval_every=1,
+        )
+    )
+    assert (
+        results["before"]["questions"] == results["after"]["questions"] == 4
+        and len(results["curve"]) == 6
+    )
     rows = read_rollouts(tmp_path / "out/rollouts-2.jsonl")
-    assert len(rows) == 16 and rows[0]["id"].startswith("gsm8k-train") and all(row["gold"] for row in rows)
-    assert rows[0]["prompt"].startswith("<|im_start|>user") and {row["reward"] for row in rows} <= {-1.0, 1.0}
-    weights = {row["sampling"]["weights"] for row in rows + read_rollouts(tmp_path / "out/rollouts-1.jsonl")}
+    assert (
+        len(rows) == 16
+        and rows[0]["id"].startswith("gsm8k-train")
+        and all(row["gold"] for row in rows)
+    )
+    assert rows[0]["prompt"].startswith("<|im_start|>user") and {row["reward"] for row in rows} <= {
+        -1.0,
+        1.0,
+    }
+    weights = {
+        row["sampling"]["weights"]
+        for row in rows + read_rollouts(tmp_path / "out/rollouts-1.jsonl")
+    }
     assert len(weights) == 2  # the second round was written by the policy of the first

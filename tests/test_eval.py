@@ -1,4 +1,5 @@
-"""The sampler against transformers' own, the file it writes, and the measures against independent computations."""
+"""The sampler against transformers' own, the file it writes, and the measures against independent
+computations."""
 
 import dataclasses
 import itertools
@@ -23,15 +24,34 @@ from engine.measures import measure
 from engine.common import Problem
 
 FAMILIES = dict(
-    llama={}, qwen2={}, qwen3={"head_dim": 8}, mistral={"sliding_window": 6}, gemma2={"head_dim": 8, "sliding_window": 6},
-    gemma3_text={"head_dim": 8, "sliding_window": 6}, gpt2={"n_embd": 32, "n_layer": 2, "n_head": 4},
-    gpt_neox={"num_key_value_heads": None}, phi={"num_key_value_heads": None}, cohere={"logit_scale": 0.3}, granite={"logits_scaling": 3.0})
+    llama={},
+    qwen2={},
+    qwen3={"head_dim": 8},
+    mistral={"sliding_window": 6},
+    gemma2={"head_dim": 8, "sliding_window": 6},
+    gemma3_text={"head_dim": 8, "sliding_window": 6},
+    gpt2={"n_embd": 32, "n_layer": 2, "n_head": 4},
+    gpt_neox={"num_key_value_heads": None},
+    phi={"num_key_value_heads": None},
+    cohere={"logit_scale": 0.3},
+    granite={"logits_scaling": 3.0},
+)
 
 
 def random_model(kind, seed=0):
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=61,
-                 bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=128)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=61,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        max_position_embeddings=128,
+    )
     sizes = {k: v for k, v in {**sizes, **FAMILIES[kind]}.items() if v is not None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     for parameter in model.parameters():
@@ -41,38 +61,59 @@ def random_model(kind, seed=0):
 
 
 def completions(model, prompts, settings, ends=(2,)):
-    uniforms = lambda p: torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p))
+    uniforms = lambda p: torch.rand(
+        settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p)
+    )
     return dict(sampler.generate(model, prompts, uniforms, list(ends), settings))
 
 
-PROMPTS = [[1, 5, 6, 7], [1, 9], [1, 3, 4, 5, 6, 7, 8, 9, 10, 11], [1, 20, 21], [1, 30, 31, 32, 33, 34]]
+PROMPTS = [
+    [1, 5, 6, 7],
+    [1, 9],
+    [1, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    [1, 20, 21],
+    [1, 30, 31, 32, 33, 34],
+]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_greedy_is_what_generate_writes(kind):
-    """Prompts of mixed length, rows that leave and rows that enter, sliding windows, learned positions."""
+    """Prompts of mixed length, rows that leave and rows that enter, sliding windows, learned
+    positions."""
     model = random_model(kind)
     settings = evaluation.Settings(samples=1, temperature=0.0, max_new_tokens=12, batch_size=2)
     written = completions(model, PROMPTS, settings)
     for number, prompt in enumerate(PROMPTS):
-        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2)[0, len(prompt):]
+        theirs = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2
+        )[0, len(prompt) :]
         assert written[number][0] == theirs.tolist()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 def test_same_completions_for_any_batch_size(kind):
     model = random_model(kind)
-    results = [completions(model, PROMPTS, evaluation.Settings(samples=3, max_new_tokens=10, batch_size=size, top_k=20, top_p=0.9))
-               for size in (1, 2, 4, 100)]
+    results = [
+        completions(
+            model,
+            PROMPTS,
+            evaluation.Settings(samples=3, max_new_tokens=10, batch_size=size, top_k=20, top_p=0.9),
+        )
+        for size in (1, 2, 4, 100)
+    ]
     assert all(result == results[0] for result in results)
     assert len({tuple(tokens) for group in results[0].values() for tokens in group}) > 5
 
 
 def test_sampling_follows_the_softmax():
-    """4,000 first tokens against the model's own probabilities; top-k and top-p leave nothing outside."""
+    """4,000 first tokens against the model's own probabilities; top-k and top-p leave nothing
+    outside."""
     model = random_model("llama")
     probabilities = model(torch.tensor([PROMPTS[0]])).logits[0, -1].div(0.7).softmax(-1)
-    for options, kept in ((dict(temperature=0.7), range(61)), (dict(temperature=0.7, top_k=5), probabilities.topk(5).indices.tolist())):
+    for options, kept in (
+        (dict(temperature=0.7), range(61)),
+        (dict(temperature=0.7, top_k=5), probabilities.topk(5).indices.tolist()),
+    ):
         settings = evaluation.Settings(samples=4000, max_new_tokens=1, batch_size=4000, **options)
         counts = Counter(tokens[0] for tokens in completions(model, [PROMPTS[0]], settings)[0])
         expected = {token: probabilities[token].item() for token in kept}
@@ -83,7 +124,9 @@ def test_sampling_follows_the_softmax():
             assert abs(counts[token] / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 1e-3
     order = probabilities.sort(descending=True)
     nucleus = order.indices[: int((order.values.cumsum(0) < 0.5).sum()) + 1].tolist()
-    settings = evaluation.Settings(samples=2000, max_new_tokens=1, batch_size=2000, temperature=0.7, top_p=0.5)
+    settings = evaluation.Settings(
+        samples=2000, max_new_tokens=1, batch_size=2000, temperature=0.7, top_p=0.5
+    )
     assert {tokens[0] for tokens in completions(model, [PROMPTS[0]], settings)[0]} == set(nucleus)
 
 
@@ -99,24 +142,54 @@ def test_several_end_tokens_and_cut_completions():
 def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_path):
     """Byte for byte, logprobs included."""
     files = []
-    for name, ranks, options in (("a", 0, ["--batch-size", 256]), ("b", 0, ["--batch-size", 3]), ("c", 2, ["--batch-size", 7])):
+    for name, ranks, options in (
+        ("a", 0, ["--batch-size", 256]),
+        ("b", 0, ["--batch-size", 3]),
+        ("c", 2, ["--batch-size", 7]),
+    ):
         out = tmp_path / f"{name}.jsonl"
-        command = [ROOT / "eval.py", "--model", tiny, "--task", "apples", "--questions", 13, "--samples", 4, "--max-new-tokens", 30,
-                   "--out", out, *options]
+        command = [
+            ROOT / "eval.py",
+            "--model",
+            tiny,
+            "--task",
+            "apples",
+            "--questions",
+            13,
+            "--samples",
+            4,
+            "--max-new-tokens",
+            30,
+            "--out",
+            out,
+            *options,
+        ]
         result = torchrun(ranks, *command) if ranks else shell(sys.executable, *command)
         assert result.returncode == 0 and "pass@4" in result.stdout, result.stdout
         files.append(out.read_bytes())
         assert json.loads((tmp_path / f"{name}.json").read_text())["completions"] == 52
     assert all(file == files[0] for file in files) and files[0].count(b"\n") == 52
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{n}.{e}" for n in "abc" for e in ("json", "jsonl"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{n}.{e}" for n in "abc" for e in ("json", "jsonl")
+    )
 
 
 def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
-    """Whatever temperature, top-k and top-p chose the tokens; the end token counts when it was sampled."""
+    """Whatever temperature, top-k and top-p chose the tokens; the end token counts when it was
+    sampled."""
     model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
-    settings = evaluation.Settings(model=tiny, questions=4, samples=3, max_new_tokens=25, temperature=0.5, top_k=10, top_p=0.9)
+    settings = evaluation.Settings(
+        model=tiny, questions=4, samples=3, max_new_tokens=25, temperature=0.5, top_k=10, top_p=0.9
+    )
     questions = apples_questions(tokenizer, settings, settings.questions)
-    rows = sampler.sample_rollouts(model, tokenizer, questions, tasks.load_task("apples").grade, settings, str(tmp_path / "r.jsonl"))
+    rows = sampler.sample_rollouts(
+        model,
+        tokenizer,
+        questions,
+        tasks.load_task("apples").grade,
+        settings,
+        str(tmp_path / "r.jsonl"),
+    )
     assert rows == read_rollouts(tmp_path / "r.jsonl")
     for row in rows:
         ids = row["prompt_ids"] + row["completion_ids"]
@@ -125,14 +198,22 @@ def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
         expected = [logp[t - 1, ids[t]].item() for t in range(start, len(ids))]
         assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
         assert (row["finish"] == "stop") == (ids[-1] == tokenizer.eos_token_id)
-        assert tokenizer.decode(row["completion_ids"], skip_special_tokens=True) == row["completion"]
+        assert (
+            tokenizer.decode(row["completion_ids"], skip_special_tokens=True) == row["completion"]
+        )
 
 
 def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
     """Finished questions are kept, a torn line is dropped, nothing is sampled twice."""
     model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
-    settings = evaluation.Settings(model=tiny, questions=9, samples=2, max_new_tokens=20, batch_size=4)
-    questions, grade, graded = apples_questions(tokenizer, settings, settings.questions), tasks.load_task("apples").grade, []
+    settings = evaluation.Settings(
+        model=tiny, questions=9, samples=2, max_new_tokens=20, batch_size=4
+    )
+    questions, grade, graded = (
+        apples_questions(tokenizer, settings, settings.questions),
+        tasks.load_task("apples").grade,
+        [],
+    )
 
     def dying(question, text):
         graded.append(question["id"])
@@ -147,9 +228,18 @@ def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
     (part,) = tmp_path.glob("*.part-*")
     part.write_bytes(part.read_bytes()[:-10])  # and the machine lost power
     later = []
-    rows = sampler.sample_rollouts(model, tokenizer, questions, lambda q, t: (later.append(q["id"]), grade(q, t))[1], settings, out)
+    rows = sampler.sample_rollouts(
+        model,
+        tokenizer,
+        questions,
+        lambda q, t: (later.append(q["id"]), grade(q, t))[1],
+        settings,
+        out,
+    )
     assert len(later) == 2 * (9 - 3) and len(rows) == 18
-    assert rows == sampler.sample_rollouts(model, tokenizer, questions, grade, settings, str(tmp_path / "whole.jsonl"))
+    assert rows == sampler.sample_rollouts(
+        model, tokenizer, questions, grade, settings, str(tmp_path / "whole.jsonl")
+    )
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -163,7 +253,8 @@ def test_pass_at_k_by_enumeration():
 
 
 def test_majority_by_enumeration():
-    """Over many draws of k, not the first k; a tie counts its share, invalid answers do not vote."""
+    """Over many draws of k, not the first k; a tie counts its share, invalid answers do not
+    vote."""
     rng = random.Random(0)
     for _ in range(20):
         answers = [rng.choice(["5", "6", "7", None]) for _ in range(7)]
@@ -173,7 +264,9 @@ def test_majority_by_enumeration():
                 votes = Counter(a for a in subset if a is not None).most_common()
                 best = [a for a, count in votes if count == votes[0][1]]
                 expected.append(("5" in best) / len(best) if best else 0.0)
-            got = measures.majority_at_k(answers, [a == "5" for a in answers], k, random.Random(1), 4000)
+            got = measures.majority_at_k(
+                answers, [a == "5" for a in answers], k, random.Random(1), 4000
+            )
             assert got == pytest.approx(sum(expected) / len(expected), abs=0.04)
 
 
@@ -185,17 +278,24 @@ def test_votes_are_counted_before_anything_looks_at_the_reference():
     right = [answer == "18" for answer in answers]
     assert measures.majority_at_k(votes, right, 12, random.Random(0), 1) == 0.0
     assert measures.majority_at_k(answers, right, 12, random.Random(0), 1) == 1.0
-    rows = [dict(id="q", reward=1.0 if answer == "18" else -1.0, answer=answer) for answer in answers]
-    assert measure(rows + rows[1:5], same_answer=lambda a, b: float(a) == float(b))["maj@16"]["mean"] == 1.0
+    rows = [
+        dict(id="q", reward=1.0 if answer == "18" else -1.0, answer=answer) for answer in answers
+    ]
+    assert (
+        measure(rows + rows[1:5], same_answer=lambda a, b: float(a) == float(b))["maj@16"]["mean"]
+        == 1.0
+    )
     assert measures.group_answers([None, None]) == [None, None]
     assert measures.majority_at_k([None, None], [False, False], 2, random.Random(0), 1) == 0.0
 
 
 def test_measures_over_questions():
-    rows = [dict(id="a", reward=1.0, answer="5", finish="stop"),
-            dict(id="a", reward=-1.0, answer=None, finish="length"),
-            dict(id="b", reward=1.0, answer="7", finish="stop"),
-            dict(id="b", reward=1.0, answer="7", finish="stop")]
+    rows = [
+        dict(id="a", reward=1.0, answer="5", finish="stop"),
+        dict(id="a", reward=-1.0, answer=None, finish="length"),
+        dict(id="b", reward=1.0, answer="7", finish="stop"),
+        dict(id="b", reward=1.0, answer="7", finish="stop"),
+    ]
     measures = measure(rows)
     assert measures["questions"] == 2 and measures["completions"] == 4 and "tokens" not in measures
     assert measures["pass@1"]["mean"] == 0.75 and measures["invalid"]["mean"] == 0.25
@@ -217,7 +317,8 @@ def test_shares_have_wilsons_interval():
 @pytest.mark.parametrize("p", [0.02, 0.05])
 @pytest.mark.parametrize("samples, alike", [(1, 0.5), (16, 0.05), (16, 0.3), (16, 0.7)])
 def test_intervals_cover(n, p, samples, alike):
-    """95% intervals held the truth in as little as 57% of such cases; `alike`: correlation within a question."""
+    """95% intervals held the truth in as little as 57% of such cases; `alike`: correlation within
+    a question."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(600):
         chances = rng.beta(p * (1 / alike - 1), (1 - p) * (1 / alike - 1), n)  # [questions]
@@ -243,12 +344,24 @@ def test_paired_intervals():
 
 
 def test_grading_an_existing_file(tmp_path):
-    rows = [dict(id="a", prompt="?", completion="so\nThe answer is 5 .", reward=-1.0, gold="5"),
-            dict(id="b", prompt="?", completion="no idea", reward=1.0, gold="5")]
+    rows = [
+        dict(id="a", prompt="?", completion="so\nThe answer is 5 .", reward=-1.0, gold="5"),
+        dict(id="b", prompt="?", completion="no idea", reward=1.0, gold="5"),
+    ]
     write_rollouts(tmp_path / "old.jsonl", rows)
-    result = shell(sys.executable, ROOT / "eval.py", "--grade", tmp_path / "old.jsonl", "--out", tmp_path / "new.jsonl")
+    result = shell(
+        sys.executable,
+        ROOT / "eval.py",
+        "--grade",
+        tmp_path / "old.jsonl",
+        "--out",
+        tmp_path / "new.jsonl",
+    )
     assert result.returncode == 0, result.stdout
-    assert [(row["answer"], row["reward"]) for row in read_rollouts(tmp_path / "new.jsonl")] == [("5", 1.0), (None, -1.0)]
+    assert [(row["answer"], row["reward"]) for row in read_rollouts(tmp_path / "new.jsonl")] == [
+        ("5", 1.0),
+        (None, -1.0),
+    ]
     assert json.loads((tmp_path / "new.json").read_text())["pass@1"]["mean"] == 0.5
     del rows[1]["gold"]
     write_rollouts(tmp_path / "old.jsonl", rows)
@@ -260,7 +373,13 @@ def test_a_prompt_without_room_is_named(tiny):
     model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     settings = evaluation.Settings(model=tiny, questions=2, max_new_tokens=250)
     with pytest.raises(Problem, match="apples-test-0-0.*--max-new-tokens"):
-        sampler.sample_rollouts(model, tokenizer, apples_questions(tokenizer, settings, settings.questions), None, settings)
+        sampler.sample_rollouts(
+            model,
+            tokenizer,
+            apples_questions(tokenizer, settings, settings.questions),
+            None,
+            settings,
+        )
     assert dataclasses.asdict(settings)["samples"] == 16
 
 
@@ -268,7 +387,10 @@ def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys)
     """The same command again costs nothing; other settings under the same name are refused."""
     model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
     wish = evaluation.Settings(model=tiny, questions=3, samples=2, max_new_tokens=8)
-    questions, grade = apples_questions(tokenizer, wish, wish.questions), tasks.load_task("apples").grade
+    questions, grade = (
+        apples_questions(tokenizer, wish, wish.questions),
+        tasks.load_task("apples").grade,
+    )
     out = str(tmp_path / "rollouts.jsonl")
     first = sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out)
     stamp = open(out, "rb").read()
@@ -276,5 +398,7 @@ def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys)
     assert "reusing" in capsys.readouterr().out
     for changes in (dict(temperature=0.5), dict(samples=1), dict(seed=1)):
         with pytest.raises(Problem, match="holds other rollouts"):
-            sampler.sample_rollouts(model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out)
+            sampler.sample_rollouts(
+                model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out
+            )
     assert open(out, "rb").read() == stamp

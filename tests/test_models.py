@@ -1,5 +1,5 @@
-"""The sampler with models that are not a small Llama: state-space and hybrid ones, learned positions,
-stop strings, several end tokens, broken weights, other dtypes."""
+"""The sampler with models that are not a small Llama: state-space and hybrid ones, learned
+positions, stop strings, several end tokens, broken weights, other dtypes."""
 
 import math
 import sys
@@ -16,20 +16,56 @@ from data.rollouts import read_rollouts
 from engine import sampler
 from engine.common import Problem
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-ATTENTION = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    vocab_size=61,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
+ATTENTION = dict(
+    intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128
+)
 STATES = dict(
     mamba=dict(state_size=8),
     mamba2=dict(state_size=8, num_heads=4, head_dim=16, n_groups=1, expand=2, chunk_size=4),
-    falcon_h1=dict(**ATTENTION, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
-                   mamba_chunk_size=4, head_dim=8),
-    granitemoehybrid=dict(**ATTENTION, layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=16,
-                          mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=4, num_local_experts=2,
-                          num_experts_per_tok=1, shared_intermediate_size=32),
-    qwen3_next=dict(**ATTENTION, layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=2,
-                    num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-                    linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-                    linear_value_head_dim=8))
+    falcon_h1=dict(
+        **ATTENTION,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_chunk_size=4,
+        head_dim=8,
+    ),
+    granitemoehybrid=dict(
+        **ATTENTION,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_chunk_size=4,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=32,
+    ),
+    qwen3_next=dict(
+        **ATTENTION,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+)
 PROMPTS = [[1, 5, 6, 7], [1, 9], [1, 3, 4, 5, 6, 7, 8, 9, 10, 11], [1, 30, 31, 32, 33, 34]]
 
 
@@ -45,7 +81,9 @@ def random_model(kind, **sizes):
 
 def uniforms(settings):
     def table(p):
-        return torch.rand(settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p))
+        return torch.rand(
+            settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p)
+        )
 
     return table
 
@@ -66,46 +104,75 @@ class Letters:
 
 
 def rollouts(model, settings, texts, out="", stop=()):
-    questions = [{"id": text, "question": text, "prompt": text, "stop": list(stop)} for text in texts]
-    return sampler.sample_rollouts(model, Letters(), questions, lambda *_: (None, -1.0), settings, str(out))
+    questions = [
+        {"id": text, "question": text, "prompt": text, "stop": list(stop)} for text in texts
+    ]
+    return sampler.sample_rollouts(
+        model, Letters(), questions, lambda *_: (None, -1.0), settings, str(out)
+    )
 
 
 @pytest.mark.parametrize("kind", STATES)
 def test_state_space_and_hybrid_models(kind, tmp_path, capsys):
-    """They ended in a traceback, or wrote other text than generate: the cache of keys and values is not theirs."""
+    """They ended in a traceback, or wrote other text than generate: the cache of keys and values
+    is not theirs."""
     model = random_model(kind)
     settings = evaluation.Settings(model="x", samples=1, temperature=0.0, max_new_tokens=8)
     assert sampler.cache_bytes(model, settings) == 0
     texts = ["".join(chr(65 + i) for i in prompt) for prompt in PROMPTS]
     rows = rollouts(model, settings, texts, tmp_path / "r.jsonl")
-    assert capsys.readouterr().out.count("transformers' generate samples") == 1
+    assert capsys.readouterr().out.count("transformers' generate") == 1
     for prompt, row in zip(PROMPTS, rows):
-        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=2)
-        assert row["completion_ids"] == theirs[0, len(prompt):].tolist()
+        theirs = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=2
+        )
+        assert row["completion_ids"] == theirs[0, len(prompt) :].tolist()
     few = evaluation.Settings(model="x", samples=4, max_new_tokens=6, batch_size=3)
     many = evaluation.Settings(model="x", samples=4, max_new_tokens=6, batch_size=4)
-    sampled = [[row["completion_ids"] for row in rollouts(model, one, texts[:2])] for one in (few, many)]
+    sampled = [
+        [row["completion_ids"] for row in rollouts(model, one, texts[:2])] for one in (few, many)
+    ]
     assert sampled[0] == sampled[1] and len(set(map(tuple, sampled[0]))) > 4
 
 
 def test_the_fallback_samples_what_the_batches_sample():
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, **ATTENTION)).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SIZES, **ATTENTION)
+    ).eval()
     settings = evaluation.Settings(samples=3, max_new_tokens=10, batch_size=5)
-    assert sampler.cache_bytes(model, settings) == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
-    both = [dict(generate(model, PROMPTS, uniforms(settings), [2, 7], settings))
-            for generate in (sampler.generate, sampler.generate_alone)]
+    assert (
+        sampler.cache_bytes(model, settings) == 2 * 2 * 2 * 8 * 4
+    )  # layers, keys and values, heads, width, bytes
+    both = [
+        dict(generate(model, PROMPTS, uniforms(settings), [2, 7], settings))
+        for generate in (sampler.generate, sampler.generate_alone)
+    ]
     assert both[0] == both[1]
 
 
-@pytest.mark.parametrize("kind, sizes", [("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=20)),
-                                         ("opt", dict(ffn_dim=64, num_attention_heads=4, max_position_embeddings=20,
-                                                      word_embed_proj_dim=32))])
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=20)),
+        (
+            "opt",
+            dict(
+                ffn_dim=64,
+                num_attention_heads=4,
+                max_position_embeddings=20,
+                word_embed_proj_dim=32,
+            ),
+        ),
+    ],
+)
 def test_learned_positions_up_to_the_last(kind, sizes):
     """The positions of rows that had finished grew past the model's room: IndexError."""
     model = random_model(kind, **sizes)
     settings = evaluation.Settings(samples=20, max_new_tokens=10, batch_size=20)
     ends = list(range(2, 8))
-    written = dict(sampler.generate(model, [PROMPTS[2], PROMPTS[0]], uniforms(settings), ends, settings))
+    written = dict(
+        sampler.generate(model, [PROMPTS[2], PROMPTS[0]], uniforms(settings), ends, settings)
+    )
     lengths = {len(tokens) for completions in written.values() for tokens in completions}
     assert 10 in lengths and len(lengths) > 4
 
@@ -134,7 +201,8 @@ def test_a_stop_string_ends_a_completion(tmp_path):
 
 
 def test_a_token_that_holds_text_before_the_stop_is_kept():
-    """One token may hold "18.", the line's end and the next: without it the answer would be lost."""
+    """One token may hold "18.", the line's end and the next: without it the answer would be
+    lost."""
 
     class Words(Letters):
         def decode(self, ids, skip_special_tokens=True):
@@ -167,7 +235,8 @@ def test_the_end_token_of_text():
 
 
 def test_broken_weights_stop_at_once(tmp_path):
-    """NaN was found after all sampling, and the part file that it left made the next call fail too."""
+    """NaN was found after all sampling, and the part file that it left made the next call fail
+    too."""
     model = random_model("llama", **ATTENTION)
     settings = evaluation.Settings(model="x", samples=2, max_new_tokens=5)
     with torch.no_grad():
@@ -184,20 +253,35 @@ def test_broken_weights_stop_at_once(tmp_path):
 def test_precision_and_weights(tiny, tmp_path):
     """mu is of the model as it is trained: weights by --weights, arithmetic by --precision."""
     rows = {}
-    for weights, precision in (("auto", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")):
-        settings = evaluation.Settings(model=tiny, weights=weights, precision=precision, samples=2, max_new_tokens=20)
+    for weights, precision in (
+        ("auto", "float32"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+    ):
+        settings = evaluation.Settings(
+            model=tiny, weights=weights, precision=precision, samples=2, max_new_tokens=20
+        )
         model, tokenizer = sampler.load_model(tiny, settings, "cpu")
         assert model.dtype == (torch.bfloat16 if weights == "bfloat16" else torch.float32)
         out = tmp_path / f"{weights}-{precision}.jsonl"
         rows[weights, precision] = row = sampler.sample_rollouts(
-            model, tokenizer, apples_questions(tokenizer, settings, 2), lambda *_: (None, 0.0), settings, str(out))[0]
+            model,
+            tokenizer,
+            apples_questions(tokenizer, settings, 2),
+            lambda *_: (None, 0.0),
+            settings,
+            str(out),
+        )[0]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             again = sampler.score(model, row["prompt_ids"], [row["completion_ids"]], share=False)[0]
         assert row["logprobs"] == pytest.approx(again, abs=0.05)
     assert rows["auto", "float32"]["logprobs"][0] != rows["float32", "bfloat16"]["logprobs"][0]
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
-    assert sampler.load_model(str(tmp_path / "half"), evaluation.Settings(), "cpu")[0].dtype == torch.bfloat16
+    assert (
+        sampler.load_model(str(tmp_path / "half"), evaluation.Settings(), "cpu")[0].dtype
+        == torch.bfloat16
+    )
 
 
 def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, tmp_path):
@@ -215,7 +299,9 @@ def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, tmp_path):
     results = []
     for left in (10**12, 2 * 10**5, 1):
         monkeypatch.setattr(sampler, "memory_left", lambda device, left=left: left)
-        results.append(sampler.sample_rollouts(model, tokenizer, questions, lambda *_: (None, 0.0), settings))
+        results.append(
+            sampler.sample_rollouts(model, tokenizer, questions, lambda *_: (None, 0.0), settings)
+        )
     assert sizes[0] == 256 and 1 < sizes[1] < 256 and sizes[2] == 1
     assert results[0] == results[1] == results[2]
     assert sampler.memory_left(model.device) > 0
@@ -253,12 +339,15 @@ def test_a_finished_file_is_extended(tiny, tmp_path):
         assert row["logprobs"] == pytest.approx(other["logprobs"], abs=1e-5)
         assert {**row, "logprobs": 0} == {**other, "logprobs": 0}
     assert first == [row for n, row in enumerate(rows) if n % 5 < 3]
-    for changes, named in ((dict(temperature=0.5), "temperature is 1.0 there and 0.5"), (dict(samples=2), "number.*30 .*12"),
-                           (dict(seed=3), "seed is 0")):
+    for changes, named in (
+        (dict(temperature=0.5), "temperature is 1.0 there and 0.5"),
+        (dict(samples=2), "number.*30 .*12"),
+        (dict(seed=3), "seed is 0"),
+    ):
         other = evaluation.Settings(**{**vars(many), **changes})
         with pytest.raises(Problem, match=named):
             sampler.sample_rollouts(model, tokenizer, questions, grade, other, out)
-    with pytest.raises(Problem, match="id of a question|number of completions"):
+    with pytest.raises(Problem, match="id is|number of completions"):
         sampler.sample_rollouts(model, tokenizer, questions[1:], grade, many, out)
     slash = evaluation.Settings(**{**vars(many), "model": tiny + "/"})
     assert sampler.sample_rollouts(model, tokenizer, questions, grade, slash, out) == rows
@@ -267,7 +356,21 @@ def test_a_finished_file_is_extended(tiny, tmp_path):
 
 def test_the_rows_name_their_split(tiny, tmp_path):
     """Training on the test questions went unnoticed."""
-    result = shell(sys.executable, ROOT / "eval.py", "--model", tiny, "--questions", 3, "--samples", 2, "--split", "train",
-                   "--max-new-tokens", 20, "--out", tmp_path / "r.jsonl")
+    result = shell(
+        sys.executable,
+        ROOT / "eval.py",
+        "--model",
+        tiny,
+        "--questions",
+        3,
+        "--samples",
+        2,
+        "--split",
+        "train",
+        "--max-new-tokens",
+        20,
+        "--out",
+        tmp_path / "r.jsonl",
+    )
     assert result.returncode == 0, result.stdout
     assert {row["split"] for row in read_rollouts(tmp_path / "r.jsonl")} == {"train"}
