@@ -165,12 +165,17 @@ def lost_rank():
 
 def load_on_first_rank(load):
     """load() on the first rank; on the others the same model, without memory until sharded."""
-    model = load() if rank() == 0 else None
-    recipe = (type(model), model.config, model.dtype) if rank() == 0 else None
-    kind, config, dtype = from_first(recipe)
+    model, recipe = None, None
+    if rank() == 0:
+        model = load()
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        recipe = type(model), model.config, dtypes
+    kind, config, dtypes = from_first(recipe)
     if rank() > 0:
         with torch.device("meta"):
-            model = kind(config).to(dtype).eval()
+            model = kind(config).eval()
+        for name, p in model.named_parameters():
+            p.data = p.data.to(dtypes[name])
     return model
 
 

@@ -1,5 +1,6 @@
 """The rollout file and the embedded task."""
 
+import itertools
 import json
 import random
 import sys
@@ -8,11 +9,15 @@ import pytest
 
 from conftest import ROOT, shell
 from data import apples
-from data.rollouts import RolloutFile, export, read_rollouts, write_rollouts
+from data.rollouts import as_labels, read_batches, read_rollouts, write_rollouts
 from data.tokens import all_token_ids, prompt_tokens
 from engine.common import Problem, table, whole_file
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
+
+
+def problems_of(split, seed, count):
+    return list(itertools.islice(apples.questions(split, seed), count))
 
 
 def written(path, *lines):
@@ -27,11 +32,10 @@ def test_round_trip_keeps_every_field(tmp_path):
     assert read_rollouts(tmp_path / "r.jsonl") == rows
 
 
-def test_rows_are_read_when_needed_and_blank_lines_do_not_count(tmp_path):
+def test_blank_lines_do_not_count(tmp_path):
     path = written(tmp_path / "r.jsonl", {"id": "a"}, b"\n", {"id": "b", "reward": -1}, b"  \r\n", {"id": "c"})
-    file = RolloutFile(path)
-    assert [file[i]["id"] for i in (2, 0, 1)] == ["c", "a", "b"]
-    assert file.lines.tolist() == [1, 3, 5] and file.rewards.tolist() == [1, -1, 1]
+    rows = [row for batch in read_batches(path, []) for row in batch]
+    assert [(line, row["id"], row["reward"]) for line, row in rows] == [(1, "a", 1), (3, "b", -1), (5, "c", 1)]
 
 
 @pytest.mark.parametrize("line, words", [
@@ -47,25 +51,25 @@ def test_rows_are_read_when_needed_and_blank_lines_do_not_count(tmp_path):
 def test_bad_lines_are_named(tmp_path, line, words):
     path = written(tmp_path / "r.jsonl", {}, {}, line)
     with pytest.raises(Problem) as error:
-        RolloutFile(path)
+        read_rollouts(path)
     assert str(error.value).startswith(f"{path}:3: ") and words in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def test_up_to_ten_bad_lines_at_once(tmp_path):
     path = written(tmp_path / "r.jsonl", *[{"reward": "no"}] * 25)
     with pytest.raises(Problem) as error:
-        RolloutFile(path)
+        read_rollouts(path)
     assert len(str(error.value).splitlines()) == 10
 
 
 def test_files_that_are_none(tmp_path):
     for path, words in ((tmp_path, "directory"), (tmp_path / "none", "No such file"), (written(tmp_path / "empty"), "no rollouts")):
         with pytest.raises(Problem, match=words):
-            RolloutFile(str(path))
+            read_rollouts(str(path))
     with pytest.raises(Problem, match="byte order mark"):
-        RolloutFile(written(tmp_path / "bom", b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"))
+        read_rollouts(written(tmp_path / "bom", b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"))
     with pytest.raises(Problem, match="byte"):
-        RolloutFile(written(tmp_path / "long", b"x" * (64 * 2**20 + 5)))
+        read_rollouts(written(tmp_path / "long", b"x" * (64 * 2**20 + 5)))
 
 
 def test_half_a_file_never_appears(tmp_path):
@@ -84,18 +88,18 @@ def tokenizer():
 def test_ids_from_text_are_the_samplers(tokenizer):
     """The end token is learned when it was sampled, absent when the completion was cut, and never doubled."""
     row = {**GOOD, "prompt": "Tom has 12 apples . How many ?", "completion": "The answer is 12 ."}
-    prompt_ids, completion_ids = all_token_ids([row], tokenizer)[0]
+    prompt_ids, completion_ids = all_token_ids([row], tokenizer, tokenizer.eos_token_id)[0]
     assert prompt_ids[0] == tokenizer.bos_token_id and prompt_ids.count(tokenizer.bos_token_id) == 1
     assert completion_ids[-1] == tokenizer.eos_token_id and len(completion_ids) == 6
-    assert all_token_ids([{**row, "finish": "length"}], tokenizer)[0][1] == completion_ids[:-1]
-    assert all_token_ids([{**row, "completion": "The answer is 12 .</s>"}], tokenizer)[0][1] == completion_ids
-    assert all_token_ids([{**row, "prompt_ids": [9], "completion_ids": [8]}], tokenizer)[0] == ([9], [8])
+    assert all_token_ids([{**row, "finish": "length"}], tokenizer, tokenizer.eos_token_id)[0][1] == completion_ids[:-1]
+    assert all_token_ids([{**row, "completion": "The answer is 12 .</s>"}], tokenizer, tokenizer.eos_token_id)[0][1] == completion_ids
+    assert all_token_ids([{**row, "prompt_ids": [9], "completion_ids": [8]}], tokenizer, tokenizer.eos_token_id)[0] == ([9], [8])
     assert prompt_tokens("<s>Tom has 12 apples", tokenizer) == prompt_tokens("Tom has 12 apples", tokenizer)
 
 
 def test_every_word_is_one_token(tokenizer):
     rng = random.Random(0)
-    for problem in apples.make_problems(200, 1, "train"):
+    for problem in problems_of("train", 1, 200):
         text = problem["question"] + " " + apples.demonstrate(problem, rng, apples.HABITS)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
@@ -103,24 +107,24 @@ def test_every_word_is_one_token(tokenizer):
 
 
 def test_questions_for_testing_are_never_trained_on():
-    train = {problem["question"] for seed in range(3) for problem in apples.make_problems(3000, seed, "train")}
-    test = {problem["question"] for seed in range(3) for problem in apples.make_problems(1000, seed, "test")}
+    train = {problem["question"] for seed in range(3) for problem in problems_of("train", seed, 3000)}
+    test = {problem["question"] for seed in range(3) for problem in problems_of("test", seed, 1000)}
     assert not train & test
-    problems = apples.make_problems(500, 0, "test")
+    problems = problems_of("test", 0, 500)
     assert len({problem["question"] for problem in problems}) == len({problem["id"] for problem in problems}) == 500
-    assert problems[:100] == apples.make_problems(100, 0, "test")
+    assert problems[:100] == problems_of("test", 0, 100)
 
 
 def test_solutions_without_bad_habits_are_right():
-    for problem in apples.make_problems(300, 2, "train"):
-        answer, reward = apples.grade(apples.demonstrate(problem, random.Random(0), {}), problem["gold"])
+    for problem in problems_of("train", 2, 300):
+        answer, reward = apples.grade(problem, apples.demonstrate(problem, random.Random(0), {}))
         assert reward == 1.0 and answer == problem["gold"]
 
 
 def test_demonstrations_are_deliberately_imperfect(tokenizer):
-    rows = apples.demonstrations(3000, 0, tokenizer)
-    gold = {problem["id"]: problem["gold"] for problem in apples.make_problems(3000, 0, "train")}
-    graded = [apples.grade(row["completion"], gold[row["id"]]) for row in rows]
+    rows = apples.demonstrations(3000, 0)
+    gold = {problem["id"]: problem["gold"] for problem in problems_of("train", 0, 3000)}
+    graded = [apples.grade({"gold": gold[row["id"]]}, row["completion"]) for row in rows]
     right, invalid = sum(r > 0 for _, r in graded) / 3000, sum(a is None for a, _ in graded) / 3000
     assert 0.3 < right < 0.5 and 0.12 < invalid < 0.25
 
@@ -143,7 +147,7 @@ def test_export_for_other_trainers(tmp_path):
     assert run("export", path, tmp_path / "pairs.jsonl", "--pairs").returncode == 0
     assert read("pairs.jsonl") == [{"prompt": "2 + 2 ?", "chosen": "4", "rejected": "5"}]
     none = written(tmp_path / "none.jsonl", {"id": "a"}, {"id": "b", "reward": -1})
-    for options, words in ((("export", none, tmp_path / "x", "--pairs"), "there are no pairs"), (("export", path), "what is to be done?"),
+    for options, words in ((("export", none, tmp_path / "x", "--pairs"), "both a correct and a wrong"), (("export", path), "usage"),
                            (("export", tmp_path / "nothing", tmp_path / "x"), "cannot be read")):
         result = run(*options)
         assert result.returncode == 2 and words in result.stdout.splitlines()[-1], result.stdout
@@ -155,7 +159,7 @@ def test_datasets_reads_both(tmp_path):
     datasets = pytest.importorskip("datasets")
     path = written(tmp_path / "r.jsonl", {"answer": None, "sampling": {"top_k": None, "seed": 1}},
                    {"answer": "5", "reward": -1, "sampling": {"top_k": 5, "seed": None}, "prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.5]})
-    export(RolloutFile(path), tmp_path / "labels.jsonl")
+    write_rollouts(tmp_path / "labels.jsonl", as_labels(read_rollouts(path)))
     load = lambda name: datasets.load_dataset("json", data_files=str(tmp_path / name), split="train", cache_dir=str(tmp_path / "cache"))
     assert load("r.jsonl")["answer"][:] == [None, "5"] and load("r.jsonl")[1]["sampling"] == {"top_k": 5, "seed": None}
     assert load("labels.jsonl").features["label"].dtype == "bool"

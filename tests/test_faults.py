@@ -9,16 +9,15 @@ import random
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
 import train
 from conftest import ROOT, shell, torchrun
-from data import apples, common
+from data import apples
 from data.rollouts import write_rollouts
 from data.tokens import foreign_tokens
-from engine import batches, sampler
+from engine import batches, common, sampler
 from engine.common import Problem, visible, whole_file
 
 # id, prompt, completion, reward, and tokens of the embedded task's tokenizer
@@ -32,18 +31,21 @@ def policy(tmp_path_factory):
     tokenizer = apples.make_tokenizer(apples.vocabulary())
     tokenizer.save_pretrained(folder)
     apples.make_model(tokenizer, seed=1, width=16, layers=1).save_pretrained(folder)
-    return folder, *sampler.load_model(folder, "float32", "cpu")
+    return folder, *sampler.load_model(folder, train.Settings(), "cpu")
 
 
 @pytest.fixture(scope="module")
 def good(policy):
-    (row,) = apples.as_rows([{"id": "q"}], [PROMPT], [COMPLETION], policy[2])
-    return {**row, "logprobs": [-0.5] * len(row["completion_ids"])}
+    tokenizer = policy[2]
+    ids = tokenizer(COMPLETION, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return {"id": "q", "prompt": PROMPT, "completion": COMPLETION, "reward": 1.0, "completion_ids": ids,
+            "prompt_ids": tokenizer(PROMPT).input_ids, "logprobs": [-0.5] * len(ids)}
 
 
 def read(policy, path, **changes):
     folder, model, tokenizer = policy
-    return batches.read_data(train.Settings(model=folder, rollouts=str(path), **changes), model, tokenizer)
+    settings = train.Settings(model=folder, rollouts=str(path), **changes)
+    return batches.read_data(settings, model, tokenizer, torch.device("cpu"))
 
 
 def in_a_file(folder, *lines):
@@ -107,7 +109,7 @@ def test_bad_files(policy, good, tmp_path):
     line = json.dumps(good).encode() + b"\n"
     plain = {name: good[name] for name in ("id", "prompt", "completion")}
     for content, words in ((b"", "no rollouts"), (b"\n \r\n\n", "no rollouts"), (b"\xef\xbb\xbf" + line, ":1: .*byte order mark"),
-                           (gzip.compress(line), ":1: not UTF-8"), (line + b"x" * 100_000_000, ":2: the line has .* bytes"),
+                           (gzip.compress(line), ":1: not UTF-8"), (line + b"x" * 100_000_000, ":2: longer than .* bytes"),
                            (line * 3 + b"\xff\n" * 30, ":4: not UTF-8"), (b"PK\x03\x04" + bytes(200), ":1: not a JSON"),
                            (b"".join(json.dumps({**plain, "reward": r}).encode() + b"\n" for r in (0, 1)), "--map-rewards")):
         path = in_a_file(tmp_path, content)
@@ -139,9 +141,9 @@ def test_odd_files_that_are_right(policy, good, tmp_path, capsys):
     """CRLF, blank lines, no newline at the end, unknown fields, the same completion twice, one reward for all."""
     line = json.dumps({**good, "mine": {"x": 1}, "prompt": "\u00fc \0 " + PROMPT, "prompt_ids": good["prompt_ids"]}).encode()
     data = read(policy, in_a_file(tmp_path, line + b"\r\n", b"\r\n", b"  \n", line))
-    assert len(data) == 2 and data.lines.tolist() == [1, 4] and data[1]["mine"] == {"x": 1}
+    assert data.lines.tolist() == [1, 4]
     out = capsys.readouterr().out
-    assert "1 completions stand there more than once" in out and "all rewards are 1" in out
+    assert "1 duplicate completions, each kept" in out and "all rewards are 1" in out
 
 
 def test_ids_that_fit_their_text_are_read_whoever_wrote_them(policy, good):
@@ -169,9 +171,9 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(policy, good):
 
 def flipped_files(model, rollouts, folder, times, seed=0):
     """(files refused in words, files read) of so many with up to four bytes changed. Anything else is raised."""
-    policy = model, *sampler.load_model(model, "float32", "cpu")
+    policy = model, *sampler.load_model(model, train.Settings(), "cpu")
     rng, whole, counts = random.Random(seed), open(rollouts, "rb").read(), [0, 0]
-    say, train.say = train.say, lambda *_: None
+    say, batches.say = batches.say, lambda *_: None
     try:
         for _ in range(times):
             content = bytearray(whole)
@@ -181,16 +183,15 @@ def flipped_files(model, rollouts, folder, times, seed=0):
                 file.write(content)
             try:
                 data = read(policy, f"{folder}/flipped.jsonl")
-                rows = [data[row] for row in range(len(data))]
-                assert len(rows) > 0 and all(isinstance(row["reward"], float) for row in rows)
-                mu = data.has_logprobs.all() and (lambda number, row: row["logprobs"])
-                batches.collate(data, np.arange(len(data))[:, None], policy[2], mu, torch.device("cpu"), share=False)
+                assert len(data.lines) > 0 and data.rewards.dtype == float
+                data.mu = data.logprobs
+                batches.micro_batches(train.Settings(), data, data.units, torch.device("cpu"))
                 counts[1] += 1
             except Problem as problem:
                 assert str(problem)
                 counts[0] += 1
     finally:
-        train.say = say
+        batches.say = say
     return counts
 
 
@@ -233,20 +234,21 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
     for name in ("pytorch_model.bin", "model.bin"):
         (folder / name).write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(Problem, match="cannot be loaded"):
-        sampler.load_model(str(folder), "float32", "cpu")
+        sampler.load_model(str(folder), train.Settings(), "cpu")
     code = folder / "modeling_mine.py"
     code.write_text(f"open({mark!r}, 'w')\nclass Mine: pass\n")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": {
         "AutoConfig": "modeling_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}}))
     with pytest.raises(Problem, match="cannot be loaded"):
-        sampler.load_model(str(folder), "float32", "cpu")
+        sampler.load_model(str(folder), train.Settings(), "cpu")
     write_rollouts(tmp_path / "rollouts.jsonl", [good] * 4)
     settings = train.Settings(model=policy[0], rollouts=str(tmp_path / "rollouts.jsonl"), out=str(tmp_path / "out"), mu="file")
     os.makedirs(tmp_path / "out")
     shell("cp", "-r", policy[0], tmp_path / "out/checkpoint-00000001")
     (tmp_path / "out/checkpoint-00000001/step.json").write_text('{"step": 1}')
-    (tmp_path / "out/checkpoint-00000001/optimizer.pt").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
+    for name in (".metadata", "__0_0.distcp", "model.safetensors"):  # where torch keeps pickles
+        (tmp_path / "out/checkpoint-00000001" / name).write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(Problem, match="checkpoint-00000001: cannot be opened"):
         train.train(settings)
     assert not os.path.exists(mark)
@@ -270,12 +272,13 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("way, words", [
     ("os.kill(os.getpid(), 9)", "rank 1 (process "), ("1 / 0", "(rank 1): failed: ZeroDivisionError"),
-    ("common.watched['ended'].set(); time.sleep(100)", "rank 1 (process ")])
+    ("parallel.watched['ended'].set(); time.sleep(100)", "rank 1 (process ")])
 def test_a_lost_rank_is_named(tmp_path, way, words):
     """Killed, failing, or without a sign of life: the others end soon, and one line says which it was."""
     (tmp_path / "lost.py").write_text(
-        "import os, time\nfrom data import common\ncommon.SILENCE = 6\n"
-        f"def main():\n    common.start_ranks()\n    if common.rank() == 1:\n        {way}\n    common.barrier()\ncommon.run_main(main)\n")
+        "import os, time\nfrom engine import common, parallel\nparallel.SILENCE = 6\n"
+        f"def main():\n    parallel.start_ranks()\n    if parallel.rank() == 1:\n        {way}\n"
+        "    parallel.barrier()\ncommon.run_main(main)\n")
     start = time.time()
     result = torchrun(2, tmp_path / "lost.py")
     assert result.returncode != 0 and words in result.stdout and "gloo" not in result.stdout, result.stdout
