@@ -18,7 +18,7 @@ from experiments import collapse, common, importance, negatives, pretrained, que
 from experiments import shares, verdicts
 
 RESULTS = ROOT / "experiments/results"
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / page / "README.md").read_text() for page in (".", "experiments"))
 
 
 def in_this_process(function, jobs, what):

@@ -1,7 +1,11 @@
-"""What the README and its fellows say is run or checked here: code blocks, commands, options, names, links, line numbers."""
+"""What the README and its fellows say is run or checked here: code blocks, commands, names, links,
+quoted lines, numbers."""
 
+import contextlib
 import importlib
 import inspect
+import io
+import json
 import re
 import shlex
 import shutil
@@ -19,165 +23,343 @@ import topr
 import train
 import verifier
 from conftest import ROOT, shell, torchrun
-from data import bm25, maths, rollouts
+from data import maths, rollouts, tasks
 from engine.common import parse
 from experiments import run as experiments
 
-TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (
-    ROOT / "README.md", ROOT / "data/README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/performance.md")}
+PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "experiments/README.md",
+         "docs/pitfalls.md", "docs/log.md", "docs/tasks.md", "docs/performance.md")
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 README = TEXTS["README.md"]
-SCRIPTS = {"train.py": train, "eval.py": evaluation, "verifier.py": verifier, "search.py": search, "experiments/run.py": experiments,
-           "data/maths.py": maths, "data/rollouts.py": rollouts}
-WORDS = {"experiments/run.py": set(experiments.FINDINGS), "data/maths.py": {"gsm8k", "math"}}  # that may come before the options
-LINE = re.compile(r"\[([\w/]+\.py):(\d+)\]\(([\w/]+\.py)#L(\d+)\)(?: \| | )`([^`]+)`")
-OF_OTHERS = {"transformers serve", "json.loads", "generate", 'pip install "transformers[serving]"', "--max-restarts 3",
-             'datasets.load_dataset("json", data_files=...)', "chosen", "rejected", "label", "features"}
+PROSE = {page: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for page, text in TEXTS.items()}
+SETTINGS = {"train.py": train.Settings, "eval.py": evaluation.Settings,
+            "verifier.py": verifier.Settings, "search.py": search.Settings,
+            "experiments/run.py": experiments.Settings, "data/maths.py": maths.Settings,
+            "data/rollouts.py": rollouts.ExportSettings}
+WORDS = {"experiments/run.py": set(experiments.ALL), "data/maths.py": set(maths.TASKS) | {"NAME"}}
+MODULES = [importlib.import_module(name) for name in (
+    "topr", "train", "eval", "verifier", "search", "experiments.run", "experiments.common",
+    "experiments.shares", "engine.batches", "engine.optim", "engine.bm25", "data.maths",
+    "data.tasks", "data.rollouts")]
+OF_OTHERS = {"json.loads", "generate", "--max-restarts 3", "chosen", "rejected", "label", "features",
+             'datasets.load_dataset("json", data_files=...)', "detach", "model.train()",
+             "corpus.jsonl", "queries.jsonl", "qrels/*.tsv"}
+FILES = {"log.jsonl", "run.json", "before.json", "after.json", "results.json"}  # of a run
+OF_THE_READER = ("runs/", "FILE.mu-", "data/mine/", "my_task.py", "answers.jsonl", "loop.py")
+
+
+# ---- commands, options, names, links ----
 
 
 def commands():
-    """(file, command) for every command line, indented or in backticks."""
-    for name, text in TEXTS.items():
-        lines = [line.strip().split("   ")[0] for line in text.splitlines() if line.startswith("    ")]
-        for command in lines + re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+    """(page, command) of every command line, indented or in backticks."""
+    for page, text in PROSE.items():
+        lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+        for command in lines + re.findall(r"`([^`\n]+)`", text):
             if re.match(r"(torchrun|python) ", command):
-                yield name, command
+                yield page, command
 
 
-@pytest.mark.parametrize("name, command", sorted(set(commands())))
-def test_every_command_is_understood(name, command):
-    """The script is there, its words are known, and its own parser takes every option with its value."""
-    words = shlex.split(command.replace("...", "NAME"))
+@pytest.mark.parametrize("page, command", sorted(set(commands())))
+def test_every_command_is_understood(page, command):
+    """A renamed script or option stayed in the text."""
+    words = shlex.split(command)
+    if words[1] == "-c":
+        return  # test_the_exercises_have_answers runs these
     place = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
     if place is None:
         assert words[1:3] == ["-m", "pytest"], command
         return
     script, rest = words[place], words[place + 1 :]
     assert (ROOT / script).exists(), script
-    before = words[1:place]
-    assert all(word.startswith("--n") or word.startswith("--rdzv") or not word.startswith("-") for word in before) or before[0] == "-m"
-    if script not in SCRIPTS:  # a test script: its help names its words and options
-        text = (ROOT / script).read_text()
-        assert all(word.strip("-").replace("-", "_") in text for word in rest), command
-        return
+    for word in words[1:place]:
+        assert not word.startswith("-") or word.startswith(("--n", "--rdzv", "-m")), command
     if rest[:1] in (["ask"], ["solutions"], ["export"]):
-        return  # not options but sentences and files; test_search, test_maths and test_data run them
-    while rest and rest[0] in WORDS.get(script, ()):
-        rest.pop(0)
-    parse(SCRIPTS[script].Settings, rest)
+        return  # no options: test_search, test_maths and test_data run them
+    if script in SETTINGS:
+        while rest and rest[0] in WORDS.get(script, ()):
+            rest.pop(0)
+        parse(SETTINGS[script], rest)
+    else:  # a test's own script or test file names its words and options
+        text = (ROOT / script).read_text()
+        for word in rest:
+            assert word.strip("-").replace("-", "_") in text.replace("-", "_"), command
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_two_commands_of_the_beginning_stay():
+    assert "\n    torchrun train.py\n" in README
+    assert "\n    pip install -r requirements.txt\n    python -m pytest -q\n" in README
 
 
-def test_python_blocks_print_what_they_say():
-    assert len(BLOCKS) == 3
-    for block in BLOCKS:
-        result = shell(sys.executable, "-c", block)
-        assert result.returncode == 0, result.stdout
-        assert result.stdout.split("\n")[:-1] == re.findall(r"print\(.*\)  # (.*)", block)
-
-
-def test_the_loop_for_other_trainers_does_the_same_on_two_ranks(tmp_path):
-    (tmp_path / "loop.py").write_text(BLOCKS[2])
-    result = torchrun(2, tmp_path / "loop.py")
-    expected = re.search(r"print\(.*\)  # (.*)", BLOCKS[2])[1]
-    assert result.returncode == 0 and result.stdout.count(expected) == 2, result.stdout
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_links_and_anchors_exist(name):
-    heading = lambda title: re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-    anchors = {heading(title) for title in re.findall(r"^#+ (.*)", TEXTS[name], re.MULTILINE)}
-    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", TEXTS[name]):
-        assert not link or link.startswith("https://") or ((ROOT / name).parent / link).exists(), link
-        assert link or anchor in anchors, anchor
-
-
-def test_line_references_point_at_their_lines():
-    found = LINE.findall(README)
-    assert len(found) > 30 and len(found) == len(re.findall(r"\.py#L\d+", README))
-    for shown, number, file, line, text in found:
-        lines = (ROOT / file).read_text().splitlines()
-        assert (shown, number) == (file, line) and text in lines[int(line) - 1], (
-            f"{file}:{line} is not {text!r}; that stands in lines {[n for n, one in enumerate(lines, 1) if text in one]}")
-
-
-def test_the_files_are_as_long_as_they_are_said_to_be():
-    rows = re.findall(r"^\| \[([\w/]+\.py)\]\([\w/]+\.py\) \| (\d+) \|", README, re.MULTILINE)
-    assert len(rows) >= 9
-    for file, lines in rows:
-        assert abs(len((ROOT / file).read_text().splitlines()) - int(lines)) <= 10, file
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_every_name_in_backticks_is_there(name):
-    """A file, an option, a function, a setting, a logged number, a field of the rollout file, or a line of code named above."""
-    text = re.sub(r"```.*?```", "", TEXTS[name], flags=re.DOTALL)
-    lines = {match[4] for match in LINE.findall(text)}
-    modules = [topr, *SCRIPTS.values(), bm25] + [importlib.import_module(f"experiments.{one}") for one in ("shares", "common")]
-    fields = {field for module in [*SCRIPTS.values(), search.Ask] for field in vars(getattr(module, "Settings", module)).get(
-        "__dataclass_fields__", {})}
-    fields |= {*inspect.signature(topr.topr_loss).parameters, *topr.TAPERS}
-    keys = {key for file in ("train.py", "eval.py", "data/rollouts.py") for key in re.findall(r'"(\w+)"', (ROOT / file).read_text())}
-    folder = (ROOT / name).parent
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_in_backticks_exists(page):
+    """A file, option, function, setting, task, logged number or field, or a line quoted above."""
+    folder, text = (ROOT / page).parent, PROSE[page]
+    lines = {line for _, line in quotes(text)}
+    options = {name for kind in [*SETTINGS.values(), search.Ask] for name in fields_of(kind)}
+    known = {*options, *fields_of(topr.Taper), *inspect.signature(topr.topr_loss).parameters,
+             *topr.TAPERS, *tasks.OURS, *experiments.ALL, *tasks.OPTIONAL, "questions", "grade"}
+    known |= {"vllm", "measured", "messages", "half", "stop", "length"} | FILES
+    for file in ("train.py", "eval.py", "data/rollouts.py", "data/maths.py"):
+        known |= set(re.findall(r'"(\w+)"', (ROOT / file).read_text()))
     for token in set(re.findall(r"`([^`\n]+)`", text)) - lines - OF_OTHERS:
         first = token.split()[0]
-        if first in ("python", "torchrun"):
-            continue  # test_every_command_is_understood
-        if first.startswith("--"):
-            option = first[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
-            assert option in fields | {"help"}, token
+        if first in ("python", "torchrun") or first in known:
             continue
-        attribute = re.match(r"[\w./-]*", first)[0]
-        module, _, function = attribute.rpartition(".")
-        assert ((folder / first).exists() or (ROOT / first).exists() or first.startswith(("runs/", "FILE.mu-", "data/svamp/"))
-                or first in ("log.jsonl", "results.json") or attribute in fields | keys or any(hasattr(one, attribute) for one in modules)
-                or any(one.__name__ == module and hasattr(one, function) for one in modules)), token
+        if first.startswith("--"):
+            for word in re.findall(r"(?<!\S)--([\w-]+)", token):
+                assert word.replace("-", "_").removeprefix("no_") in options | {"help"}, token
+            continue
+        exists = (folder / first).exists() or (ROOT / first).exists()
+        assert exists or first.startswith(OF_THE_READER) or function_named(first), token
+
+
+def fields_of(kind):
+    return set(vars(kind).get("__dataclass_fields__", {}))
+
+
+def function_named(name):
+    """`topr.topr_loss`, `engine.batches.make_mu`, `batches.pack`, or a name in one of MODULES."""
+    module, _, last = name.rpartition(".")
+    for candidate in MODULES:
+        if module in ("", candidate.__name__, candidate.__name__.rpartition(".")[2]):
+            if hasattr(candidate, last):
+                return getattr(candidate, last)
+    with contextlib.suppress(ImportError, ValueError):
+        return getattr(importlib.import_module(module), last, None)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_exist(page):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", PROSE[page]):
+        if link.startswith("https://"):
+            continue
+        target = (ROOT / page).parent / link if link else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            assert anchor in [heading(title) for title in titles], anchor
+
+
+def heading(title):
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+# ---- functions, and the lines quoted from them ----
+
+
+def quotes(text):
+    """(function, quoted line) of every `function`: `line`, or of two cells of a table."""
+    return re.findall(r"`(\w+[\w.]*\.\w+)`(?:: | \| )`([^`]+)`", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_functions_hold_the_lines_quoted_from_them(page):
+    """Line numbers moved with every change; a function keeps its name."""
+    assert "#L" not in TEXTS[page]
+    for name, line in quotes(PROSE[page]):
+        function = function_named(name)
+        assert function, name
+        assert line in inspect.getsource(function), f"{name} does not hold {line!r}"
+
+
+def test_the_equation_and_the_pitfalls_are_quoted():
+    assert len(quotes(README)) >= 12 and len(quotes(TEXTS["docs/pitfalls.md"])) >= 9
+
+
+# ---- code blocks ----
+
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP = next(block for block in BLOCKS if "DistributedDataParallel" in block)
+TASK = next(block for block in BLOCKS if "def questions(split)" in block)
+EXAMPLES = [block for block in BLOCKS if "print(" in block and block != LOOP]
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_python_blocks_print_what_they_say(block):
+    result = shell(sys.executable, "-c", block)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.splitlines() == re.findall(r"print\(.*\)  # (.*)", block)
+
+
+def test_there_are_four_blocks():
+    assert len(BLOCKS) == 4 and len(EXAMPLES) == 2
+    assert len(LOOP.splitlines()) <= 60 and len(TASK.splitlines()) <= 25
+
+
+def test_the_loop_gives_the_same_on_two_ranks(tiny, rollouts, tmp_path):
+    """A loss divided by the micro-batch or the ranks; a rank that runs fewer passes hangs."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    alone = shell(sys.executable, tmp_path / "loop.py", tiny, rollouts, tmp_path / "one")
+    both = torchrun(2, tmp_path / "loop.py", tiny, rollouts, tmp_path / "two")
+    assert alone.returncode == both.returncode == 0, alone.stdout + both.stdout
+    assert (tmp_path / "two/model.safetensors").exists()
+    numbers = [re.findall(r"step \d+ loss (\S+) norm (\S+)", run.stdout) for run in (alone, both)]
+    assert len(numbers[0]) == 1
+    for one, two in zip(*numbers, strict=True):
+        assert [float(x) for x in one] == pytest.approx([float(x) for x in two], abs=1e-5)
+
+
+def test_the_loop_gives_the_first_step_of_train(tiny, rollouts, tmp_path):
+    """All 50 rollouts in one step: their order does not matter."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    result = shell(sys.executable, tmp_path / "loop.py", tiny, rollouts, tmp_path / "one")
+    loss, norm = re.findall(r"loss (\S+) norm (\S+)", result.stdout)[0]
+    log = train.train(train.Settings(model=tiny, rollouts=rollouts, out=str(tmp_path / "run"),
+                                     optimizer="adamw", learning_rate=1e-3))
+    assert float(loss) == pytest.approx(log[0]["loss"], abs=1e-5)
+    assert float(norm) == pytest.approx(log[0]["gradient_norm"], abs=1e-5)
+
+
+@pytest.fixture
+def my_task(tmp_path):
+    path = tmp_path / "my_task.py"
+    path.write_text(TASK)
+    return path
+
+
+def test_the_task_is_one(my_task):
+    """Its questions get prompts, no question is in both splits, and its grader tells right from
+    wrong from invalid."""
+    task, settings = tasks.load_task(str(my_task)), evaluation.Settings()
+    splits = [tasks.load_questions(task, split, 0, 0, None, settings) for split in ("train", "test")]
+    assert [len(split) for split in splits] == [1000, 250]
+    assert not {row["id"] for row in splits[0]} & {row["id"] for row in splits[1]}
+    question = splits[1][0]
+    assert question["prompt"].startswith(task.EXAMPLES)
+    assert question["prompt"].endswith(f"Question: {question['question']}\nAnswer:")
+    gold = question["gold"]
+    assert task.grade(question, f"The answer is {gold}.") == (gold, 1.0)
+    assert task.grade(question, "The answer is apple.") == ("apple", -1.0)
+    assert task.grade(question, gold) == (None, -1.0)
+
+
+def test_the_exercise_with_the_task_has_the_result_that_it_says(my_task, tmp_path):
+    backwards = TASK.replace("sorted(words)", "sorted(words, reverse=True)")
+    assert backwards != TASK
+    my_task.write_text(backwards)
+    answers = tmp_path / "answers.jsonl"
+    row = {"id": "a", "prompt": "?", "gold": "engine door apple", "reward": -1}
+    texts = ("The answer is engine door apple.", "The answer is apple.", "apple")
+    answers.write_text("".join(json.dumps({**row, "completion": text}) + "\n" for text in texts))
+    result = shell(sys.executable, ROOT / "eval.py", "--grade", answers, "--task", my_task)
+    measures = {line.split()[0]: line.split()[1] for line in result.stdout.splitlines()
+                if len(line.split()) > 1}
+    assert measures["pass@1"] == measures["invalid"] == "0.333", result.stdout
+
+
+def test_the_exercises_have_answers():
+    exercises = README.split("## Exercises")[1]
+    assert len(re.findall(r"^[0-9]\. ", exercises, re.MULTILINE)) == 6
+    printed = []
+    for code in re.findall(r'`python -c "([^`]*)"`', exercises):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code.replace("YOURS", "0,1"), {})
+        printed.append(out.getvalue().strip())
+    assert float(printed[0]) == pytest.approx(-0.8)
+    assert printed[1] == str(topr.Taper(pos=(0.0, 1.0), neg=topr.TAPERS["tis"].neg))
+    for word in re.findall(r"test_mutants.py -s -k ([\w-]+)", exercises):
+        assert [name for name in MUTANTS if word in name], word
+
+
+# ---- numbers ----
 
 
 def test_every_logged_number_is_explained():
-    explained = set(re.findall(r"`(\w+)`", README.split("## What is logged")[1].split("\n## ")[0]))
-    parts = [{"loss": 0.5, "log_ratio": [0.1, -0.2], "weight": [1.0, 0.8], "advantage": [1.0, -1.0]}]
-    assert set(train.step_metrics(parts)) <= explained
+    """docs/log.md forgot a number, or explained one that is gone."""
+    explained = set(re.findall(r"`(\w+)`", TEXTS["docs/log.md"]))
+    sequences = {"log_ratio": [0.1, -0.2], "weight": [1.0, 0.8], "advantage": [1.0, -1.0]}
+    logged = set(train.step_metrics([[{"loss": 0.5, **sequences}]]))
+    written = inspect.getsource(train.train)
+    logged |= set(re.findall(r'"(\w+)": ', written)) | set(re.findall(r'metrics\["(\w+)"\]', written))
+    assert logged <= explained, logged - explained
+    table = TEXTS["docs/log.md"].split("| name |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert logged == {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 def test_the_wrong_numbers_are_what_one_gets():
-    """The numbers of "What is easy to get wrong", from the right loss and from the broken ones of test_mutants."""
-    section = README.split("## 5. What is easy to get wrong")[1].split("\n# ")[0]
+    """The pitfalls' numbers, from the right loss and from the broken ones of test_mutants."""
+    text = README.split("## 5. Five pitfalls")[1].split("\n# ")[0] + TEXTS["docs/pitfalls.md"]
 
-    def run(example, mutant=None, **settings):
+    def run(example, mutant=None):
         logp, mu_logp, reward, mask = tensors(example, padding=0.0)
-        loss, stats = (load(MUTANTS[mutant]) if mutant else topr).topr_loss(logp, mu_logp, reward, mask, **settings)
-        return loss.item(), stats["weight"][-1].item(), torch.autograd.grad(loss, logp)[0][-1, 0].item()
+        module = load(MUTANTS[mutant]) if mutant else topr
+        loss, stats = module.topr_loss(logp, mu_logp, reward, mask)
+        gradient = torch.autograd.grad(loss, logp)[0][-1, 0].item()
+        return loss.item(), stats["weight"][-1].item(), gradient
 
     long = dict(rewards=[-1], logps=[[-1.01] * 400], mus=[[-1.0] * 400])
     logp, mu_logp, reward, mask = tensors(F)
-    split = [topr.topr_loss(*(value[part] for value in (logp, mu_logp, reward, mask)))[0].item() for part in (slice(0, 3), slice(3, 4))]
-    numbers = [run(long)[1], run(long, "ratio divided by length")[1], run(A)[0], run(A, "weights not detached")[0],
-               run(A)[2], run(A, "weights not detached")[2], run(A, "mu re-anchored on the current weights")[1], run(A)[1],
-               sum(split) / 2, run(F)[0], run(A, "mean over tokens of the batch")[0]]
+    parts = []
+    for part in (slice(0, 3), slice(3, 4)):
+        loss, _ = topr.topr_loss(logp[part], mu_logp[part], reward[part], mask[part])
+        parts.append(loss.item())
+    attached = run(A, "weights not detached")
+    numbers = [run(long)[1], run(long, "ratio divided by length")[1], *run(A), attached[0],
+               attached[2], run(A, "mu re-anchored on the current weights")[1], sum(parts) / 2,
+               run(F)[0], run(A, "mean over tokens of the batch")[0]]
     for number in numbers:
-        text = f"{number:.6f}"
-        assert any(form in section for form in (text, text.rstrip("0").rstrip("."))), text
+        shown = f"{number:.6f}"
+        assert shown in text or shown.rstrip("0").rstrip(".") in text, shown
 
+
+@pytest.mark.parametrize("d", [200.0, -300.0])
+def test_the_order_of_clip_and_exp_matters_only_with_an_attached_weight(d):
+    """The README claimed that the wrong order gives NaN for any weight."""
+    gradients = {}
+    for order in ("clip first", "exp first"):
+        for constant in (True, False):
+            logp = torch.tensor(d, requires_grad=True)
+            log_ratio = logp.detach() if constant else logp
+            weight = log_ratio.clamp(max=0.0).exp() if order == "clip first" else None
+            weight = log_ratio.exp().clamp(0, 1) if weight is None else weight
+            gradients[order, constant], = torch.autograd.grad(weight * logp, logp)
+    assert torch.equal(gradients["clip first", True], gradients["exp first", True])
+    assert gradients["clip first", False].isfinite()
+    assert gradients["exp first", False].isnan() == (d > 0)
+
+
+def test_all_fifteen_pitfalls_are_told_once():
+    here = re.findall(r"^\*\*(\d+)\. ", README, re.MULTILINE)
+    there = re.findall(r"^## (\d+)\. ", TEXTS["docs/pitfalls.md"], re.MULTILINE)
+    assert sorted(map(int, here + there)) == list(range(1, 16)) and len(here) == 5
+
+
+def test_the_claims_are_those_of_the_results():
+    claims = (ROOT / "experiments/results/claims.md").read_text()
+    assert claims in TEXTS["experiments/README.md"]
+    section = README.split("## 4. ")[1].split("\n## ")[0]
+    for row in re.findall(r"^\| [A-Z].*", section, re.MULTILINE):
+        claim, measured, verdict = [cell.strip() for cell in row.strip("|").split("|")]
+        whole = next(line for line in claims.splitlines() if line.startswith(f"| {claim}"))
+        assert f"| {verdict} |" in whole, claim
+        for number in re.findall(r"[+-]?\d\.\d{3}(?: ± \d\.\d{3})?", measured):
+            assert number in claims, number
+    idea = README.split("## 2. ")[1].split("\n## ")[0]
+    assert all(number in claims for number in re.findall(r"0\.\d{3}", idea))
+
+
+# ---- CONTRIBUTING ----
 
 DIFFS = re.findall(r"```diff\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.DOTALL)
-
-
-@pytest.mark.parametrize("diff, check", list(zip(DIFFS, (
+CHECKS = (
     "import train; print(train.make_taper(train.Settings(loss='half')).neg == (0, 0.5))",
-    "import eval; q = eval.load_questions(eval.Settings(task='squares'), None)[1]; print(eval.grader('squares')(q, '9 .') == ('9', 1.0))",
-    "import eval; print(eval.grader('svamp')({'gold': '7'}, 'The answer is 7.') == ('7', 1.0))"))))
+    "from data import tasks; task = tasks.load_task('mine'); "
+    "print(task.grade(next(iter(task.questions('test'))), 'The answer is 7.') == ('7', 1.0))")
+
+
+@pytest.mark.parametrize("diff, check", list(zip(DIFFS, CHECKS, strict=True)))
 def test_the_diffs_of_contributing_apply_and_work(diff, check, tmp_path):
-    for pattern in ("*.py", "data/*.py"):
+    for pattern in ("*.py", "data/*.py", "engine/*.py"):
         for file in ROOT.glob(pattern):
             (tmp_path / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(file, tmp_path / file.relative_to(ROOT))
-    done = subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, capture_output=True)
+    (tmp_path / "data/mine").mkdir()
+    row = {"id": "mine-1", "question": "3 + 4 = ?", "gold": "7"}
+    (tmp_path / "data/mine/test.jsonl").write_text(json.dumps(row) + "\n")
+    done = subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
     result = shell(sys.executable, "-c", check, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == "True", result.stdout
-
-
-def test_there_are_diffs():
-    assert len(DIFFS) == 3
