@@ -18,7 +18,6 @@ from typing import Optional
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import topr
@@ -29,8 +28,8 @@ from engine import batches, optim, run_folder
 from engine.common import (Problem, Stopped, draw_lines, free_memory, parse, progress,
                            read_json, run_main, say, seed_everything, setting, table, write_json,
                            writing)
-from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, shard,
-                             start_ranks, world)
+from engine.parallel import (barrier, clear_gradients, from_first, gather, load_on_first_rank,
+                             rank, replicate, shard, start_ranks, world)
 from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer, sample_once
 
 
@@ -163,7 +162,7 @@ def train(settings, evaluate=None):
                 group["lr"] = learning_rate(settings, step, steps)
             optim.update(settings, optimizer, step)
             metrics["peak_memory_gib"] = optim.peak_memory()
-            optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are views of its buckets
+            clear_gradients(policy, step == first)
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
             seconds = time.time() - start
@@ -208,7 +207,7 @@ def set_up(settings, device):
     taper = make_taper(settings)
     mu = batches.make_mu(settings, policy, data, device, taper is None or taper.needs_mu, weights)
     if world() > 1 and not settings.shard:
-        policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+        policy = replicate(policy)
     positive = (data.rewards[data.units] > 0).mean()
     say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
         f"{settings.loss}, {settings.sequences} completions a step, log mu {mu}")
@@ -369,6 +368,7 @@ def rounds(settings, evaluate=None):
 def train_once(settings, evaluate=None):
     """The log of a run: made now, or kept since the same command ran before."""
     if not from_first(run_folder.finished(settings.out)):
+        free_memory()
         log = train(settings, evaluate)
         free_memory()
         return log

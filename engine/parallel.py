@@ -13,6 +13,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 SILENCE = 22  # seconds without a heartbeat after which a rank counts as dead
@@ -209,6 +210,32 @@ def shard(policy, device, precision):
             local_shard(parameter).copy_(local_shard(parts))
         for buffer in policy.buffers():
             dist.broadcast(buffer, 0)
+
+
+def replicate(policy):
+    """DDP, whose buckets are the only memory of the gradients."""
+    placeholder_gradients(policy)
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True)
+
+
+def placeholder_gradients(policy):
+    """Zeros without memory, in whose place DDP puts views of its buckets when it makes them.
+
+    It makes them at the start, and again in the first pass after the first exchange. Without these,
+    a pass that exchanges nothing would allocate a second set of gradients.
+    """
+    for p in policy.parameters():
+        if p.requires_grad:
+            p.grad = p.new_zeros(()).expand_as(p)
+
+
+def clear_gradients(policy, is_first_step):
+    if not isinstance(policy, DistributedDataParallel):
+        policy.zero_grad()
+    elif is_first_step:
+        placeholder_gradients(policy)
+    else:
+        policy.zero_grad(set_to_none=False)  # they are views of the buckets
 
 
 def is_sharded(tensor):
