@@ -128,7 +128,7 @@ def train(settings, evaluate=None):
     model, tokenizer, data, policy, run = set_up(settings, device)
     loss_function = make_loss(settings, data)
     optimizer = optim.make_optimizer(settings, model)
-    optim.say_memory(settings, model, optimizer)
+    optim.say_memory(model, optimizer)
     log, first = run_folder.resume(settings, model, optimizer, run)
     steps = batches.steps_per_epoch(data) * settings.epochs
     bar = progress(total=steps, what=f"training ({settings.loss})", initial=first)
