@@ -17,7 +17,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import topr
@@ -27,8 +26,8 @@ from engine import batches, optim, run_folder
 from engine.common import (Problem, Stopped, free_memory, parse, progress,
                            read_json, run_main, say, seed_everything, setting, write_json,
                            writing)
-from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, shard,
-                             start_ranks, world)
+from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, replicate,
+                             shard, start_ranks, world)
 from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer
 
 
@@ -203,7 +202,7 @@ def set_up(settings, device):
     taper = make_taper(settings)
     mu = batches.make_mu(settings, policy, data, device, taper is None or taper.needs_mu, weights)
     if world() > 1 and not settings.shard:
-        policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+        policy = replicate(policy, batches.make_batch(data, [data.units[0]], device, filler=True))
     positive = (data.rewards[data.units] > 0).mean()
     say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
         f"{settings.loss}, {settings.sequences} completions a step, log mu {mu}")

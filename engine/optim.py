@@ -114,14 +114,19 @@ def update(settings, optimizer, step):
     group["params"] = parameters
 
 
-def say_memory(model, optimizer):
-    """What is exact before the first step, if it is above 1 GiB; activations come on top."""
+def count_memory(model, optimizer):
+    """Bytes on this rank that are exact before the first step; activations come on top."""
     size = {"weights": 0, "gradients": 0, "optimizer": 0}
     for p in model.parameters():
         size["weights"] += local_shard(p).nbytes
         size["gradients"] += local_shard(p).nbytes * p.requires_grad
         for value in optimizer.state[p].values() if p.requires_grad else ():
             size["optimizer"] += local_shard(value).nbytes if torch.is_tensor(value) else 0
+    return size
+
+
+def say_memory(model, optimizer):
+    size = count_memory(model, optimizer)
     if sum(size.values()) > 2**30:
         parts = ", ".join(f"{name} {bytes_ / 2**30:.1f}" for name, bytes_ in size.items())
         card = ""
