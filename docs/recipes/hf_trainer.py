@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 
 class ToprTrainer(Trainer):
-    # The loss is already a share of the whole step's. Without this line Trainer divides it by the
-    # number of micro-batches or not, depending on whether the batch has labels.
+    # The loss is already a share of the whole step's. Without this line Trainer guesses whether to
+    # divide it by the micro-batches: from labels in the batch and from the model's signature.
     loss_is_scaled_for_ga = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -8,13 +8,12 @@ The rollout file needs prompt_ids and completion_ids, as eval.py writes them, an
 and -1: KTO knows only a label.
 """
 
-import json
 import sys
 
 import torch
-from datasets import Dataset
+from datasets import load_dataset
 from topr import token_logprobs, topr_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig, KTOTrainer
 
 
@@ -44,13 +43,15 @@ class ToprTrainer(KTOTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def with_label(row):
+    return {"label": row["reward"] > 0}
+
+
 def main(model_name, rollouts, out, **changes):
-    with open(rollouts) as file:
-        rows = [json.loads(line) for line in file]
-    data = [{"prompt": row["prompt"], "completion": row["completion"],
-             "prompt_ids": row["prompt_ids"], "completion_ids": row["completion_ids"],
-             "label": row["reward"] > 0} for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+    data = load_dataset("json", data_files=str(rollouts), split="train").map(with_label)
+    # disable_dropout below reaches nn.Dropout alone; Llama and Qwen have attention_dropout
+    config = AutoConfig.from_pretrained(model_name, attention_dropout=0.0)
+    model = AutoModelForCausalLM.from_pretrained(model_name, config=config, dtype=torch.float32)
     settings = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4,
                     learning_rate=1e-6, lr_scheduler_type="constant", num_train_epochs=1,
                     save_strategy="no", logging_steps=1)
@@ -59,7 +60,7 @@ def main(model_name, rollouts, out, **changes):
         loss_type="apo_zero_unpaired",  # the loss is ours; this name computes no KL batches
         disable_dropout=True,  # else pi/mu is not 1 before the first step
         max_length=None, **(settings | changes))
-    trainer = ToprTrainer(model, args=arguments, train_dataset=Dataset.from_list(data),
+    trainer = ToprTrainer(model, args=arguments, train_dataset=data,
                           processing_class=AutoTokenizer.from_pretrained(model_name))
     trainer.train()
     trainer.save_model(out)
