@@ -166,7 +166,7 @@ def prepare(seed, larger=False):
     size = {"width": 128, "layers": 4, "rate": 2e-3} if larger else {}
     policy = train.base_policy(folder, seed, **size)
     settings = train.Settings(**train.EMBEDDED, seed=seed)
-    train.sample_rollout_file(settings, policy, f"{folder}/{ROLLOUTS}")
+    evaluation.sample_rollout_file(settings, policy, f"{folder}/{ROLLOUTS}")
 
 
 def name_of(arm, rate):

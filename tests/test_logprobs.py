@@ -62,7 +62,7 @@ def test_behind_one_prompt_or_alone(kind):
         logp = topr.completion_logprobs(model, **packed)[packed["mask"]]
         (logp * torch.arange(1.0, 11)).sum().backward()
         results.append((logp.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-    can = batches.can_share_prompts(model)
+    can = batches.can_pack(model)
     assert can == (kind not in ("mistral", "gemma2", "gemma3_text"))  # windows of 6 tokens, and a mask that is added
     for logp, gradients in results[1:]:
         differ = max((a - b).abs().max().item() / max(1, b.abs().max()) for a, b in zip([logp, *gradients], [results[0][0], *results[0][1]]))
@@ -73,10 +73,10 @@ def test_who_cannot_share_a_prompt():
     """A state-space model carries the row along; a sliding window counts only while it is shorter than a sequence."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    assert not batches.can_share_prompts(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)).eval())
+    assert not batches.can_pack(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)).eval())
     model = random_model("mistral")
     model.config.sliding_window = 100
-    assert batches.can_share_prompts(model, 100) and not batches.can_share_prompts(model, 101)
+    assert batches.can_pack(model, 100) and not batches.can_pack(model, 101)
 
 
 def test_how_many_share_a_prompt():
