@@ -17,6 +17,7 @@ from typing import Optional
 import numpy as np
 import torch
 
+import eval as evaluation
 import train
 from data import tasks
 from data.rollouts import read_rollouts, write_rollouts
