@@ -56,16 +56,23 @@ def steps(model, policy, count, seen):
             seen.append(resident())
         optim.update(settings, optimizer, step)
         seen.append(resident())
-        parallel.clear_gradients(policy, step == 0)
+        optimizer.zero_grad(set_to_none=False)
     return optimizer
 
 
+def replicated(model):
+    ids = torch.arange(2, 14).reshape(1, 12)  # [batch, time]
+    packed, mask = {"ids": ids, "mask": ids < 0}, torch.zeros(0, 1, dtype=torch.bool)
+    filler = batches.MicroBatch(None, packed, mask, None, None)
+    return parallel.replicate(train.LogProbs(model, "float32"), filler)
+
+
 small = llama(16, 1, 32)
-steps(small, parallel.replicate(train.LogProbs(small, "float32")), 2, [])
+steps(small, replicated(small), 2, [])
 base, seen = resident(), []
 model = llama(1024, 3, 4096)  # 188 MiB
 weights = sum(p.nbytes for p in model.parameters())
-optimizer = steps(model, parallel.replicate(train.LogProbs(model, "float32")), 3, seen)
+optimizer = steps(model, replicated(model), 3, seen)
 found["weights"], found["memory"] = weights, (max(seen) - base) / (4 * weights)
 del model, optimizer
 common.free_memory()
