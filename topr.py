@@ -61,7 +61,7 @@ def taper_weights(log_ratio, advantage, taper):
 
         w_i = stop_gradient(exp(clip(d_i, log a, log b)))     (a, b) by the sign of A_i
 
-    The clip in log space keeps exp from overflowing where b is infinite.
+    Clipped in log space, so that exp(d) does not overflow first.
     log_ratio, advantage: [batch] -> weights: [batch], constants for autograd; 0 where A_i = 0.
     """
     taper = taper_named(taper) if isinstance(taper, str) else taper

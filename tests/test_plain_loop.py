@@ -1,6 +1,6 @@
-"""The plain loop is the specification of train.py: same loss, gradient norm and weights."""
+"""The README's plain loop is the specification of train.py: same loss, norm and weights."""
 
-import json
+import re
 import sys
 
 import pytest
@@ -10,40 +10,47 @@ from safetensors.torch import load_file
 import train
 from conftest import ROOT, shell, torchrun
 from data.rollouts import read_rollouts, write_rollouts
-from engine import batches, sampler
+from engine import batches, run_folder, sampler
 
-OPTIONS = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--schedule", "cosine", "--epochs",
-           "2", "--sequences", "12", "--mu", "file"]
+OPTIONS = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 64, "--mu", "start"]
+
+
+def plain_loop():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    loop, = [block for block in blocks if "DistributedDataParallel" in block]
+    assert len(loop.splitlines()) <= 60
+    return loop
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_train_does_what_the_plain_loop_does(tiny, rollouts, tmp_path, ranks):
     """Packing, dealing out to ranks, and micro-batches must not change what is computed."""
-    path = tmp_path / "rollouts.jsonl"
-    write_rollouts(path, [{**row, "reward": row["reward"]} for row in read_rollouts(rollouts)])
-    settings = train.Settings(rollouts=str(path), epochs=2, sequences=12)
+    path, ordered = tmp_path / "rollouts.jsonl", tmp_path / "ordered.jsonl"
+    write_rollouts(path, read_rollouts(rollouts) * 5)
+    settings = train.Settings(rollouts=str(path))
     model, tokenizer = sampler.load_model(tiny, settings, "cpu")
     data = batches.read_data(settings, model, tokenizer, torch.device("cpu"))
-    steps = batches.steps_per_epoch(data) * settings.epochs
-    order = [batches.step_units(settings, data, step).ravel().tolist() for step in range(steps)]
-    (tmp_path / "order.json").write_text(json.dumps(order))
+    steps = batches.steps_per_epoch(data)
+    order = [row for step in range(steps) for row in batches.step_units(settings, data, step).flat]
+    rows = read_rollouts(path)
+    write_rollouts(ordered, [rows[row] for row in order])  # the plain loop goes through it in order
+    (tmp_path / "loop.py").write_text(plain_loop())
 
-    run = torchrun if ranks > 1 else lambda _, *command: shell(sys.executable, *command)
-    plain = run(ranks, ROOT / "tests/plain_loop.py", tiny, path, tmp_path / "order.json",
-                tmp_path / "plain")
-    assert plain.returncode == 0, plain.stdout
-    ours = run(ranks, ROOT / "train.py", "--model", tiny, "--rollouts", path, "--out",
-               tmp_path / "out", *OPTIONS)
-    assert ours.returncode == 0, ours.stdout
+    def run(*command):
+        result = torchrun(ranks, *command) if ranks > 1 else shell(sys.executable, *command)
+        assert result.returncode == 0, result.stdout
+        return result.stdout
 
-    expected = json.loads((tmp_path / "plain/log.json").read_text())
-    log = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
-    assert len(log) == len(expected) == steps
-    for entry, plain in zip(log, expected):
-        for name in ("loss", "gradient_norm"):
-            assert entry[name] == pytest.approx(plain[name], abs=1e-5), (entry["step"], name)
-    weights = load_file(tmp_path / "out/model.safetensors")
-    theirs = load_file(tmp_path / "plain/model.safetensors")
-    start = load_file(f"{tiny}/model.safetensors")
-    assert max((weights[name] - theirs[name]).abs().max() for name in weights) < 1e-4
-    assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3
+    printed = run(tmp_path / "loop.py", tiny, ordered, tmp_path / "plain")
+    run(ROOT / "train.py", "--model", tiny, "--rollouts", path, "--out", tmp_path / "out", *OPTIONS)
+    expected = [list(map(float, numbers)) for numbers in
+                re.findall(r"step \d+ loss (\S+) norm (\S+)", printed)]
+    log = run_folder.read_log(tmp_path / "out")
+    assert len(log) == len(expected) == steps == 4
+    for entry, (loss, norm) in zip(log, expected):
+        assert entry["loss"] == pytest.approx(loss, abs=1e-5)
+        assert entry["gradient_norm"] == pytest.approx(norm, abs=1e-5)
+    start, ours, plain = (load_file(f"{folder}/model.safetensors")
+                          for folder in (tiny, tmp_path / "out", tmp_path / "plain"))
+    assert max((ours[name] - plain[name]).abs().max() for name in ours) < 1e-4
+    assert max((ours[name] - start[name]).abs().max() for name in ours) > 1e-3
