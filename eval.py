@@ -12,15 +12,18 @@ the same for any batch size and any number of ranks. (A server treats seeds in i
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 from data.rollouts import read_rollouts, write_rollouts
 from data.tasks import OURS, load_questions, load_task
 from data.tokens import stop_position
-from engine.common import Problem, parse, run_main, say, setting, write_json
+from engine.common import (Problem, draw_lines, parse, read_json, run_main, say, setting, table,
+                           write_json)
 from engine.measures import interval, measure, report
-from engine.parallel import rank, start_ranks
-from engine.sampler import Sampling, load_policy, sample_rollouts
+from engine.parallel import from_first, rank, start_ranks
+from engine.sampler import (Sampling, fingerprint, load_model, load_policy, load_tokenizer,
+                            sample_once, sample_rollouts)
 
 
 @dataclass
@@ -61,6 +64,82 @@ def regrade(path, task):
         text = row["completion"]
         row["answer"], row["reward"] = task.grade(row, text[: stop_position(text, task.STOP)])
     return rows
+
+
+# ---- what train.py samples and measures ----
+
+
+def sample_rollout_file(settings, policy, path, number=1):
+    """The rollout file that a policy writes on the training questions in a round; made once."""
+    task = load_task(settings.task)
+    server = settings.server if number == 1 else ""  # it serves the starting policy
+
+    def questions(tokenizer):
+        return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
+
+    sample_once(settings, policy, questions, task.grade, path, server=server,
+                seed=settings.seed + 1_000_003 * (number - 1))
+
+
+def measure_once(settings, policy, name):
+    """The measures of a policy on the test questions; kept in the run's folder."""
+    path = os.path.join(settings.out, f"{name}.json")
+    model, tokenizer = load_model(policy, settings, start_ranks())
+    facts = {"settings": dataclasses.asdict(settings), "weights": fingerprint(model)}
+    kept = from_first(read_json(path) if os.path.exists(path) else {})
+    if {key: kept.get(key) for key in facts} == facts:
+        return kept["measures"]
+    sampling = dataclasses.replace(settings, model=policy, server="", seed=settings.seed + 1)
+    measures = evaluate(model, tokenizer, load_task(settings.task), sampling, "test",
+                        settings.test_questions, what=f"measuring {name}")
+    if rank() == 0:
+        write_json(path, {**facts, "measures": measures})
+    return measures
+
+
+def curve_point(settings):
+    """model -> pass@1 and invalid on a few test questions, for the learning curve."""
+    task, tokenizer = load_task(settings.task), load_tokenizer(settings.model)
+    sampling = dataclasses.replace(settings, server="", seed=settings.seed + 1, samples=4)
+    count = min(100, settings.test_questions or 100)
+
+    def point(model):
+        measures = evaluate(model.eval(), tokenizer, task, sampling, "test", count,
+                            what="measuring", greedy=False)
+        return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
+
+    return point
+
+
+def check_overlap(settings):
+    """Refuses a rollout file with questions that would be measured on."""
+    task, tokenizer = load_task(settings.task), load_tokenizer(settings.model)
+    questions = load_questions(task, "test", settings.test_questions, settings.seed + 1, tokenizer,
+                               settings)
+    measured = {question["prompt"] for question in questions}
+    trained = {row["prompt"]: row["id"] for row in read_rollouts(settings.rollouts,
+                                                                 settings.map_rewards)}
+    both = measured & trained.keys()
+    if both:
+        raise Problem(f"{settings.rollouts}: {len(both)} of its questions are test questions of "
+                      f"--task {settings.task} (such as {trained[min(both)]!r}), and what is "
+                      "measured on them is worth nothing: sample with eval.py --split train")
+
+
+def report_change(settings, before, after, points):
+    """The tables of the curve and of before and after; the curve also as a picture."""
+    say(table(("step", "pass@1", "invalid"), [tuple(point.values()) for point in points]) + "\n")
+    rows = []
+    for name, value in before.items():
+        if isinstance(value, dict) and name in after:
+            texts = [f"{measure['mean']:.3f} ({measure['low']:.3f} to {measure['high']:.3f})"
+                     for measure in (value, after[name])]
+            rows.append((name, *texts, f"{after[name]['mean'] - value['mean']:+.3f}"))
+    say(table((f"{after['questions']} held-out questions", "before", "after", "change"), rows))
+    if rank() == 0:
+        draw_lines(os.path.join(settings.out, "curve.png"), points, "step", ["pass@1", "invalid"],
+                   title=settings.loss, xlabel="optimizer step", ylabel="share of completions",
+                   ylim=(0, 1))
 
 
 def main():

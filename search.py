@@ -11,26 +11,23 @@ own. The engine is BM25, in engine/bm25.py; the sampler is eval.py's and the loo
 import collections
 import dataclasses
 import functools
-import glob
 import itertools
 import os
 import re
 import sys
 import time
-import types
 from typing import Optional
 
 import numpy as np
 
 import train
 from data import library
-from data.rollouts import short_hash, write_rollouts
+from data.rollouts import write_rollouts
 from data.tasks import render_prompt, without_marks
 from engine import measures, run_folder, sampler
 from engine.bm25 import (
     ANALYSERS,
     analyse,
-    document_ids,
     find_text,
     index_corpus,
     is_common,
@@ -39,6 +36,7 @@ from engine.bm25 import (
     read_texts,
     read_topics,
     search,
+    text_at,
 )
 from engine.common import (
     Problem,
@@ -52,7 +50,7 @@ from engine.common import (
     table,
     write_json,
 )
-from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
+from engine.parallel import barrier, gather, rank, start_ranks, world
 
 # ---- the task: a query, the words that the model adds to it, and what comes back ----
 
@@ -89,8 +87,7 @@ class Settings(train.Optimisation, sampler.Sampling):
     # SciFact, 809 training queries: 77% have Recall@10 = 1 already, so that no expansion earns +1.
     # On the other 185, three words of a relevant document earn +1 in 68% of the cases, three words
     # of a random document in 2%. nDCG@100 leaves 385 queries; there they earn +1 in 94% and 10%.
-    metric: str = setting("ndcg@100", "measure to reward: recall, ndcg or p at a depth, map or mrr",
-                          main=True)
+    metric: str = setting("ndcg@100", "measure to reward: recall, ndcg or p at a depth, map or mrr")
     bar: Optional[float] = setting(None, "value of the measure that earns +1 (none: any value "
                                    "above that of the query without expansion)")
     skip_full: bool = setting(True, "skip training queries whose own results are the best possible")
@@ -98,7 +95,7 @@ class Settings(train.Optimisation, sampler.Sampling):
                            "than an eighth of the documents are free", least=1)
     losses: str = setting("sft", "losses to compare with --loss, comma-separated; topr:0.4 is topr "
                           "with a positive share of 0.4", main=True)
-    max_new_tokens: int = setting(64, "longest expansion", least=1, main=True)
+    max_new_tokens: int = setting(64, "longest expansion", least=1)
     rounds: int = setting(1, "rounds of sample-then-train for each loss", least=1)
     seeds: int = setting(1, "runs to average, each with the next seed", least=1)
 
@@ -139,11 +136,8 @@ def read_expansion(index, row, settings):
 def read_split(settings, index, split, count, besides=()):
     """{query id: (text, {document number: grade})}, without the texts of `besides`."""
     queries, judgements = read_topics(settings.corpus, index, split)
-    topics = {}
-    for id, text in queries.items():
-        if max(judgements[id].values()) > 0 and text not in besides:
-            topics[id] = text, {find_text(index.ids, document): grade
-                                for document, grade in judgements[id].items()}
+    topics = {id: (text, judgements[id]) for id, text in queries.items()
+              if max(judgements[id].values()) > 0 and text not in besides}
     if len(topics) < len(queries):
         say(f"{settings.corpus}: {len(queries) - len(topics)} of {len(queries)} {split} queries "
             "are left out: they have no relevant document, or are test queries too")
@@ -159,33 +153,36 @@ def columns_of(settings):
 
 def look_up(index, topics, rows, settings):
     """What query + expansion find: array [rows, columns_of(settings)]. The ranks share the rows."""
-    columns, depth = columns_of(settings), settings.metric.partition("@")[2]
-    scores, part = np.empty((len(rows), len(columns))), []
+    columns, part = columns_of(settings), []
+    depth = max(1000, int(settings.metric.partition("@")[2] or 0))
     for row in progress(rows[rank()::world()], what="searching"):
         text, grades = topics[row["id"]]
         added, fault = read_expansion(index, row, settings)
-        query = analyse(text, settings.analyser) + added
-        numbers, _ = search(index, query, max(1000, int(depth or 0)))
+        numbers, _ = search(index, analyse(text, settings.analyser) + added, depth)
         own = find_text(index.ids, row["id"])  # if queries are documents, BEIR excludes their own
         found = numbers[numbers != own].tolist()
         part.append([name == fault if name in FAULTS else measure(name, found, grades)
                      for name in columns])
+    scores = np.empty((len(rows), len(columns)))
     for first_row, theirs in enumerate(gather(part)):
         scores[first_row::world()] = np.reshape(theirs, (-1, len(columns)))
     return scores
 
 
-def alone(topics):
-    """Rows of the queries without an expansion."""
-    return [{"id": id, "completion": ""} for id in topics]
+def look_up_alone(index, topics, settings):
+    """The same of the queries without an expansion. [queries, columns]"""
+    rows = [{"id": id, "completion": ""} for id in topics]
+    return look_up(index, topics, rows, settings)
 
 
 def skip_full(index, topics, settings):
     """The queries that can earn a reward: the best ranking has a higher value than their own."""
-    kept, values = {}, look_up(index, topics, alone(topics), settings)[:, 0]
-    for (id, (text, grades)), value in zip(topics.items(), values):
-        if value < measure(settings.metric, sorted(grades, key=grades.get)[::-1], grades):
-            kept[id] = text, grades
+    kept, values = {}, look_up_alone(index, topics, settings)[:, 0]
+    for id, value in zip(topics, values):
+        _, grades = topics[id]
+        best = sorted(grades, key=grades.get, reverse=True)
+        if value < measure(settings.metric, best, grades):
+            kept[id] = topics[id]
     say(f"{len(topics) - len(kept)} of {len(topics)} training queries are skipped: no expansion "
         f"can improve their {settings.metric}")
     if not kept:
@@ -196,9 +193,9 @@ def skip_full(index, topics, settings):
 def reward(index, topics, rows, settings):
     """Gives each row +1 if what the expansion finds is good enough, else -1. Equal is not better: a
     reward for repeating the query would teach just that."""
-    scores = look_up(index, topics, alone(topics) + rows, settings)[:, 0].tolist()
-    before = dict(zip(topics, scores))
-    for row, score in zip(rows, scores[len(topics):]):
+    before = dict(zip(topics, look_up_alone(index, topics, settings)[:, 0]))
+    scores = look_up(index, topics, rows, settings)[:, 0].tolist()
+    for row, score in zip(rows, scores):
         words, fault = read_expansion(index, row, settings)
         enough = score > before[row["id"]] if settings.bar is None else score >= settings.bar
         row.update(reward=1.0 if enough and not fault else -1.0, answer=" ".join(words) or None,
@@ -218,25 +215,25 @@ def main():
     start_ranks()
     index = prepare(settings)
     splits = read_splits(settings, index)
-    if rank() == 0:
-        write_json(f"{settings.out}/job.json", vars(settings))
-    bases = [settings.model or train.base_policy(f"{settings.out}/seed{seed}", seed, library,
-                                                 steps=500, layers=2)
-             for seed in range(settings.seed, settings.seed + settings.seeds)]
-    compare(settings, index, splits, bases, start)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    bases = [settings.model or base_expander(settings.out, seed) for seed in seeds]
+    compare(settings, index, splits, bases)
     if not settings.model and settings.bar is None:
         say("\nWith few positives the baseline matters. +1 from 0.6 on, the first seed alone:")
         few = dataclasses.replace(settings, out=f"{settings.out}/few", bar=0.6, loss="topr",
                                   losses="sft,topr,topr:0.4", positive_share=None)
-        compare(few, index, splits, bases[:1], start)
+        compare(few, index, splits, bases[:1])
+    say(f"{time.time() - start:.0f} s; the expanders, rollouts and results are in {settings.out}")
+
+
+def base_expander(folder, seed):
+    return train.base_policy(f"{folder}/seed{seed}", seed, library, steps=500, layers=2)
 
 
 def prepare(settings):
     """Checks what can be checked before hours of work; makes the collection and the index."""
     measure(settings.metric, [], {})  # a Problem if there is no such measure
     for arm in arms_of(settings):
-        if not re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)(0?[.][0-9]+)?", arm):
-            raise Problem(f"--losses: {arm!r} is not a loss, or a loss with a share as topr:0.4")
         train.check_settings(arm_settings(settings, arm))
     if not settings.model and (settings.corpus or settings.server):
         raise Problem("--corpus and --server need --model: the embedded expander knows no other "
@@ -259,8 +256,7 @@ def check_same_job(settings):
     """A folder that has rollouts belongs to one job: another one is refused, naming what differs.
     (train.py and the sampler compare their own settings.)"""
     path, now = f"{settings.out}/job.json", vars(settings)
-    rollouts = glob.glob(glob.escape(settings.out) + "/seed*/unrewarded.jsonl")
-    before = read_json(path) if rollouts and os.path.exists(path) else now
+    before = read_json(path) if os.path.exists(path) else now
     for name in vars(Settings)["__annotations__"]:
         if name not in ("out", "losses", "seeds") and before.get(name) != now[name]:
             raise Problem(f"{settings.out} holds another job: {name} was {before.get(name)!r} and "
@@ -286,27 +282,31 @@ def arms_of(settings):
 
 def arm_settings(settings, arm, **changes):
     """train.py's settings for one of the losses."""
-    loss = arm.rstrip(".0123456789")
-    changes = {"out": "", "rounds": 1, "loss": loss} | changes
-    return part_of(train.Settings, settings, **changes,
-                   positive_share=float(arm[len(loss):]) if arm != loss else None)
+    parts = re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)(0?[.][0-9]+)?", arm)
+    if not parts:
+        raise Problem(f"--losses: {arm!r} is not a loss, or a loss with a share as topr:0.4")
+    share = float(parts[2]) if parts[2] else None
+    return part_of(train.Settings, settings, loss=parts[1], positive_share=share, rounds=1,
+                   **changes)
 
 
-def compare(settings, index, splits, bases, start):
+def compare(settings, index, splits, bases):
     """Trains with each loss from each seed's base expander; measures on the test queries."""
     learn, test = splits
-    none = look_up(index, test, alone(test), settings).tolist()
-    runs, learned = [], []
+    scores, learned = {kind: collections.defaultdict(list) for kind in KINDS}, []
     for seed, base in enumerate(bases, settings.seed):
         this = dataclasses.replace(settings, seed=seed, out=f"{settings.out}/seed{seed}")
         learned.append(make_rollouts(this, index, learn, base))
-        policies = {"base": base}
+        if rank() == 0:
+            write_json(f"{settings.out}/job.json", vars(settings))
+        policies = {"no expansion": None, "base": base}
         for arm in arms_of(settings):
             policies[arm] = train_rounds(this, index, learn, base, arm)
-        runs.append({"no expansion": dict.fromkeys(KINDS, none)})
-        for name, policy in policies.items():
-            runs[-1][name] = measure_once(this, index, test, policy, name)
-    report(settings, runs, {"learned": learned, "seconds": time.time() - start})
+        for kind in KINDS:
+            for name, policy in policies.items():
+                found = measure_once(this, index, test, policy, name, kind)
+                scores[kind][name].append(found)
+    report(settings, scores, learned)
 
 
 def make_rollouts(settings, index, topics, policy):
@@ -343,46 +343,37 @@ def train_rounds(settings, index, topics, policy, arm):
     return out
 
 
-def measure_once(settings, index, topics, policy, name):
-    """What sampled and greedy expansions find, each [queries, columns]; kept until a change."""
-    path = f"{settings.out}/measures-{name}.json"
-    model, tokenizer = sampler.load_model(policy, settings, start_ranks())
-    settings = dataclasses.replace(settings, server="")  # base and trained expanders alike
-    made_from = short_hash(repr((sampler.fingerprint(model), part_of(sampler.Sampling, settings),
-                                 settings.repeats, columns_of(settings), index.facts, topics)))
-    result = from_first(read_json(path) if rank() == 0 and os.path.exists(path) else {})
-    if result.get("made_from") == made_from:
-        return result
-    result = {"made_from": made_from}
-    questions = make_questions(topics, settings, tokenizer)
-    for kind, changes in KINDS.items():
-        sampling = dataclasses.replace(settings, model=policy, **changes)
-        rows = sampler.sample_rollouts(model, tokenizer, questions, unknown, sampling)
-        scores = look_up(index, topics, rows, settings)
-        result[kind] = scores.reshape(len(topics), -1, scores.shape[1]).mean(1).tolist()
-    if rank() == 0:
-        write_json(path, result)
-    return result
+def measure_once(settings, index, topics, policy, name, kind):
+    """What a policy's sampled or greedy expansions find. [queries, columns]"""
+    if policy is None:
+        return look_up_alone(index, topics, settings)
+    path = f"{settings.out}/test-{name}-{kind}.jsonl"
+    questions = functools.partial(make_questions, topics, settings)
+    rows = sampler.sample_once(settings, policy, questions, unknown, path, logprobs=False,
+                               server="", **KINDS[kind])  # base and trained expanders alike
+    scores = look_up(index, topics, rows, settings)
+    return scores.reshape(len(topics), -1, scores.shape[1]).mean(1)
 
 
-def report(settings, runs, facts):
-    """Means over the seeds with 95% intervals over the queries, and the paired differences."""
-    found, columns = {}, columns_of(settings)
-    for kind in KINDS:
-        scores = {name: np.mean([run[name][kind] for run in runs], 0).T for name in runs[0]}
-        for name, values in scores.items():  # [columns, queries]
-            found[f"{name}, {kind}"] = map(measures.interval, values)
-        for one, other in itertools.combinations(scores, 2):
-            gains = map(measures.paired_interval, scores[one], scores[other])
-            found[f"{other} - {one}, {kind}"] = gains
-    means = {name: dict(zip(columns, intervals)) for name, intervals in found.items()}
-    rows = [[name, *("{mean:.3f} ({low:.3f} to {high:.3f})".format(**of) for of in each.values())]
-            for name, each in means.items()]
+def report(settings, scores, learned):
+    """Means over the seeds with 95% intervals over the queries, and the paired differences.
+
+    scores: {kind: {name: [seeds, queries, columns]}}
+    """
+    columns, intervals = columns_of(settings), {}
+    for kind in scores:
+        means = {name: np.mean(seeds, 0).T for name, seeds in scores[kind].items()}
+        for name, values in means.items():  # [columns, queries]
+            intervals[f"{name}, {kind}"] = map(measures.interval, values)
+        for one, other in itertools.combinations(means, 2):
+            gains = map(measures.paired_interval, means[one], means[other])
+            intervals[f"{other} - {one}, {kind}"] = gains
+    results = {name: dict(zip(columns, each)) for name, each in intervals.items()}
+    rows = [(name, *map(train.interval_text, each.values())) for name, each in results.items()]
     say(table([f"{len(values[0])} test queries", *columns], rows))
     if rank() == 0:
-        results = {"settings": vars(settings), **facts, "means": means}
-        write_json(f"{settings.out}/results.json", results)
-    say(f"{facts['seconds']:.0f} s; the expanders, rollouts and results are in {settings.out}")
+        kept = {"settings": vars(settings), "learned": learned, "means": results}
+        write_json(f"{settings.out}/results.json", kept)
 
 
 # ---- one typed query ----
@@ -398,26 +389,28 @@ class Ask:
 def ask(argv):
     """Shows the greedy expansion of a query, and the best documents without and with it."""
     words, options = [], []
-    for before, word in zip(["", *argv], argv):  # an option, its value, or a word of the query
-        value = before.startswith("-") and "=" not in before
-        (options if value or word.startswith("-") else words).append(word)
+    for before, word in zip(["", *argv], argv):
+        is_value = before.startswith("-") and "=" not in before
+        (options if is_value or word.startswith("-") else words).append(word)
     asked = parse(Ask, options, "python search.py ask WORDS [options]")
     policy = f"{asked.out}/{asked.expander}"
     if not run_folder.finished(policy):
         raise Problem(f"no expander in {policy}: torchrun search.py --out {asked.out} makes one")
-    job = types.SimpleNamespace(**read_json(f"{asked.out}/job.json"))
-    settings = part_of(Settings, job, server="")  # the trained expander is here
+    settings = Settings(**read_json(f"{asked.out}/job.json"))
+    settings.server = ""  # the trained expander is here
     query = " ".join(words).encode(errors="replace").decode()  # a terminal can pass half characters
-    words, topics = analyse(query, settings.analyser), {"query": (query, {})}
+    words = analyse(query, settings.analyser)
     if not words:
         raise Problem("the query has no words: python search.py ask heart kidney children")
     index = open_index(f"{asked.out}/index")
-    questions = functools.partial(make_questions, topics, settings)
-    row, = sampler.sample_once(settings, policy, questions, unknown, "", temperature=0.0, samples=1)
+    questions = functools.partial(make_questions, {"query": (query, {})}, settings)
+    row, = sampler.sample_once(settings, policy, questions, unknown, temperature=0.0, samples=1)
     added, fault = read_expansion(index, row, settings)
     say(f"query      {query}\nexpansion  {' '.join(added) or f'none ({fault})'}")
-    found = [document_ids(index, search(index, each, asked.documents)[0])
-             for each in (words, words + added)]
+    found = []
+    for wanted in (words, words + added):
+        numbers, _ = search(index, wanted, asked.documents)
+        found.append([text_at(index.ids, number) for number in numbers])
     text_of = {id: text for id, text in read_texts(f"{settings.corpus}/corpus.jsonl")
                if id in found[0] + found[1]}
     for title, ids in zip(("the query alone finds", "query and expansion find"), found):

@@ -259,7 +259,7 @@ def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=N
     layout = {"attention_mask": attention_mask, "position_ids": position_ids}
     layout = {name: value for name, value in layout.items() if value is not None}
     decoder = model.get_decoder()
-    decoder = model.base_model if decoder is model else decoder  # Llama 4 returns itself
+    decoder = model.model if decoder is model else decoder  # Llama 4 returns itself
     outputs = decoder(input_ids=ids, use_cache=False, **layout)
     row, position = mask.nonzero(as_tuple=True)  # [tokens], [tokens]
     position = position - 1 if previous is None else previous[mask]  # [tokens]

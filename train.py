@@ -8,30 +8,27 @@ completions, is read from the file, or computed once with the starting weights, 
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Optional
+from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import topr
 from data import apples
 from data.rollouts import file_fingerprint, write_rollouts
-from data.tasks import load_questions, load_task
 from engine import batches, optim, run_folder
-from engine.common import (Problem, Stopped, draw_lines, free_memory, parse, progress,
-                           read_json, run_main, say, seed_everything, setting, table, write_json,
+from engine.common import (Problem, Stopped, free_memory, parse, progress,
+                           read_json, run_main, say, seed_everything, setting, write_json,
                            writing)
-from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, shard,
-                             start_ranks, world)
-from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer, sample_once
+from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, replicate,
+                             shard, start_ranks, world)
+from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Optimisation:
     sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
                              main=True)
     epochs: int = setting(1, "passes over the file", least=1, main=True)
-    positive_share: Optional[float] = setting(
+    positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", main=True)
     baseline: float = setting(0.0, "c in A = R - c", least=-math.inf)
     pos_limits: str = setting("", "own range a,b of a positive's weight, for instance 1,1")
@@ -58,7 +55,7 @@ class Optimisation:
         "checked", "source of log mu: the file, 64 lines of which must fit the starting weights "
         "(checked); the file, whoever wrote it (file); the starting weights, once (start)",
         ("checked", "file", "start"))
-    mu_tolerance: Optional[float] = setting(
+    mu_tolerance: float | None = setting(
         None, "largest |log pi/mu| before the first step with --mu checked (default: 0.1 in "
         "float32, 2 in bfloat16)")
     schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
@@ -129,13 +126,12 @@ def train(settings, evaluate=None):
     model, tokenizer, data, policy, run = set_up(settings, device)
     loss_function = make_loss(settings, data)
     optimizer = optim.make_optimizer(settings, model)
-    optim.say_memory(settings, model, optimizer)
     log, first = run_folder.resume(settings, model, optimizer, run)
     steps = batches.steps_per_epoch(data) * settings.epochs
-    bar = progress(total=steps, what=f"training ({settings.loss})", initial=first)
+    bar = progress(range(first, steps), steps, f"training ({settings.loss})", initial=first)
     log_file = run_folder.open_log(settings.out)
     with writing(log_file.name), run_folder.catch_signals() as signals:
-        for step in range(first, steps):
+        for step in bar:
             # Now and then a point of the learning curve. Sampling ends gradient checkpointing.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
                 write_log(log, log_file, {"step": step, "measured": evaluate(model)})
@@ -150,13 +146,10 @@ def train(settings, evaluate=None):
             parts = backward(policy, micro_batches, loss_function, units.size / data.ranks)
             limit = settings.grad_clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-            norm = (norm.full_tensor() if settings.shard else norm).item()
+            norm = float(norm.full_tensor() if settings.shard else norm)
             metrics = step_metrics(gather(parts))
             if not math.isfinite(metrics["loss"] + norm):
-                raise Problem(
-                    f"step {step}: the loss is {metrics['loss']}, the gradient norm {norm}; nothing "
-                    f"was updated. {run_folder.last_checkpoint(settings.out)}. The rollouts: "
-                    f"{batches.line_numbers(data, units.ravel())}")
+                raise not_finite(settings, data, units, step, metrics["loss"], norm)
 
             # The update.
             for group in optimizer.param_groups:
@@ -167,26 +160,27 @@ def train(settings, evaluate=None):
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
             seconds = time.time() - start
-            speed = data.lengths[units].sum() / seconds
             write_log(log, log_file, {
                 "step": step, "epoch": step * settings.epochs // steps, "sequences": units.size,
-                **metrics, "gradient_norm": norm, "learning_rate": group["lr"],
-                "tokens_per_second": speed, "seconds": seconds})
+                **metrics, "gradient_norm": norm, "learning_rate": group["lr"], "seconds": seconds,
+                "tokens_per_second": data.lengths[units].sum() / seconds})
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", refresh=False)
-            bar.update()
-            stop = sum(gather(signals), [])
-            every = settings.checkpoint_every
-            if stop or every and (step + 1) % every == 0:
+            stop = sum(gather(signals), [])  # of all ranks, so that all stop at the same step
+            if stop or (step + 1) % (settings.checkpoint_every or math.inf) == 0:
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
             if stop:
-                raise Stopped(f"stopped by a signal after step {step}: rerun the same command to "
-                              "go on from there", stop[0])
-    bar.close()
+                raise Stopped(f"stopped by a signal after step {step}: rerun to go on", stop[0])
     if evaluate and settings.eval_every:
         write_log(log, log_file, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
     lock.release()
     return log
+
+
+def not_finite(settings, data, units, step, loss, norm):
+    return Problem(f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing was "
+                   f"updated. {run_folder.last_checkpoint(settings.out)}. The rollouts: "
+                   f"{batches.line_numbers(data, units.ravel())}")
 
 
 def set_up(settings, device):
@@ -208,7 +202,7 @@ def set_up(settings, device):
     taper = make_taper(settings)
     mu = batches.make_mu(settings, policy, data, device, taper is None or taper.needs_mu, weights)
     if world() > 1 and not settings.shard:
-        policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+        policy = replicate(policy, batches.make_batch(data, [data.units[0]], device, filler=True))
     positive = (data.rewards[data.units] > 0).mean()
     say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
         f"{settings.loss}, {settings.sequences} completions a step, log mu {mu}")
@@ -242,9 +236,9 @@ def backward(policy, micro_batches, loss_function, count):
 def make_loss(settings, data):
     """loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), from the settings."""
     if settings.loss == "ppo":
-        return functools.partial(topr.ppo_loss, clip=settings.ppo_clip)
+        return partial(topr.ppo_loss, clip=settings.ppo_clip)
     if settings.loss == "dpo":
-        return functools.partial(topr.dpo_loss, beta=settings.dpo_beta)
+        return partial(topr.dpo_loss, beta=settings.dpo_beta)
     rewards, baseline = data.rewards[data.units], settings.baseline
     is_binary = set(np.unique(rewards)) <= {-1.0, 1.0}
     if settings.positive_share is not None:
@@ -256,7 +250,7 @@ def make_loss(settings, data):
             raise Problem(f"--positive-share {settings.positive_share}: {error}")
     if is_binary and abs(baseline) > 1:
         raise Problem(f"--baseline {baseline}: above 1 or below -1 the sign of a reward would turn")
-    return functools.partial(topr.topr_loss, taper=make_taper(settings), baseline=baseline)
+    return partial(topr.topr_loss, taper=make_taper(settings), baseline=baseline)
 
 
 def make_taper(settings):
@@ -316,7 +310,7 @@ def write_log(log, log_file, entry):
 
 
 def main():
-    settings, start = parse(Settings, description=__doc__), time.time()
+    settings = parse(Settings, description=__doc__)
     start_ranks()
     if not settings.model:
         if settings.rollouts:
@@ -329,26 +323,43 @@ def main():
         settings.model = base_policy(folder, settings.seed)
         settings.out = settings.out or f"{folder}/{settings.loss}"
         settings.rollouts = f"{folder}/rollouts-{settings.questions}x{settings.samples}.jsonl"
-        sample_rollout_file(settings, settings.model, settings.rollouts)  # the losses share it
+        evaluation.sample_rollout_file(settings, settings.model, settings.rollouts)
     if not settings.rollouts and not settings.task:
         raise Problem("nothing to learn from: --rollouts FILE.jsonl, or --task to sample from")
     name = os.path.basename(os.path.normpath(settings.model))
     settings.out = settings.out or f"runs/{name}-{settings.loss}"
-    job(settings, start)
+    job(settings)
 
 
-def job(settings, start):
+def job(settings):
     """Rounds of sample-then-train, measured before and after if there is a task."""
+    start = time.time()
     check_settings(settings)
     if not settings.task:
         rounds(settings)
         return say(f"the trained policy is in {settings.out}")
-    before = measure_once(settings, settings.model, "before")
-    logs = [log for _, log in rounds(settings, curve_point(settings))]
-    after = measure_once(settings, settings.out, "after")
-    results = {"settings": dataclasses.asdict(settings), "before": before, "after": after,
-               "curve": curve(logs), "seconds": time.time() - start}
-    show(settings, results)
+    if settings.rollouts:
+        evaluation.check_overlap(settings)
+    before = evaluation.measure_once(settings, settings.model, "before")
+    points = curve([log for _, log in rounds(settings, evaluation.curve_point(settings))])
+    after = evaluation.measure_once(settings, settings.out, "after")
+    evaluation.report_change(settings, before, after, points)
+    say(f"the trained policy, results.json and the log are in {settings.out}")
+    if rank() == 0:
+        write_json(f"{settings.out}/results.json", {
+            "settings": dataclasses.asdict(settings), "before": before, "after": after,
+            "curve": points, "seconds": time.time() - start})
+
+
+def curve(logs):
+    """The measurements along all rounds, one dict each, with the steps counted through."""
+    points, done = [], 0
+    for log in logs:
+        for entry in log:
+            if "measured" in entry:
+                points.append({"step": done + entry["step"], **entry["measured"]})
+        done += sum("loss" in entry for entry in log)
+    return points
 
 
 def rounds(settings, evaluate=None):
@@ -360,7 +371,7 @@ def rounds(settings, evaluate=None):
         this = dataclasses.replace(settings, model=policy, out=out)
         if number > 1 or not settings.rollouts:
             this.rollouts = f"{settings.out}/rollouts-{number}.jsonl"
-            sample_rollout_file(settings, policy, this.rollouts, number)
+            evaluation.sample_rollout_file(settings, policy, this.rollouts, number)
         policy = out
         trained.append((policy, train_once(this, evaluate)))
     return trained
@@ -396,82 +407,6 @@ def check_settings(settings):
         raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py")
     if settings.shard and settings.task and settings.eval_every:
         raise Problem("--shard draws no curve, for no card holds the whole model: --eval-every 0")
-
-
-def sample_rollout_file(settings, policy, path, number=1):
-    """The rollout file that a policy writes on the training questions; made once."""
-    task = load_task(settings.task)
-    server = settings.server if number == 1 else ""  # it serves the starting policy
-
-    def questions(tokenizer):
-        return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
-
-    sample_once(settings, policy, questions, task.grade, path, server=server,
-                seed=settings.seed + 1_000_003 * (number - 1))
-
-
-def measure_once(settings, policy, name):
-    """What eval.py measures on the test questions; kept in the run's folder."""
-    path = os.path.join(settings.out, f"{name}.json")
-    model, tokenizer = load_model(policy, settings, start_ranks())
-    facts = {"settings": dataclasses.asdict(settings), "weights": fingerprint(model)}
-    kept = from_first(read_json(path) if os.path.exists(path) else {})
-    if {key: kept.get(key) for key in facts} == facts:
-        return kept["measures"]
-    sampling = dataclasses.replace(settings, model=policy, server="", seed=settings.seed + 1)
-    measures = evaluation.evaluate(model, tokenizer, load_task(settings.task), sampling, "test",
-                                   settings.test_questions, what=f"measuring {name}")
-    if rank() == 0:
-        write_json(path, {**facts, "measures": measures})
-    return measures
-
-
-def curve_point(settings):
-    """model -> pass@1 and invalid on a few test questions, for the learning curve."""
-    task, tokenizer = load_task(settings.task), load_tokenizer(settings.model)
-    sampling = dataclasses.replace(settings, server="", seed=settings.seed + 1, samples=4)
-    count = min(100, settings.test_questions or 100)
-
-    def point(model):
-        measures = evaluation.evaluate(model.eval(), tokenizer, task, sampling, "test", count,
-                                       what="measuring", greedy=False)
-        return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
-
-    return point
-
-
-def curve(logs):
-    """The measurements along all rounds, one dict each, with the steps counted through."""
-    points, done = [], 0
-    for log in logs:
-        for entry in log:
-            if "measured" in entry:
-                points.append({"step": done + entry["step"], **entry["measured"]})
-        done += sum("loss" in entry for entry in log)
-    return points
-
-
-def show(settings, results):
-    """The tables of the curve and of before and after; both as files, the curve as a picture."""
-    before, after, points = results["before"], results["after"], results["curve"]
-    say(table(("step", "pass@1", "invalid"), [tuple(point.values()) for point in points]) + "\n")
-    rows = []
-    for name, value in before.items():
-        if isinstance(value, dict) and name in after:
-            change = after[name]["mean"] - value["mean"]
-            rows.append((name, interval_text(value), interval_text(after[name]), f"{change:+.3f}"))
-    say(table((f"{after['questions']} held-out questions", "before", "after", "change"), rows))
-    say(f"{results['seconds']:.0f} s; the trained policy, results.json and the log are in "
-        f"{settings.out}")
-    if rank() == 0:
-        write_json(os.path.join(settings.out, "results.json"), results)
-        draw_lines(os.path.join(settings.out, "curve.png"), points, "step", ["pass@1", "invalid"],
-                   title=settings.loss, xlabel="optimizer step", ylabel="share of completions",
-                   ylim=(0, 1))
-
-
-def interval_text(value):
-    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):

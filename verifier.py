@@ -11,6 +11,7 @@ votes of many solutions.
 
 import collections
 import dataclasses
+import functools
 import os
 import random
 import re
@@ -204,7 +205,13 @@ def both_sides(settings):
         held_out = read_candidates(settings.test_solutions, settings)
     else:
         training, held_out = split(training, settings)
-    check_split(training, held_out)
+    both = grouped(training, "words").keys() & grouped(held_out, "words").keys()
+    if both:
+        raise Problem(f"{len(both)} questions are both in training and held out, as "
+                      f"{min(both)!r:.200}: remove them from one of the two files")
+    if not training or not held_out:
+        raise Problem("no question is left to train on, or none is held out: --test-fraction must "
+                      "be between 0 and 1")
     most = settings.solutions_per_question
     return (limited(training, settings.questions, most),
             limited(held_out, settings.test_questions, most))
@@ -219,16 +226,6 @@ def split(candidates, settings):
     return sides
 
 
-def check_split(training, held_out):
-    both = grouped(training, "words").keys() & grouped(held_out, "words").keys()
-    if both:
-        raise Problem(f"{len(both)} questions are both in training and held out, as "
-                      f"{min(both)!r:.200}: remove them from one of the two files")
-    if not training or not held_out:
-        raise Problem("no question is left to train on, or none is held out: --test-fraction must "
-                      "be between 0 and 1")
-
-
 def limited(candidates, questions, solutions):
     """The first questions and the first solutions of each; 0 is no limit."""
     groups = list(grouped(candidates, "words").values())[: questions or None]
@@ -237,12 +234,13 @@ def limited(candidates, questions, solutions):
 
 def balanced(candidates, limit, seed):
     """As many right as wrong solutions, each text once, `limit` in all at most (0: no limit)."""
-    sides = grouped(distinct(candidates), "gold").values()  # one side, if all are right or wrong
+    candidates = distinct(candidates)
+    sides = grouped(candidates, "gold").values()  # one side, if all are right or wrong
     size = min(map(len, sides))
     if limit:
         size = min(size, limit // 2)
     kept = {c["id"] for side in sides for c in random.Random(seed).sample(side, size)}
-    return [candidate for candidate in distinct(candidates) if candidate["id"] in kept]
+    return [candidate for candidate in candidates if candidate["id"] in kept]
 
 
 def count_table(stages):
@@ -344,12 +342,13 @@ def auroc(pairs):
 
 
 def reliability(pairs):
-    """[from, to, solutions, mean score, share right] of each fifth of scores that holds any."""
+    """[range, solutions, mean score, share right] of each fifth of scores that holds any."""
     rows = []
-    for number in range(5):
-        inside = [pair for pair in pairs if min(int(pair[0] * 5), 4) == number]
+    for fifth in range(5):
+        inside = [pair for pair in pairs if min(int(pair[0] * 5), 4) == fifth]
         if inside:
-            rows.append([number / 5, (number + 1) / 5, len(inside), *np.mean(inside, axis=0)])
+            name = f"{fifth / 5:.1f} to {fifth / 5 + 0.2:.1f}"
+            rows.append([name, len(inside), *np.mean(inside, axis=0)])
     return rows
 
 
@@ -386,18 +385,16 @@ def voting(candidates, scores):
         numbers = measures.group_answers([c["answer"] for c in group], same_maths)
         for candidate, number in zip(group, numbers):
             candidate["same answer"] = number
-    curve, n = [], 1
-    while n <= max(map(len, groups)):
+    curve = []
+    for n in (2**e for e in range(max(map(len, groups)).bit_length())):
         blocks = [[group[i : i + n] for i in range(0, len(group) - n + 1, n)]
                   for group in groups if len(group) >= n]  # [questions][blocks][n]
-        entry = {"n": n, "questions": len(blocks), "accuracy": {}, "gain": {}}
-        values = {}
-        for name, method in methods.items():
-            values[name] = [mean([vote(block, *method) for block in own]) for own in blocks]
-            entry["accuracy"][name] = measures.interval(values[name])
-            entry["gain"][name] = measures.paired_interval(values["majority"], values[name])
-        curve.append(entry)
-        n *= 2
+        values = {name: [mean([vote(block, *method) for block in own]) for own in blocks]
+                  for name, method in methods.items()}
+        gains = {name: measures.paired_interval(values["majority"], values[name])
+                 for name in values}
+        accuracy = {name: measures.interval(values[name]) for name in values}
+        curve.append({"n": n, "questions": len(blocks), "accuracy": accuracy, "gain": gains})
     return curve
 
 
@@ -430,13 +427,13 @@ def job(settings):
     if len(grouped(chosen, "gold")) < 2:
         raise Problem("the training solutions must be of both kinds, right and wrong: there is "
                       "nothing to tell apart")
-    trained = train_verifier(settings, chosen)
+    verifiers = {"untrained": settings.model, "trained": train_verifier(settings, chosen)}
     measured, scores = {}, {}
-    for name, verifier in (("untrained", settings.model), ("trained", trained)):
-        file = name if verifier == settings.model else os.path.basename(trained)
+    for name, verifier in verifiers.items():
+        file = name if verifier == settings.model else os.path.basename(verifier)
         path = f"{settings.out}/verdicts-{file}.jsonl"
         measured[name], scores[name] = judge(settings, verifier, held_out, even, path)
-    results = {"settings": dataclasses.asdict(settings), "measures": measured,
+    results = {"settings": vars(settings), "measures": measured,
                "voting": voting(held_out, scores)}
     report(results, settings.out)
     return results
@@ -456,8 +453,8 @@ def judge(settings, verifier, held_out, even, path):
     pairs = [(scores[id], truth[id]) for id in truth]
     by_question = [mean([row["answer"] == row["gold"] for row in group])
                    for group in grouped(rows, "question").values()]
-    measured = {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs)}
-    return {**measured, "accuracy by question": by_question}, scores
+    return {**verdict_measures(rows), "AUROC": auroc(pairs), "calibration": reliability(pairs),
+            "accuracy by question": by_question}, scores
 
 
 def embedded(settings):
@@ -467,14 +464,19 @@ def embedded(settings):
     settings = dataclasses.replace(
         settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
         test_solutions=f"{out}/test-solutions.jsonl")
-    write_solutions(settings, policy, settings.solutions, "train", settings.questions, seed)
-    write_solutions(settings, policy, settings.test_solutions, "test", settings.test_questions,
-                    seed + 1)
+    task = tasks.load_task("apples")
+    for split, path, count, own_seed in (
+            ("train", settings.solutions, settings.questions, seed),
+            ("test", settings.test_solutions, settings.test_questions, seed + 1)):
+        questions = functools.partial(tasks.load_questions, task, split, count, own_seed,
+                                      settings=settings)
+        sampler.sample_once(settings, policy, questions, task.grade, path, logprobs=False,
+                            seed=own_seed, samples=settings.solutions_per_question)
     demonstrations = f"{out}/demonstrations.jsonl"
     if rank() == 0 and not os.path.exists(demonstrations):
         tokenizer = sampler.load_tokenizer(policy)
         write_rollouts(demonstrations, apples.verdict_demonstrations(
-            9600, seed, lambda *texts: make_prompt(*texts, tokenizer, settings)))
+            9600, seed, functools.partial(make_prompt, tokenizer=tokenizer, settings=settings)))
     barrier()
     train.train_once(train.Settings(
         model=policy, rollouts=demonstrations, out=settings.model, seed=seed, loss="sft",
@@ -483,25 +485,17 @@ def embedded(settings):
     return settings
 
 
-def write_solutions(settings, policy, path, split, count, seed):
-    task = tasks.load_task("apples")
-    sampler.sample_once(
-        settings, policy,
-        lambda tokenizer: tasks.load_questions(task, split, count, seed, tokenizer, settings),
-        task.grade, path, logprobs=False, seed=seed, samples=settings.solutions_per_question)
-
-
 def report(results, out):
     """Tables, the picture and results.json."""
     before, after = results["measures"].values()
     number = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
     gain = measures.paired_interval(before["accuracy by question"], after["accuracy by question"])
-    names = [name for name in after if name not in ("calibration", "accuracy by question")]
-    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]),
-                     [(name, before[name], after[name]) for name in names]))
+    rows = [(name, before[name], after[name]) for name in after
+            if name not in ("calibration", "accuracy by question")]
+    say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]), rows))
     say("gain in accuracy (95% over questions): " + number.format(**gain))
-    say("\n" + table(("score, trained", "solutions", "mean score", "share right"), [
-        (f"{low:.1f} to {high:.1f}", *rest) for low, high, *rest in after["calibration"]]))
+    say("\n" + table(("score, trained", "solutions", "mean score", "share right"),
+                     after["calibration"]))
     rows, points = [], []
     for entry in results["voting"]:
         accuracy = {name: value["mean"] for name, value in entry["accuracy"].items()}

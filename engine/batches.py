@@ -333,24 +333,22 @@ def can_pack(model, longest=0, mask_dtype=None):
     if model.config._attn_implementation != "sdpa":
         return False
     random = torch.Generator().manual_seed(0)
-    sizes = (7, 4, 6, 5)
-    prompt, first, second, third = (
-        torch.randint(config.vocab_size, (size,), generator=random).tolist() for size in sizes)
-    layouts = {
-        "alone": [(prompt, [second]), (prompt, [third])],
-        "packed": [(prompt, [first, second, third])],
-        "other neighbour": [(prompt, [third[:1] + first[1:], second, third])]}
+    prompt, *draws = torch.randint(config.vocab_size, (33, 4), generator=random).tolist()
+    completions, neighbours = draws[:16], draws[16:]
+    mixed = [pair[n % 2] for n, pair in enumerate(zip(completions, neighbours))]  # every other one
+    layouts = {"alone": [(prompt, [completion]) for completion in completions],
+               "packed": [(prompt, completions)], "other neighbours": [(prompt, mixed)]}
     logprobs = {}
-    mixed = mask_dtype == torch.bfloat16 and model.dtype == torch.float32
+    autocast = mask_dtype == torch.bfloat16 and model.dtype == torch.float32
     try:
         for name, layout in layouts.items():
             packed = pack(layout, model.device, mask_dtype)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
                 values = topr.completion_logprobs(model, **packed)[packed["mask"]]
-            logprobs[name] = values[-len(second + third):].float()  # [tokens]
+            logprobs[name] = values.reshape(16, 4)[::2]  # of those that stay the same
     except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
         return False
-    leak = (logprobs["packed"] - logprobs["other neighbour"]).abs().max().item()
+    leak = (logprobs["packed"] - logprobs["other neighbours"]).abs().max().item()
     distance = (logprobs["packed"] - logprobs["alone"]).abs().mean().item()
     exact = mask_dtype in (None, torch.float32) and model.dtype == torch.float32
     return leak < 1e-6 and distance < (1e-4 if exact else 0.1)

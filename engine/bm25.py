@@ -1,23 +1,22 @@
 """A search engine in numpy: BM25 over an index on disk, and trec_eval's measures.
 
     index = index_corpus("corpus.jsonl", "folder")
-    numbers, scores = search(index, "a query", k=10)
+    numbers, scores = search(index, analyse("a query"), k=10)
 """
 
 import bisect
 import collections
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
-import shutil
 from array import array
 
 import numpy as np
 
-from engine.common import Problem, progress, read_json, say, whole_file, write_json
+from data.rollouts import file_fingerprint, read_lines
+from engine.common import Problem, read_json, say, whole_file, write_json
 
 ANALYSERS = {"simple": "[a-z0-9]+", "unicode": r"\w+"}  # what a word is; unicode: beyond English
 
@@ -30,27 +29,11 @@ def analyse(text, analyser="simple"):
 # ---- a collection in BEIR's layout: corpus.jsonl, queries.jsonl, qrels.tsv or qrels/test.tsv ----
 
 
-def open_file(path):
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise Problem(f"{path}: cannot be read ({error.strerror}): a collection is a folder with "
-                      "corpus.jsonl, queries.jsonl and qrels.tsv or qrels/test.tsv")
-
-
-def read_lines(path):
-    """("FILE, line N", line) of every line that is not blank."""
-    with open_file(path) as file, progress(total=os.path.getsize(path), unit="B") as bar:
-        for number, line in enumerate(file, 1):
-            bar.update(len(line))
-            if line.strip():
-                yield f"{path}, line {number}", line
-
-
 def read_texts(path):
     """(id, title + " " + text) of each line of a .jsonl file; queries have no title."""
     known = set()
-    for place, line in read_lines(path):
+    for number, line in read_lines(path, "reading"):
+        place = f"{path}, line {number}"
         try:
             record = json.loads(line)
             id, text = record["_id"], " ".join([record.get("title", ""), record["text"]])
@@ -65,36 +48,26 @@ def read_texts(path):
         yield id, text
 
 
-def read_queries(path, analyser):
-    """{query id: text}. Queries without words, as in real collections, are counted and skipped."""
-    texts = {id: text.strip() for id, text in read_texts(path)}
-    queries = {id: text for id, text in texts.items() if analyse(text, analyser)}
-    if len(queries) < len(texts):
-        say(f"{path}: {len(texts) - len(queries)} of {len(texts)} queries have no words (analyser "
-            f"{analyser}) and are skipped")
-    return queries
-
-
 def read_judgements(path, queries, index):
-    """{query id: {document id: grade}}. Lines that cannot be used are counted and skipped."""
-    judgements, faults = {}, collections.defaultdict(list)  # fault -> the places of its lines
-    for place, line in read_lines(path):
-        columns = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+    """{query id: {document number: grade}}. Lines that cannot be used are counted and skipped."""
+    judgements, faults = {}, collections.defaultdict(list)  # fault -> line numbers
+    for line_number, line in read_lines(path, "reading"):
+        columns = line.decode(errors="replace").rstrip("\r\n").split("\t")
         query, document, score, *_ = *columns, "", ""
         if columns == ["query-id", "corpus-id", "score"]:
             continue
         if len(columns) != 3:
-            faults["not query-id, corpus-id, score, tab-separated"].append(place)
+            faults["not query-id, corpus-id, score, tab-separated"].append(line_number)
         elif not re.fullmatch("[+-]?[0-9]+", score):
-            faults["a score that is not a whole number"].append(place)
+            faults["a score that is not a whole number"].append(line_number)
         elif query not in queries:
-            faults["a query that is not there or has no words"].append(place)
-        elif find_text(index.ids, document) is None:
-            faults["a document that is not in the corpus"].append(place)
-        elif judgements.setdefault(query, {}).setdefault(document, int(score)) != int(score):
-            faults["a score that contradicts an earlier line"].append(place)
-    for fault, places in faults.items():
-        say(f"{path}: {len(places)} line(s) skipped: {fault} (first: {places[0]})")
+            faults["a query that is not there or has no words"].append(line_number)
+        elif (number := find_text(index.ids, document)) is None:
+            faults["a document that is not in the corpus"].append(line_number)
+        elif judgements.setdefault(query, {}).setdefault(number, int(score)) != int(score):
+            faults["a score that contradicts an earlier line"].append(line_number)
+    for fault, lines in faults.items():
+        say(f"{path}: {len(lines)} line(s) skipped: {fault} (first: line {lines[0]})")
     if not judgements:
         raise Problem(f"{path}: no line of it can be used: write query-id, corpus-id and score, "
                       "tab-separated, with ids that the queries and the corpus have")
@@ -102,12 +75,17 @@ def read_judgements(path, queries, index):
 
 
 def read_topics(folder, index, split="test"):
-    """A split's judged queries {id: text} and judgements {query id: {document id: grade}}."""
+    """A split's judged queries {id: text} and judgements {query id: {document number: grade}}."""
     tail = "" if split == "test" else f"_{split}"
     path = f"{folder}/queries{tail}.jsonl"
     if not os.path.exists(path):
         path = f"{folder}/queries.jsonl"
-    queries = read_queries(path, index.facts["analyser"])
+    analyser = index.facts["analyser"]
+    texts = {id: text.strip() for id, text in read_texts(path)}
+    queries = {id: text for id, text in texts.items() if analyse(text, analyser)}
+    if len(queries) < len(texts):  # as in real collections
+        say(f"{path}: {len(texts) - len(queries)} of {len(texts)} queries have no words (analyser "
+            f"{analyser}) and are skipped")
     path = f"{folder}/qrels/{split}.tsv"
     if not os.path.exists(path):
         path = f"{folder}/qrels{tail}.tsv"
@@ -161,8 +139,8 @@ def index_documents(documents, k1=0.9, b=0.4, analyser="simple"):
     Computed in float64; the sum is rounded to float32 once, as trec_eval stores scores: equal
     values are then ties. Rows in float32 would swap documents, and break ties, by their rounding.
     """
-    if not (0 <= k1 < math.inf and 0 <= b <= 1):
-        raise Problem(f"k1 = {k1}, b = {b}: k1 must be 0 or more, and b between 0 and 1")
+    if b > 1:
+        raise Problem(f"--b {b}: a number from 0 to 1 is required")
     numbers = collections.defaultdict()
     numbers.default_factory = numbers.__len__  # a new word gets the next number
     text, lengths, ids = array("i"), array("i"), []  # arrays take an eighth of a list's memory
@@ -180,8 +158,7 @@ def index_documents(documents, k1=0.9, b=0.4, analyser="simple"):
     keys |= np.repeat(id_rank.astype(np.int32), lengths)
     del text
     keys.sort()
-    new = np.ones(len(keys) + 1, bool)
-    np.not_equal(keys[1:], keys[:-1], out=new[1:-1])
+    new = np.concatenate([[True], keys[1:] != keys[:-1], [True]])
     first = np.flatnonzero(new)  # [entries + 1]
     scores = np.subtract(first[1:], first[:-1], dtype=np.float64)  # [entries], tf so far
     keys = keys[first[:-1]]      # [entries]
@@ -200,12 +177,10 @@ def index_documents(documents, k1=0.9, b=0.4, analyser="simple"):
     return Index(words, ids, starts, documents, scores, facts)
 
 
-def index_corpus(corpus, folder=None, k1=0.9, b=0.4, analyser="simple"):
+def index_corpus(corpus, folder, k1=0.9, b=0.4, analyser="simple"):
     """The index of a corpus.jsonl; kept in a folder, and opened there if nothing has changed."""
-    with open_file(corpus) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {"k1": k1, "b": b, "analyser": analyser, "corpus": digest}
-    if folder and os.path.exists(folder):
+    facts = {"k1": k1, "b": b, "analyser": analyser, "corpus": file_fingerprint(corpus)}
+    if os.path.exists(f"{folder}/index.json"):
         index = open_index(folder)
         if facts.items() <= index.facts.items():
             return index
@@ -213,8 +188,7 @@ def index_corpus(corpus, folder=None, k1=0.9, b=0.4, analyser="simple"):
     documents = ((id, analyse(text, analyser)) for id, text in read_texts(corpus))
     index = index_documents(documents, k1, b, analyser)
     index.facts.update(facts)
-    if folder:
-        save_index(index, folder)
+    save_index(index, folder)
     return index
 
 
@@ -222,21 +196,15 @@ ARRAYS = ("words", "word_starts", "ids", "id_starts", "row_starts", "row_documen
 
 
 def save_index(index, folder):
-    """Writes a folder beside and renames it: the index is there whole or not at all."""
-    folder = os.path.normpath(folder)
-    if os.path.exists(folder):
-        open_index(folder)  # a Problem if it is anything else: that is not ours to replace
-    beside = f"{folder}.part-{os.getpid()}"
+    """index.json is removed first and written last: without it the folder holds no index."""
+    path = f"{folder}/index.json"
+    if os.path.exists(path):
+        os.remove(path)
     arrays = (*index.words, *index.ids, index.starts, index.documents, index.scores)
-    try:
-        for name, values in zip(ARRAYS, arrays):
-            with whole_file(f"{beside}/{name}.npy", "wb") as file:
-                np.save(file, values, allow_pickle=False)
-        write_json(f"{beside}/index.json", index.facts)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    for name, values in zip(ARRAYS, arrays):
+        with whole_file(f"{folder}/{name}.npy", "wb") as file:
+            np.save(file, values, allow_pickle=False)
+    write_json(path, index.facts)
 
 
 def open_index(folder):
@@ -253,49 +221,43 @@ def open_index(folder):
 
 
 def row_of(index, word):
-    """The documents that hold a word, and what it adds to each. (None, [documents]) if these are
-    many: in a small collection adding a whole array is far faster than picking entries."""
+    """The documents that hold a word, and what it adds to each: all documents if these are many,
+    for in a small collection adding a whole array is far faster than picking entries."""
     if word not in index.rows:
         number, count = find_text(index.words, word), index.facts["documents"]
-        at = slice(*index.starts[number:number + 2]) if number is not None else slice(0)
-        documents, scores = index.documents[at], index.scores[at]
+        entries = slice(0) if number is None else slice(*index.starts[number:number + 2])
+        documents, scores = index.documents[entries], index.scores[entries]
         if count < 2**16 and len(documents) > count // 8:
             full = np.zeros(count)
             full[documents] = scores
-            documents, scores = None, full
+            documents, scores = slice(None), full
         index.rows[word] = documents, scores
     return index.rows[word]
 
 
 def is_common(index, word):
     """Whether more than an eighth of the documents hold a word, as "the", "of" and "which"."""
-    return np.count_nonzero(row_of(index, word)[1]) > index.facts["documents"] / 8
+    _, scores = row_of(index, word)
+    return np.count_nonzero(scores) > index.facts["documents"] / 8
 
 
-def search(index, query, k=10):
-    """The k best documents for a text or a list of words: numbers [found], float32 scores [found].
+def search(index, query, k):
+    """The k best documents for a list of words: numbers [found], float32 scores [found].
 
     Best first, ties by id in descending order. Each occurrence of a word counts; a document without
     any of the words is not found.
     """
     count = index.facts["documents"]
     totals = np.zeros(count)
-    for word in analyse(query, index.facts["analyser"]) if isinstance(query, str) else query:
+    for word in query:
         documents, scores = row_of(index, word)
-        if documents is None:
-            totals += scores
-        else:
-            np.add.at(totals, documents, scores)
+        totals[documents] += scores
     scores, k = totals.astype(np.float32), min(k, count)  # [documents]
     # the k-th best of a sample: at least k documents reach it, and few others
     floor = np.partition(scores[::min(max(count // (64 * k), 1), 8)], -k)[-k]
     found, = np.nonzero(scores >= floor if floor > 0 else scores)
     found = found[np.argsort(-scores[found], kind="stable")[:k]]
     return found, scores[found]
-
-
-def document_ids(index, numbers):
-    return [text_at(index.ids, number) for number in numbers]
 
 
 # ---- trec_eval's measures ----

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
@@ -128,6 +129,8 @@ def is_out_of_memory(error):
 def free_memory():
     """Models sit in reference cycles: without a collection an earlier one stays in memory."""
     gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # systems without glibc
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what glibc keeps of freed memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

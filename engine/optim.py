@@ -38,18 +38,24 @@ def checkpoint_layers(settings, model):
 def make_optimizer(settings, model):
     """The optimizer with all of its state: a checkpoint is then loaded in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
-        optimizer = torch.optim.AdamW(weights, rate, weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(weights, settings.learning_rate, fused=True,
+                                      weight_decay=settings.weight_decay)
         for p in weights:
             optimizer.state[p] = {"step": torch.zeros((), device=p.device),  # fused: on the device
                                   "exp_avg": torch.zeros_like(p, dtype=torch.float32),
                                   "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
-        return optimizer
+    else:
+        optimizer = make_adafactor(settings, weights)
+    say_memory(model, optimizer)
+    return optimizer
+
+
+def make_adafactor(settings, weights):
     from transformers.optimization import Adafactor
 
-    optimizer = Adafactor(weights, rate, weight_decay=decay, scale_parameter=False,
-                          relative_step=False, warmup_init=False)
+    optimizer = Adafactor(weights, settings.learning_rate, weight_decay=settings.weight_decay,
+                          scale_parameter=False, relative_step=False, warmup_init=False)
     for p in weights:
         zeros = torch.zeros_like(p, dtype=torch.float32)
         state = {"step": 0, "RMS": torch.zeros((), device=p.device)}
@@ -108,14 +114,19 @@ def update(settings, optimizer, step):
     group["params"] = parameters
 
 
-def say_memory(settings, model, optimizer):
-    """What is exact before the first step, if it is above 1 GiB; activations come on top."""
+def count_memory(model, optimizer):
+    """Bytes on this rank that are exact before the first step; activations come on top."""
     size = {"weights": 0, "gradients": 0, "optimizer": 0}
     for p in model.parameters():
         size["weights"] += local_shard(p).nbytes
         size["gradients"] += local_shard(p).nbytes * p.requires_grad
         for value in optimizer.state[p].values() if p.requires_grad else ():
             size["optimizer"] += local_shard(value).nbytes if torch.is_tensor(value) else 0
+    return size
+
+
+def say_memory(model, optimizer):
+    size = count_memory(model, optimizer)
     if sum(size.values()) > 2**30:
         parts = ", ".join(f"{name} {bytes_ / 2**30:.1f}" for name, bytes_ in size.items())
         card = ""

@@ -13,6 +13,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 SILENCE = 22  # seconds without a heartbeat after which a rank counts as dead
@@ -209,6 +210,28 @@ def shard(policy, device, precision):
             local_shard(parameter).copy_(local_shard(parts))
         for buffer in policy.buffers():
             dist.broadcast(buffer, 0)
+
+
+def replicate(policy, batch):
+    """DDP, whose buckets are the only memory of the gradients.
+
+    A pass that exchanges nothing would allocate a second set of gradients, unless the gradients are
+    there already: views of the buckets. DDP makes its buckets at the start, and again in the first
+    pass after the first exchange; both happen here, in two passes over a batch without sequences.
+    """
+    policy = DistributedDataParallel(hold_places(policy), gradient_as_bucket_view=True)
+    policy(batch.packed, batch.mask).sum().backward()
+    hold_places(policy)
+    policy(batch.packed, batch.mask).sum().backward()
+    return policy
+
+
+def hold_places(policy):
+    """Gradients of zero without memory, in whose place DDP puts views of its buckets."""
+    for p in policy.parameters():
+        if p.requires_grad:
+            p.grad = p.new_zeros(()).expand_as(p)
+    return policy
 
 
 def is_sharded(tensor):

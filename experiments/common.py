@@ -17,6 +17,7 @@ from typing import Optional
 import numpy as np
 import torch
 
+import eval as evaluation
 import train
 from data import tasks
 from data.rollouts import read_rollouts, write_rollouts
@@ -166,7 +167,7 @@ def prepare(seed, larger=False):
     size = {"width": 128, "layers": 4, "rate": 2e-3} if larger else {}
     policy = train.base_policy(folder, seed, **size)
     settings = train.Settings(**train.EMBEDDED, seed=seed)
-    train.sample_rollout_file(settings, policy, f"{folder}/{ROLLOUTS}")
+    evaluation.sample_rollout_file(settings, policy, f"{folder}/{ROLLOUTS}")
 
 
 def name_of(arm, rate):
@@ -278,10 +279,6 @@ def spread(values, sign=False):
     return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
-def difference(one, other):
-    return (np.array(one) - np.array(other)).tolist()
-
-
 def show_arms(arms, measures, title):
     """A row for each arm: its rate and its measures."""
     rows = []
@@ -354,16 +351,16 @@ def line(axes, x, values, name, label=None, **changes):
     axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
-def bars(axes, groups, values, labels={}):
+def bars(axes, arms, groups, labels={}):
     """Bars side by side with their standard deviation.
 
-    values: {name: [seeds, groups]}; labels: other names for some in the legend.
+    arms: {name: {group: values of all seeds}}; labels: other names for some in the legend.
     """
-    width = 0.8 / len(values)
-    for number, (name, one) in enumerate(values.items()):
+    width = 0.8 / len(arms)
+    for number, (name, arm) in enumerate(arms.items()):
         colour, _, _, hatch = STYLES[name]
-        x = np.arange(len(groups)) + (number - (len(values) - 1) / 2) * width
-        mean, deviation = over_seeds(one)
+        x = np.arange(len(groups)) + (number - (len(arms) - 1) / 2) * width
+        mean, deviation = over_seeds(np.transpose([arm[group] for group in groups]))
         drawn = axes.bar(x, mean, width, yerr=deviation, capsize=3, color=colour, hatch=hatch,
                          edgecolor="white", label=labels.get(name, name))
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)

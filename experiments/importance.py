@@ -1,7 +1,5 @@
 """Figure 7: importance sampling with and without truncation, gradients clipped at 1 or at 100."""
 
-import numpy as np
-
 from experiments.common import (
     MEASURES,
     STYLES,
@@ -33,13 +31,12 @@ def show(result):
 
 
 def draw(result, path):
-    groups = [f"clipped at {norm:g}" for norm in CLIPS.values()]
     with picture(path, 1, 2) as axes:
         for ax, measure in zip(axes, ("pass@1", "invalid")):
             values = by_arm(result, measure)
-            bars(ax, groups, {
-                name: np.transpose([values[f"{name}, clipped {clip}"] for clip in CLIPS])
-                for name in LOSSES})
+            clipped = {name: {f"clipped at {norm:g}": values[f"{name}, clipped {clip}"]
+                              for clip, norm in CLIPS.items()} for name in LOSSES}
+            bars(ax, clipped, [f"clipped at {norm:g}" for norm in CLIPS.values()])
             ax.axhline(values["base"].mean(), color=STYLES["base"][0], linestyle="--", label="base")
             ax.set(ylabel=measure)
 

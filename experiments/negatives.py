@@ -66,14 +66,12 @@ def show(result):
 
 
 def draw(result, path):
-    arms = {"positives only": result["arms"]["positives only"],
-            "TOPR": result["arms"][result["best"]]}
+    names = {"positives only": "positives only", "TOPR": result["best"]}
+    arms = {name: result["arms"][arm] for name, arm in names.items()}
     with picture(path, 1, 2) as (left, right):
-        bars(left, list(GROUPS), {name: np.transpose(list(groups.values()))
-                                  for name, groups in result["share of questions"].items()})
+        bars(left, result["share of questions"], GROUPS)
         left.set(xlabel="right answers of 16", ylabel="share of questions")
-        bars(right, ["pass@1", "maj@16"], {name: np.transpose([arm["pass@1"], arm["maj@16"]])
-                                           for name, arm in arms.items()})
+        bars(right, arms, ("pass@1", "maj@16"))
         right.set(ylabel="share right", ylim=(0, 1))
 
 

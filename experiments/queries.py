@@ -3,36 +3,25 @@
 import dataclasses
 import functools
 
-import numpy as np
-
 import search
 import train
-from data import library
 from experiments.common import (
-    bars,
-    by_seed,
-    compare,
-    difference,
-    name_of,
-    picture,
-    show_arms,
-    spread,
-    verdict,
-)
+    bars, by_arm, by_seed, compare, name_of, picture, rows_of, show_arms, spread, verdict)
 
 ARMS = {"positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
-MEASURE, HELD_OUT = "recall@10", 128  # training queries to choose the rate on
+MEASURE, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
 OUT = "runs/search-library"
 
 
 def run(settings, each):
-    seeds = [(seed,) for seed in range(settings.seeds)]
+    seeds = range(settings.seeds)
     each(collection, [()], "the collection and its index")
-    each(expander, seeds, "base expanders")
-    base = each(run_base, seeds, "base expanders: test")
+    each(expander, [(seed,) for seed in seeds], "base expanders")
+    none = each(measure_once, [(collection()[0], None, "none", "test")], "the queries alone")
+    jobs = [(settings_of(seed, "test"), f"{OUT}/seed{seed}/base", "base", "test") for seed in seeds]
+    base = each(measure_once, jobs, "base expanders: test")
     arms = compare(settings, each, run_expander, ARMS, "queries")
-    return {"no expansion": each(without, [()], "the queries alone")[0],
-            "base": by_seed(base), "arms": arms}
+    return {"no expansion": none[0]["sampled"], "base": by_seed(base), "arms": arms}
 
 
 @functools.cache
@@ -50,11 +39,10 @@ def settings_of(seed, split, **changes):
 
 def expander(seed):
     """Makes the base expander and its rollouts, with and without the queries of the validation."""
-    _, index = collection()
-    base = train.base_policy(f"{OUT}/seed{seed}", seed, library, steps=500, layers=2)
+    base = search.base_expander(OUT, seed)
     for split in ("test", "validation"):
         learn, _ = topics(split)
-        search.make_rollouts(settings_of(seed, split), index, learn, base)
+        search.make_rollouts(settings_of(seed, split), collection()[1], learn, base)
 
 
 def topics(split):
@@ -66,58 +54,43 @@ def topics(split):
     return dict(queries[:-HELD_OUT]), dict(queries[-HELD_OUT:])
 
 
-def run_base(seed):
-    return measure_once(settings_of(seed, "test"), f"{OUT}/seed{seed}/base", "base", "test")
-
-
 def run_expander(seed, arm, rate, split):
-    settings = settings_of(seed, split, learning_rate=rate)
-    settings = dataclasses.replace(settings, epochs=arm.get("epochs", settings.epochs))
-    rollouts, loss = f"{settings.out}/rollouts.jsonl", arm["loss"]
+    settings = settings_of(seed, split, learning_rate=rate, **arm)
+    rollouts = f"{settings.out}/rollouts.jsonl"
     settings.out += f"/{name_of(arm, rate)}"
-    policy = f"{settings.out}/{loss}"
-    train.train_once(search.arm_settings(settings, loss, model=f"{OUT}/seed{seed}/base",
+    policy = f"{settings.out}/{settings.loss}"
+    train.train_once(search.arm_settings(settings, settings.loss, model=f"{OUT}/seed{seed}/base",
                                          rollouts=rollouts, out=policy))
-    return measure_once(settings, policy, loss, split)
+    return measure_once(settings, policy, settings.loss, split)
 
 
 def measure_once(settings, policy, name, split):
     _, test = topics(split)
-    kept = search.measure_once(settings, collection()[1], test, policy, name)
-    column = search.columns_of(settings).index(MEASURE)
-    means = {kind: float(np.mean(kept[kind], 0)[column]) for kind in ("sampled", "greedy")}
+    means = {}
+    for kind in search.KINDS:
+        found = search.measure_once(settings, collection()[1], test, policy, name, kind)
+        means[kind] = float(found[:, 0].mean())  # the rewarded measure is the first
     return {"score": means["sampled"], **means}
 
 
-def without():
-    settings, index = collection()
-    _, test = topics("test")
-    values = search.look_up(index, test, search.alone(test), settings)
-    return float(values[:, search.columns_of(settings).index(MEASURE)].mean())
-
-
 def show(result):
-    arms = {"base": result["base"], **result["arms"]}
     return (f"the queries alone: {result['no expansion']:.3f}\n\n"
-            + show_arms(arms, ("sampled", "greedy"), MEASURE))
+            + show_arms(rows_of(result), search.KINDS, MEASURE))
 
 
 def draw(result, path):
-    arms = {"base": result["base"], **result["arms"]}
-    values = {name: np.array([arm["sampled"], arm["greedy"]]).T for name, arm in arms.items()}
     with picture(path) as (axes,):
-        bars(axes, ["sampled", "greedy"], values)
+        bars(axes, rows_of(result), search.KINDS)
         axes.axhline(result["no expansion"], color="black", linestyle="--", label="no expansion")
         axes.set(ylabel=MEASURE)
 
 
 def claims(result):
-    arms, base = result["arms"], result["base"]["sampled"]
-    topr, positives = arms["TOPR"]["sampled"], arms["positives only"]["sampled"]
-    over_base, over_positives = difference(topr, base), difference(topr, positives)
-    measured = (f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base "
-                f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: "
-                f"TOPR over positives {spread(over_positives, sign=True)}")
-    reproduced = min(over_base) > 0 and min(over_positives) > 0
-    yield ("A query expander learns from nothing but a search engine's score (search)", measured,
-           verdict(reproduced, np.mean(topr) > np.mean(base)))
+    found = by_arm(result, "sampled")
+    base, positives, topr = found["base"], found["positives only"], found["TOPR"]
+    ahead = topr - positives
+    yield ("A query expander learns from nothing but a search engine's score (search)",
+           f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base {spread(base)}, "
+           f"positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
+           f"{spread(ahead, sign=True)}",
+           verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))

@@ -6,7 +6,7 @@ import numpy as np
 
 import verifier
 from experiments.common import (
-    bars, compare, difference, folder_of, name_of, picture, show_arms, spread, table, verdict)
+    bars, compare, folder_of, name_of, picture, show_arms, spread, table, verdict)
 
 
 def run(settings, each):
@@ -51,21 +51,19 @@ def show(result):
 def draw(result, path):
     (arm,) = result["arms"].values()
     labels = {"base": "untrained verifier", "TOPR": "trained verifier", "majority": "majority vote"}
-    shares = {"base": np.array([arm["accuracy before"], arm["invalid before"]]).T,  # [seeds, 2]
-              "TOPR": np.array([arm["accuracy"], arm["invalid"]]).T}
-    votes = {"majority": np.array([arm["majority"]]).T,  # [seeds, 1]
-             "base": np.array([arm["weighted before"]]).T, "TOPR": np.array([arm["weighted"]]).T}
+    before = {name: arm[f"{name} before"] for name in ("accuracy", "invalid", "weighted")}
     with picture(path, 1, 2) as (left, right):
-        bars(left, ["accuracy", "invalid"], shares, labels)
+        bars(left, {"base": before, "TOPR": arm}, ("accuracy", "invalid"), labels)
         left.set(ylabel="share of verdicts", ylim=(0, 1))
-        bars(right, [f"vote of {arm['solutions'][0]} solutions"], votes, labels)
-        right.set(ylabel="accuracy")
+        votes = {"majority": {"weighted": arm["majority"]}, "base": before, "TOPR": arm}
+        bars(right, votes, ["weighted"], labels)
+        right.set(ylabel="accuracy", xticks=[], xlabel=f"vote of {arm['solutions'][0]} solutions")
 
 
 def claims(result):
     (arm,) = result["arms"].values()
-    gain = difference(arm["weighted"], arm["majority"])
-    gain_before = difference(arm["weighted before"], arm["majority"])
+    gain = np.subtract(arm["weighted"], arm["majority"])
+    gain_before = np.subtract(arm["weighted before"], arm["majority"])
     accuracy, invalid = np.mean(arm["accuracy"]), np.mean(arm["invalid"])
     yield ("The verifier's accuracy rises, 32.6% to 70.9%, and invalid verdicts end, 34.2% to "
            "0.9% (Table 2)",

@@ -126,9 +126,9 @@ def open_stage(folder):
     opened = seconds(lambda: engine.open_index(folder + "/index"))
     checked = seconds(lambda: engine.index_corpus(folder + "/corpus.jsonl", folder + "/index"))
     index = engine.open_index(folder + "/index")
-    queries = [f"w{n:x} w{n * 7:x} w{n * 50:x} w0 w1 w5" for n in range(1, 101)]
-    first = seconds(lambda: engine.search(index, queries[0]))
-    many = seconds(lambda: [engine.search(index, query) for query in queries]) / len(queries)
+    queries = [f"w{n:x} w{n * 7:x} w{n * 50:x} w0 w1 w5".split() for n in range(1, 101)]
+    first = seconds(lambda: engine.search(index, queries[0], 10))
+    many = seconds(lambda: [engine.search(index, query, 10) for query in queries]) / len(queries)
     say(f"opening: {opened:.4f} s (limit 1), {checked:.4f} s with a look whether the corpus is still the same; "
         f"first search {first * 1000:.0f} ms, then {many * 1000:.1f} ms each; peak memory {peak():.2f} GiB")
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -42,7 +44,7 @@ def collection(folder):
 @pytest.fixture
 def small(tmp_path):
     settings = search.Settings(corpus=str(collection(tmp_path / "small")), metric="recall@10")
-    index = search.index_corpus(f"{settings.corpus}/corpus.jsonl")
+    index = search.index_corpus(f"{settings.corpus}/corpus.jsonl", f"{tmp_path}/index")
     return settings, index, search.read_split(settings, index, "test", 0)
 
 
@@ -98,7 +100,7 @@ def test_the_best_possible_value_need_not_be_one(small):
 def test_a_query_does_not_find_itself(tmp_path):
     """ArguAna's queries are documents of the corpus: each found itself first, as BEIR excludes."""
     folder = collection(tmp_path / "small")
-    index = search.index_corpus(f"{folder}/corpus.jsonl")
+    index = search.index_corpus(f"{folder}/corpus.jsonl", f"{tmp_path}/index")
     settings = search.Settings(corpus=str(folder), metric="mrr")
     grades = {search.find_text(index.ids, "d2"): 1}
     rows = [{"id": id, "completion": "arrest"} for id in ("d1", "q1")]
@@ -176,9 +178,10 @@ def test_no_pair_of_concepts_stands_in_both_splits(tmp_path):
     library.write_collection(tmp_path)
     concept_of = {word: concept for concept, words in enumerate(library.LAY) for word in words}
     pair_of = lambda text: tuple(sorted(concept_of[word] for word in text.split() if word in concept_of))
-    index = search.index_corpus(str(tmp_path / "corpus.jsonl"))
-    documents = {id: {c for c, words in enumerate(library.TECHNICAL) if set(words) & set(text.split())}
-                 for id, text in search.read_texts(tmp_path / "corpus.jsonl")}
+    index = search.index_corpus(str(tmp_path / "corpus.jsonl"), str(tmp_path / "index"))
+    documents = {search.find_text(index.ids, id): {
+        c for c, words in enumerate(library.TECHNICAL) if set(words) & set(text.split())}
+        for id, text in search.read_texts(tmp_path / "corpus.jsonl")}
     pairs = {}
     for split in ("train", "test"):
         queries, judgements = search.read_topics(tmp_path, index, split)
@@ -241,6 +244,16 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def found(folder, seed, name, kind="sampled"):
+    """What the kept expansions of the test queries find. [queries, columns]"""
+    settings = search.Settings(**json.loads((folder / "job.json").read_text()))
+    index = search.open_index(f"{folder}/index")
+    _, test = search.read_splits(settings, index)
+    rows = read_rollouts(folder / f"seed{seed}/test-{name}-{kind}.jsonl", zero_is_wrong=True)
+    scores = search.look_up(index, test, rows, settings)
+    return scores.reshape(len(test), -1, scores.shape[1]).mean(1)
+
+
 def test_the_job_prints_and_keeps_what_it_found(base, job):
     for line in ("no expansion, sampled", "base, sampled", "sft, sampled", "topr, greedy",
                  "topr - sft, sampled", "topr - no expansion, greedy", "topr0.4, sampled",
@@ -251,13 +264,11 @@ def test_the_job_prints_and_keeps_what_it_found(base, job):
     assert kept["learned"][0]["expansions"] == len(rows) == 96
     assert kept["learned"][0]["positive"] == sum(row["reward"] > 0 for row in rows) > 0
     assert all((row["reward"] > 0) == (row["score"] >= 0.2) for row in rows if row["answer"])
-    runs, others = ([json.loads((base / f"seed{seed}/measures-{name}.json").read_text())["sampled"]
-                     for seed in (0, 1)] for name in ("topr", "base"))
-    change = (np.array(runs) - others).mean(0)[:, 0]  # [queries], of recall@10
+    others, runs = (np.mean([found(base, seed, name)[:, 0] for seed in (0, 1)], 0)
+                    for name in ("base", "topr"))  # [queries] of recall@10
+    assert len(runs) == 12
     said = kept["means"]["topr - base, sampled"]["recall@10"]
-    assert said["mean"] == pytest.approx(change.mean()) and len(change) == 12
-    pair = (np.mean(group, 0)[:, 0] for group in (others, runs))
-    assert said == pytest.approx(measures.paired_interval(*pair))
+    assert said == pytest.approx(measures.paired_interval(others, runs))
 
 
 def test_two_ranks_find_the_same(base, job, tmp_path):
@@ -268,9 +279,8 @@ def test_two_ranks_find_the_same(base, job, tmp_path):
     mine, theirs = (read_rollouts(folder / "seed0" / "rollouts.jsonl") for folder in (base, tmp_path))
     assert [(row["completion"], row["reward"]) for row in mine] == [(row["completion"], row["reward"]) for row in theirs]
     for name, tolerance in (("base", 0), ("topr", 0.02)):
-        mine, theirs = (json.loads((folder / f"seed0/measures-{name}.json").read_text()) for folder in (base, tmp_path))
         for kind in search.KINDS:
-            means = [np.mean(measures[kind], 0) for measures in (mine, theirs)]
+            means = [found(folder, 0, name, kind).mean(0) for folder in (base, tmp_path)]
             assert np.abs(means[0] - means[1]).max() <= tolerance, (name, kind)
 
 
@@ -290,7 +300,9 @@ def test_what_is_there_is_reused_and_another_job_refused(base, job, monkeypatch,
     before = results(base)["means"]
     code, output, _ = run(monkeypatch, capsys, "--out", base, *WHOLE, *TINY)
     assert code == 0 and results(base)["means"] == before
-    assert output.count("unrewarded.jsonl: the rollouts are there, reusing them") == 2 and output.count("trained before, reusing it") == 8
+    assert output.count("unrewarded.jsonl: the rollouts are there, reusing them") == 2
+    assert output.count("trained before, reusing it") == 8
+    assert output.count("-greedy.jsonl: the rollouts are there, reusing them") == 8
     for option, value, said in (("--metric", "mrr", "metric was 'recall@10' and is 'mrr'"),
                                 ("--repeats", 3, "repeats was 2 and is 3"),
                                 ("--k1", 2, "k1 was 0.9 and is 2.0")):
@@ -311,20 +323,15 @@ def test_a_trained_policy_is_measured_like_any_other(base, job, monkeypatch, cap
         "--bar", 0.5, "--rounds", 2, "--model", base / "seed0" / "topr"]
     code, _, errors = run(monkeypatch, capsys, *command)
     assert code == 0, errors
-    names = ("base", "topr")
-
-    def read():
-        return {name: json.loads((out / f"seed0/measures-{name}.json").read_text())
-                for name in names}
-
-    kept = read()
-    assert kept["base"]["made_from"] != kept["topr"]["made_from"]
-    assert kept["base"]["sampled"] != kept["topr"]["sampled"]
+    files = [out / f"seed0/test-{name}-sampled.jsonl" for name in ("base", "topr")]
+    before, after = (read_rollouts(path, zero_is_wrong=True) for path in files)
+    assert before[0]["sampling"]["weights"] != after[0]["sampling"]["weights"]
+    assert [row["completion"] for row in before] != [row["completion"] for row in after]
     rows = read_rollouts(out / "seed0/topr/round-1/rollouts.jsonl", zero_is_wrong=True)
     assert rows[0]["sampling"]["model"] == str(out / "seed0/topr/round-1")
-    stale = dict(kept["base"], made_from=1, sampled=[])  # of other weights or settings
-    (out / "seed0/measures-base.json").write_text(json.dumps(stale))
-    assert run(monkeypatch, capsys, *command)[0] == 0 and read() == kept
+    shutil.copy(files[1], files[0])  # of other weights
+    code, _, errors = run(monkeypatch, capsys, *command)
+    assert code == 2 and "holds other rollouts: model is" in errors
 
 
 def test_ask_shows_documents_before_and_after(base, job, monkeypatch, capsys):
@@ -364,9 +371,10 @@ def test_only_the_base_is_sampled_from_a_server(base, monkeypatch, capsys, tmp_p
     """No server holds the trained expanders, and base and trained ones must be measured alike."""
     servers, once = [], search.sampler.sample_once
 
-    def sample_once(settings, policy, *arguments, **changes):
-        servers.append((str(policy), settings.server))
-        return once(dataclasses.replace(settings, server=""), policy, *arguments, **changes)
+    def sample_once(settings, policy, questions, grade, out="", **changes):
+        servers.append((os.path.basename(out), str(policy), changes.get("server", settings.server)))
+        changes["server"] = ""
+        return once(settings, policy, questions, grade, out, **changes)
 
     monkeypatch.setattr(search.sampler, "sample_once", sample_once)
     model = str(base / "seed0" / "base")
@@ -375,7 +383,10 @@ def test_only_the_base_is_sampled_from_a_server(base, monkeypatch, capsys, tmp_p
                           "--max-new-tokens", 4, "--losses", "", "--no-skip-full", "--rounds", 2,
                           "--server", "http://localhost:1/v1")
     assert code == 0, errors
-    assert servers == [(model, "http://localhost:1/v1"), (f"{tmp_path}/out/seed0/topr/round-1", "")]
+    trained, rollouts = f"{tmp_path}/out/seed0/topr", "unrewarded.jsonl"
+    assert servers[:2] == [(rollouts, model, "http://localhost:1/v1"),
+                           (rollouts, f"{trained}/round-1", "")]
+    assert [server for _, _, server in servers[2:]] == [""] * 4, "measured here, base and trained"
 
 
 # ---- wrong input ----

@@ -18,21 +18,24 @@ from engine.common import Problem
 
 SCRIPT = """
 import os, shutil, sys, torch, train, topr
+from engine import batches, parallel, run_folder
+from engine.common import Problem
 from engine.parallel import rank, barrier
 tied, rollouts, folder = sys.argv[1:]
 topr.completion_logprobs.__kwdefaults__["chunk_tokens"] = 16  # the head in several chunks, run again in the backward pass
-own_clip, own_collate, own_share, gradients, uneven = torch.nn.utils.clip_grad_norm_, batches.collate, batches.share_out, [], []
+own_clip, own_backward, own_passes = torch.nn.utils.clip_grad_norm_, train.backward, batches.micro_batches
+gradients, uneven = [], []
 
 def clip(parameters, limit):
     parameters = list(parameters)
-    gradients.append([parallel.whole(p.grad).clone() for p in parameters])
+    gradients.append([parallel.gather_shards(p.grad).clone() for p in parameters])
     return own_clip(parameters, limit)
 
-def share_out(settings, data, units, share):
-    parts, real = own_share(settings, data, units, share)
-    uneven.append(set(parallel.gather(real)))
-    assert not settings.shard or len(set(parallel.gather(len(parts)))) == 1
-    return parts, real
+def micro_batches(settings, data, units, device):
+    mine = own_passes(settings, data, units, device)
+    uneven.append(set(parallel.gather(sum(len(batch.rows) > 0 for batch in mine))))
+    assert not settings.shard or len(set(parallel.gather(len(mine)))) == 1
+    return mine
 
 def run(name, **changes):
     path, out = f"{folder}/{name}.jsonl", f"{folder}/{name}"
@@ -47,20 +50,19 @@ def run(name, **changes):
 def breaks_off(*arguments):
     if len(gradients) == 5:
         raise KeyboardInterrupt
-    return own_collate(*arguments)
+    return own_backward(*arguments)
 
 def broken(name, before, after, **changes):
-    batches.collate = breaks_off
+    train.backward = breaks_off
     try:
         run(name, shard=before, **changes)
     except KeyboardInterrupt:
         if rank() == 0:
-            train.held_lock.close()
-            assert run_folder.checkpoints(train.Settings(out=f"{folder}/{name}"))[0].endswith("-00000003")
-    batches.collate = own_collate
+            assert run_folder.checkpoints(f"{folder}/{name}")[0].endswith("-00000003")
+    train.backward = own_backward
     run(name, shard=after, **changes)
 
-torch.nn.utils.clip_grad_norm_, batches.share_out = clip, share_out
+torch.nn.utils.clip_grad_norm_, batches.micro_batches = clip, micro_batches
 for optimizer in ("adamw", "adafactor"):
     run(f"{optimizer}-ddp", optimizer=optimizer)
     run(f"{optimizer}-shard", optimizer=optimizer, shard=True)
@@ -73,14 +75,14 @@ broken("ddp-then-shard", False, True, optimizer="adafactor")
 def spoiled(parameters, limit):
     parameters = list(parameters)
     if rank() == 1:
-        parallel.local(parameters[3].grad)[0] = float("nan")
+        parallel.local_shard(parameters[3].grad)[0] = float("nan")
     return own_clip(parameters, limit)
 
 torch.nn.utils.clip_grad_norm_ = spoiled
 try:
     run("spoiled", shard=True)
     raise AssertionError("a NaN on one rank was not seen by the other")
-except train.Problem as problem:
+except Problem as problem:
     assert "step 0: " in str(problem) and "gradient norm nan" in str(problem), problem
 assert any(len(real) > 1 for real in uneven) and any(0 in real for real in uneven)
 """

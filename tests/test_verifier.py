@@ -78,12 +78,14 @@ def test_a_question_is_on_one_side_by_its_text(tmp_path):
                  reward=1.0 if i % 2 else -1.0) for i in range(200)]
     rows += [{**row, "id": f"b{i}", "prompt": row["prompt"].lower().replace(" ", "  "),
               "completion": row["completion"] + " !"} for i, row in enumerate(rows)]
-    candidates = candidates_of(rows, tmp_path)
-    training, held_out = verifier.split(candidates, verifier.Settings(test_fraction=0.3))
-    verifier.check_split(training, held_out)
+    both, other = str(tmp_path / "both.jsonl"), str(tmp_path / "other.jsonl")
+    write_rollouts(both, rows)
+    training, held_out = verifier.both_sides(verifier.Settings(solutions=both, test_fraction=0.3))
     assert len(training) + len(held_out) == 400 and 60 < len(held_out) < 180
+    write_rollouts(other, [{**rows[0], "id": "planted"}])
+    settings = verifier.Settings(solutions=both, test_solutions=other)
     with pytest.raises(Problem, match="1 questions are both in training and held out"):
-        verifier.check_split(training + [{**held_out[0], "id": "planted"}], held_out)
+        verifier.both_sides(settings)
 
 
 def test_balanced_and_distinct(tmp_path):
@@ -173,8 +175,10 @@ def test_verdict_measures_by_counting():
 
 def test_reliability_by_hand():
     pairs = [(0.0, False), (0.1, True), (0.9, True), (1.0, True), (1.0, False)]
-    low, high = [0.0, 0.2, 2, 0.05, 0.5], [0.8, 1.0, 3, 2.9 / 3, 2 / 3]
-    assert verifier.reliability(pairs) == [pytest.approx(low), pytest.approx(high)]
+    low, high = [2, 0.05, 0.5], [3, 2.9 / 3, 2 / 3]
+    rows = verifier.reliability(pairs)
+    assert rows == [["0.0 to 0.2", *map(pytest.approx, low)],
+                    ["0.8 to 1.0", *map(pytest.approx, high)]]
 
 
 def plain_vote(block, weight):
