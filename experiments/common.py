@@ -17,6 +17,7 @@ from typing import Optional
 import numpy as np
 import torch
 
+import eval as evaluation
 import train
 from data import tasks
 from data.rollouts import read_rollouts, write_rollouts
@@ -219,13 +220,10 @@ def run_arm(seed, arm, rate, split):
     return measure_once(settings.out, seed, split)
 
 
-def run_base(seed, larger=False):
-    return measure_once(f"{folder_of(seed, larger)}/base", seed, "test")
-
-
 def each_base(settings, each, larger=False):
     """The measures of every seed's base policy."""
-    return each(run_base, [(seed, larger) for seed in range(settings.seeds)], "base policies: test")
+    jobs = [(f"{folder_of(seed, larger)}/base", seed, "test") for seed in range(settings.seeds)]
+    return each(measure_once, jobs, "base policies: test")
 
 
 def run_arms(settings, each, arms, what):
