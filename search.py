@@ -369,7 +369,7 @@ def report(settings, scores, learned):
             gains = map(measures.paired_interval, means[one], means[other])
             intervals[f"{other} - {one}, {kind}"] = gains
     results = {name: dict(zip(columns, each)) for name, each in intervals.items()}
-    rows = [(name, *map(train.interval_text, each.values())) for name, each in results.items()]
+    rows = [(name, *map(measures.interval_text, each.values())) for name, each in results.items()]
     say(table([f"{len(values[0])} test queries", *columns], rows))
     if rank() == 0:
         kept = {"settings": vars(settings), "learned": learned, "means": results}

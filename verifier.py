@@ -488,18 +488,17 @@ def embedded(settings):
 def report(results, out):
     """Tables, the picture and results.json."""
     before, after = results["measures"].values()
-    number = "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
     gain = measures.paired_interval(before["accuracy by question"], after["accuracy by question"])
     rows = [(name, before[name], after[name]) for name in after
             if name not in ("calibration", "accuracy by question")]
     say("\n" + table(("held-out verdicts, half on right solutions", *results["measures"]), rows))
-    say("gain in accuracy (95% over questions): " + number.format(**gain))
+    say("gain in accuracy (95% over questions): " + measures.interval_text(gain, "+"))
     say("\n" + table(("score, trained", "solutions", "mean score", "share right"),
                      after["calibration"]))
     rows, points = [], []
     for entry in results["voting"]:
         accuracy = {name: value["mean"] for name, value in entry["accuracy"].items()}
-        gain = number.format(**entry["gain"]["weighted, trained"])
+        gain = measures.interval_text(entry["gain"]["weighted, trained"], "+")
         rows.append((entry["n"], entry["questions"], *accuracy.values(), gain))
         points.append({"n": str(entry["n"]), **accuracy})
     say("\n" + table(("solutions", "questions", *accuracy, "trained - majority (95%)"), rows))

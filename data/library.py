@@ -14,7 +14,7 @@ import random
 import zlib
 from itertools import combinations
 
-from data.rollouts import to_line
+from data.rollouts import write_rollouts
 from engine.common import whole_file
 
 # Two everyday words, then three technical terms. Lines 1 and 2, 3 and 4 ... are easily confused.
@@ -105,30 +105,25 @@ def make_query(pair, rng):
     return " ".join(words)
 
 
-def write_collection(folder, counts={"train": 512, "test": 250}):
+def write_collection(folder):
     """A folder in BEIR's layout. A document is relevant to a query if it has both concepts."""
     rng = random.Random("0 library")
     documents = make_documents(rng)
-    rows = ({"_id": f"d{n}", "text": text} for n, (_, text) in enumerate(documents))
-    write_lines(folder, "corpus.jsonl", map(to_line, rows))
+    write_rollouts(f"{folder}/corpus.jsonl", (
+        {"_id": f"d{n}", "text": text} for n, (_, text) in enumerate(documents)))
     relevant = {pair: [n for n, (concepts, _) in enumerate(documents) if concepts >= set(pair)]
                 for pair in PAIRS}
-    for split, tail in (("train", "_train"), ("test", "")):
-        pairs = [pair for pair in relevant if relevant[pair] and split_of(pair) == split]
+    for split, tail, count in (("train", "_train", 512), ("test", "", 250)):
+        pairs = [pair for pair in PAIRS if relevant[pair] and split_of(pair) == split]
         queries = {}  # text -> pair: the texts differ
-        while len(queries) < counts[split]:
+        while len(queries) < count:
             pair = rng.choice(pairs)
             queries[make_query(pair, rng)] = pair
-        rows = ({"_id": f"{split}{n}", "text": text} for n, text in enumerate(queries))
-        judgements = [f"{split}{n}\td{d}\t1\n" for n, pair in enumerate(queries.values())
-                      for d in relevant[pair]]
-        write_lines(folder, f"queries{tail}.jsonl", map(to_line, rows))
-        write_lines(folder, f"qrels{tail}.tsv", judgements)
-
-
-def write_lines(folder, name, lines):
-    with whole_file(f"{folder}/{name}") as file:
-        file.writelines(lines)
+        write_rollouts(f"{folder}/queries{tail}.jsonl", (
+            {"_id": f"{split}{n}", "text": text} for n, text in enumerate(queries)))
+        with whole_file(f"{folder}/qrels{tail}.tsv") as file:
+            for n, pair in enumerate(queries.values()):
+                file.writelines(f"{split}{n}\td{d}\t1\n" for d in relevant[pair])
 
 
 def demonstrate(query, rng):

@@ -62,15 +62,15 @@ PUBLISHED = {
             "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e", 1000),
     },
 }
-SECURE, TIMEOUT, LARGEST = "https://", 30, 100 * 2**20
+SECURE, LARGEST = "https://", 100 * 2**20
 HERE = Path(__file__).resolve().parent  # load_questions reads here
 
 
 @dataclasses.dataclass
 class Settings:
-    train: str | None = setting(
-        None, "training questions: the published file (for MATH also its folder or .tar file)")
-    test: str | None = setting(None, "test questions, likewise")
+    train: str = setting(
+        "", "training questions: the published file (for MATH also its folder or .tar file)")
+    test: str = setting("", "test questions, likewise")
     out: str = setting(str(HERE), "folder for gsm8k/, math/ or svamp/")
 
 
@@ -80,28 +80,28 @@ def main(argv=None):
         return write_solutions(*options)
     if name in ("-h", "--help"):
         options = [name]
-    elif name not in TASKS:
+    elif name not in PUBLISHED:
         raise Problem("which data set? python data/maths.py gsm8k, math or svamp")
     prepare(name, parse(Settings, options, __doc__))
 
 
 def prepare(name, settings):
-    """Writes both splits, from the user's own files where they are given."""
+    """Writes both splits, from the user's own files if they are given."""
     rows = {}
-    for split in ("train", "test"):
-        file, (source, checksum, _) = getattr(settings, split), PUBLISHED[name][split]
+    for split, (source, checksum, _) in PUBLISHED[name].items():
+        file = getattr(settings, split)
         if file:
             source, raw = file, read_local(Path(file))
         else:
             raw = parse_rows(fetch(source, checksum, split).decode(), source)
         own = [row for row in raw if f"{split}/" in str(row.get("unique_id"))] or raw
-        rows[split] = [as_row(name, split, n, row, source) for n, row in enumerate(own, 1)]
         if not own:
             raise Problem(f"{source}: 0 questions for {name} {split}")
+        rows[split] = [as_row(name, split, n, row, source) for n, row in enumerate(own, 1)]
     if name == "svamp":
         rows["train"] = without_repeats(rows["train"], rows["test"])
     for split, kept in rows.items():
-        path = Path(settings.out, name, f"{split}.jsonl")
+        path = f"{settings.out}/{name}/{split}.jsonl"
         write_rollouts(path, kept)
         say(f"{path}: {len(kept)} questions ({PUBLISHED[name][split][2]} are published)")
 
@@ -142,12 +142,12 @@ def fetch(url, checksum, split):
     instead = f"get the file in another way and pass it with --{split} FILE"
     say(f"downloading {url}")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(url, timeout=30) as answer:
             if not answer.url.startswith(SECURE):
                 raise OSError("not an https address")
             data = answer.read(LARGEST)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Problem(f"cannot download {url}: {error}; {instead}") from error
+        raise Problem(f"cannot download {url}: {error}; {instead}")
     found = hashlib.sha256(data).hexdigest()
     if found != checksum:
         raise Problem(f"{url} is not the published file: {len(data)} bytes, SHA-256 {found}, "
@@ -184,7 +184,7 @@ def read_local(path):
             return parse_rows(path.read_text(encoding="utf-8"), path)
         return [{"unique_id": name} | json.loads(data) for name, data in sorted(files)]
     except (OSError, ValueError, TypeError, csv.Error, tarfile.TarError) as error:
-        raise Problem(f"{path}: cannot be read: {error}") from error
+        raise Problem(f"{path}: cannot be read: {error}")
 
 
 # ---- from the published layouts to rows ----
@@ -195,7 +195,7 @@ def as_row(name, split, number, raw, source):
         fields = {"gsm8k": gsm8k_fields, "math": math_fields, "svamp": svamp_fields}[name](raw)
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise Problem(f"{source}: question {number} does not have the published layout of {name}: "
-                      f"{error!r}") from error
+                      f"{error!r}")
     return {"id": f"{name}-{split}-{number:04d}", **fields}
 
 
@@ -217,7 +217,7 @@ def math_fields(raw):
 def svamp_fields(raw):
     """Training questions hold number0, number1, ... in their text and in a prefix equation.
 
-    The solution is None where the equation does not give the answer.
+    The solution is None if the equation does not give the answer.
     """
     gold = shown(exact(raw["Answer"]))
     if "Numbers" not in raw:  # the test set
@@ -239,7 +239,7 @@ def exact(text):
 
 
 def shown(number):
-    """A decimal where that is exact, otherwise a fraction: 3, 0.75, 1/6."""
+    """A decimal if that is exact, otherwise a fraction: 3, 0.75, 1/6."""
     decimal = f"{float(number):.12g}"
     return decimal if Fraction(decimal) == number else str(number)
 
@@ -303,8 +303,7 @@ def task(name):
     def grade(question, completion, marker="The answer is"):
         """(answer or None, reward +1 or -1)"""
         answer = read_answer(completion.partition(STOP)[0], marker)
-        correct = answer is not None and parts.same_answer(answer, question["gold"])
-        return answer, 1.0 if correct else -1.0
+        return answer, 1.0 if parts.same_answer(answer, question["gold"]) else -1.0
 
     parts.grade = grade
     return parts

@@ -130,7 +130,7 @@ def find_text(table, text):
     return number if number >= 0 and text_at(table, number) == text else None
 
 
-def index_documents(documents, k1=0.9, b=0.4, analyser="simple"):
+def index_documents(documents, k1=0.9, b=0.4):
     """The index of (id, words) pairs, read once.
 
         score(q, d) = sum over t in q of  ln(1 + (N - df + .5) / (df + .5))  tf / (tf + k1 B(d))
@@ -173,8 +173,7 @@ def index_documents(documents, k1=0.9, b=0.4, analyser="simple"):
     divisor += scores  # in place: arrays of [entries] take the memory
     scores /= divisor
     scores *= np.repeat(np.log(1 + (count - df + 0.5) / (df + 0.5)), df)
-    facts = {"k1": k1, "b": b, "analyser": analyser, "documents": count}
-    return Index(words, ids, starts, documents, scores, facts)
+    return Index(words, ids, starts, documents, scores, {"documents": count})
 
 
 def index_corpus(corpus, folder, k1=0.9, b=0.4, analyser="simple"):
@@ -186,7 +185,7 @@ def index_corpus(corpus, folder, k1=0.9, b=0.4, analyser="simple"):
             return index
         say(f"{folder}: made from another corpus or with other settings, building it again")
     documents = ((id, analyse(text, analyser)) for id, text in read_texts(corpus))
-    index = index_documents(documents, k1, b, analyser)
+    index = index_documents(documents, k1, b)
     index.facts.update(facts)
     save_index(index, folder)
     return index

@@ -102,6 +102,11 @@ def majority_at_k(answers, right, k, rng, draws):
     return score / draws
 
 
+def interval_text(interval, sign=""):
+    """0.598 (0.571 to 0.625); with "+" as sign +0.598 (+0.571 to +0.625)"""
+    return "{mean:{0}.3f} ({low:{0}.3f} to {high:{0}.3f})".format(sign, **interval)
+
+
 def report(measures, title="all"):
     """The measures as a table, one row each."""
     rows = [(name, value, "") if type(value) is int else

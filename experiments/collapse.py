@@ -90,7 +90,7 @@ def claims(result):
 
     moved = passed["PPO"] - passed["base"]
     yield ("PPO hardly moves (Figures 1, 3)",
-           f"pass@1 {spread(moved, sign=True)} at its best rate (held to reproduce within 0.1 of "
+           f"pass@1 {spread(moved, '+')} at its best rate (held to reproduce within 0.1 of "
            "the base)",
            verdict(abs(moved.mean()) < 0.1))
 
@@ -101,7 +101,7 @@ def claims(result):
     yield ("DPO does well, TOPR is best (Figures 1, 3)",
            f"pass@1 at the best rate of each: TOPR {spread(passed['TOPR'])}, DPO "
            f"{spread(passed['DPO'])}, positives only {spread(passed['positives only'])} (TOPR "
-           f"without a baseline); TOPR minus DPO {spread(ahead['DPO'], sign=True)} (best if beyond "
+           f"without a baseline); TOPR minus DPO {spread(ahead['DPO'], '+')} (best if beyond "
            "two standard errors)",
            verdict(well, best))
 

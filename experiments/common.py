@@ -142,7 +142,7 @@ def compare(settings, each, run, arms, what, rates=None):
 
 
 def best_arm(arms, names):
-    """The name with the best validation score; the first where nothing was validated (--quick)."""
+    """The name with the best validation score; the first if nothing was validated (--quick)."""
     scores = {name: sum(arms[name]["validation"][arms[name]["learning_rate"]]) for name in names}
     return max(scores, key=scores.get)
 
@@ -220,13 +220,10 @@ def run_arm(seed, arm, rate, split):
     return measure_once(settings.out, seed, split)
 
 
-def run_base(seed, larger=False):
-    return measure_once(f"{folder_of(seed, larger)}/base", seed, "test")
-
-
 def each_base(settings, each, larger=False):
     """The measures of every seed's base policy."""
-    return each(run_base, [(seed, larger) for seed in range(settings.seeds)], "base policies: test")
+    jobs = [(f"{folder_of(seed, larger)}/base", seed, "test") for seed in range(settings.seeds)]
+    return each(measure_once, jobs, "base policies: test")
 
 
 def run_arms(settings, each, arms, what):
@@ -270,12 +267,12 @@ def measure_once(policy, seed, split):
 # ---- tables ----
 
 
-def spread(values, sign=False):
-    """'0.598 ± 0.021': mean and standard deviation over the seeds that have a value."""
+def spread(values, sign=""):
+    """'0.598 ± 0.021': mean and deviation over the seeds with a value. sign: "" or "+"."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    mean = f"{np.mean(values):{'+' if sign else ''}.3f}"
+    mean = f"{np.mean(values):{sign}.3f}"
     return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
@@ -283,8 +280,9 @@ def show_arms(arms, measures, title):
     """A row for each arm: its rate and its measures."""
     rows = []
     for name, arm in arms.items():
-        rate, grid = "", [float(rate) for rate in arm.get("validation", [])]
-        if grid:
+        rate = ""
+        if "validation" in arm:
+            grid = list(map(float, arm["validation"]))
             at_edge = len(grid) > 1 and arm["learning_rate"] in (min(grid), max(grid))
             rate = f"{arm['learning_rate']:g}{'*' if at_edge else ' '}"
         rows.append([name, rate, *(spread(arm[measure]) for measure in measures)])

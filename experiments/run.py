@@ -36,14 +36,9 @@ def main():
     settings = parse(Settings, options, description=__doc__)
     if "RANK" in os.environ:
         raise Problem("start this with python, not with torchrun: it starts its own processes")
-    full = settings.seeds in (None, 5) and not settings.quick
-    default = "experiments/results" if full else "runs/results"
-    settings.out = os.path.abspath(settings.out) if settings.out else default
-    settings.wheel = settings.wheel and os.path.abspath(settings.wheel)
-    if os.path.isdir(settings.pretrained):
-        settings.pretrained = os.path.abspath(settings.pretrained)
-    os.chdir(ROOT)
     settings.seeds = settings.seeds or (1 if settings.quick else 5)
+    is_full = settings.seeds == 5 and not settings.quick
+    settings.out = settings.out or (f"{ROOT}/experiments/results" if is_full else "runs/results")
     if settings.show:
         show(names or list(read_results(settings.out)), settings.out)
     else:

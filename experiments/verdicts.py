@@ -73,5 +73,5 @@ def claims(result):
            verdict(accuracy > 0.65 and invalid < 0.02, accuracy > np.mean(arm["accuracy before"])))
     yield ("Its verdicts improve the vote (Table 2)",
            f"majority of {arm['solutions'][0]} {spread(arm['majority'])}, weighted before "
-           f"{spread(gain_before, sign=True)}, after {spread(gain, sign=True)}",
+           f"{spread(gain_before, '+')}, after {spread(gain, '+')}",
            verdict(min(gain) > 0 and np.mean(gain) > np.mean(gain_before), np.mean(gain) > 0))

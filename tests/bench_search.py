@@ -60,8 +60,8 @@ def beside_bm25s(settings):
               for id, text in engine.read_texts(os.path.join(settings.data, "corpus.jsonl"))]
     words = [each for _, each in corpus]
     index = engine.index_documents(corpus)
-    queries, _ = engine.read_topics(settings.data, index)
-    queries = [engine.analyse(text) for text in queries.values()]
+    queries = [engine.analyse(text)
+               for _, text in engine.read_texts(os.path.join(settings.data, "queries.jsonl"))]
 
     def bm25s_index(backend="numpy"):
         other = bm25s.BM25(k1=0.9, b=0.4, backend=backend)

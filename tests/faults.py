@@ -189,7 +189,7 @@ def kill_tasks(folder, times=4):
     good = True
     for name, command, results in (("verifier.py", verifier, ["trained/model.safetensors", "verdicts.jsonl", "verdicts-trained.jsonl"]),
                                    ("search.py", finder, ["seed0/rollouts.jsonl", "seed0/topr/model.safetensors",
-                                                          "seed0/measures-topr.json"])):
+                                                          "seed0/test-topr-sampled.jsonl"])):
         shutil.rmtree(f"{folder}/whole", ignore_errors=True)
         code, output, seconds = run([sys.executable, *command], f"{folder}/output")
         assert code == 0, output

@@ -93,10 +93,9 @@ def test_scifact_equals_the_reference(tmp_path, k1, b, means):
 
 
 @needs_scifact
-def test_the_training_split_has_its_own_files():
+def test_the_training_split_has_its_own_files(tmp_path):
     """Training queries judged by the test split's file would all be called unknown."""
-    index = engine.index_documents((id, engine.analyse(text))
-                                   for id, text in engine.read_texts(SCIFACT / "corpus.jsonl"))
+    index = engine.index_corpus(str(SCIFACT / "corpus.jsonl"), str(tmp_path / "index"))
     queries, judgements = engine.read_topics(SCIFACT, index, split="train")
     assert len(queries) == len(judgements) == 809
 
