@@ -140,10 +140,15 @@ def without_marks(text, tokenizer):
     return text
 
 
-@functools.lru_cache
+latest_marks = {}  # {id of the tokenizer: (it, so that the id stays its own; its marks)}
+
+
 def marks_of(tokenizer):
     """Its special tokens, the longest first; collected once, because there may be thousands."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
-    marks = [mark for mark in marks if len(mark) > 1 and not mark.isspace() and not mark.isalnum()]
-    return sorted(marks, key=len, reverse=True)
+    if id(tokenizer) not in latest_marks:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
+        marks = [m for m in marks if len(m) > 1 and not m.isspace() and not m.isalnum()]
+        latest_marks.clear()
+        latest_marks[id(tokenizer)] = tokenizer, sorted(marks, key=len, reverse=True)
+    return latest_marks[id(tokenizer)][1]
