@@ -80,20 +80,21 @@ def load_questions(task, split, count, seed, tokenizer, settings):
         rows = list(itertools.islice(rows, count or (250 if generated else None)))
     if not rows:
         raise Problem(f"{task.name}: there are no questions in split {split!r}")
-    seen, questions = set(), []
+    questions = {}
     for number, row in enumerate(rows, 1):
-        own_id = row.get("id") if isinstance(row, dict) else None
-        if not isinstance(own_id, str) or own_id in seen:
-            raise Problem(f'{task.name}: question {number} of split {split!r} needs an "id", a '
-                          f"string that no other question has: {row!r:.60}")
-        seen.add(own_id)
-        with one_line(f"{task.name}: question {own_id!r}"):
+        match row:
+            case {"id": str(own_id)} if own_id not in questions:
+                what = f"{task.name}: question {own_id!r}"
+            case _:
+                raise Problem(f'{task.name}: question {number} of split {split!r} needs an "id", '
+                              f"a string that no other question has: {row!r:.60}")
+        with one_line(what):
             prompt = make_prompt(task, row, tokenizer, settings)
         if not isinstance(prompt, str):
-            raise Problem(f'{task.name}: question {own_id!r} needs a "question" or "prompt", a '
-                          'string, or "messages" and a model with a chat template')
-        questions.append({"stop": task.STOP, **row, "prompt": prompt, "split": split})
-    return questions
+            raise Problem(f'{what} needs a "question" or "prompt", a string, or "messages" and a '
+                          "model with a chat template")
+        questions[own_id] = {"stop": task.STOP, **row, "prompt": prompt, "split": split}
+    return list(questions.values())
 
 
 def make_prompt(task, row, tokenizer, settings):
@@ -140,10 +141,15 @@ def without_marks(text, tokenizer):
     return text
 
 
-@functools.lru_cache
+latest_marks = {}  # {id of the tokenizer: (it, so that the id stays its own; its marks)}
+
+
 def marks_of(tokenizer):
     """Its special tokens, the longest first; collected once, because there may be thousands."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
-    marks = [mark for mark in marks if len(mark) > 1 and not mark.isspace() and not mark.isalnum()]
-    return sorted(marks, key=len, reverse=True)
+    if id(tokenizer) not in latest_marks:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
+        marks = [m for m in marks if len(m) > 1 and not m.isspace() and not m.isalnum()]
+        latest_marks.clear()
+        latest_marks[id(tokenizer)] = tokenizer, sorted(marks, key=len, reverse=True)
+    return latest_marks[id(tokenizer)][1]

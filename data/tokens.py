@@ -1,7 +1,6 @@
 """Text to tokens and back, for many texts at once."""
 
 import difflib
-import functools
 import unicodedata
 
 from engine.common import Problem
@@ -9,24 +8,25 @@ from engine.common import Problem
 
 def all_token_ids(rows, tokenizer, end_token):
     """(prompt_ids, completion_ids) of each row: the file's own, or made from its text."""
-    prompts = [row["prompt"] for row in rows if row.get("prompt_ids") is None]
-    prompts = list(dict.fromkeys(prompts))
-    prompt_ids = dict(zip(prompts, encode(prompts, tokenizer)))
-    completions = [row["completion"] for row in rows if row.get("completion_ids") is None]
-    completions = list(dict.fromkeys(completions))
-    completion_ids = dict(zip(completions, encode(completions, tokenizer)))
-    tokens = []
+    prompts = missing_ids(rows, "prompt", tokenizer)
+    completions = missing_ids(rows, "completion", tokenizer)
+    tokens, start = [], start_tokens(tokenizer)
     for row in rows:
-        before = row.get("prompt_ids")
+        before, after = row.get("prompt_ids"), row.get("completion_ids")
         if before is None:
-            before = with_start(prompt_ids[row["prompt"]], tokenizer)
-        after = row.get("completion_ids")
+            before = with_start(prompts[row["prompt"]], start)
         if after is None:
-            after = completion_ids[row["completion"]]
+            after = completions[row["completion"]]
             if row.get("finish") != "length" and after[-1:] != [end_token]:
                 after = after + [end_token]  # it stopped, so the policy wrote the end token
         tokens.append((before, after))
     return tokens
+
+
+def missing_ids(rows, field, tokenizer):
+    """{text: tokens} of the prompts or completions whose tokens are not in the file."""
+    texts = {row[field]: None for row in rows if row.get(f"{field}_ids") is None}
+    return dict(zip(texts, encode(list(texts), tokenizer)))
 
 
 def encode(texts, tokenizer):
@@ -52,11 +52,10 @@ def foreign_tokens(rows, tokenizer):
     Only clear cases, the tokens of another tokenizer: engines differ in white space, special
     tokens, stop words that they cut off, and in half a character at the end.
     """
-    held = [row for row in rows if row.get("completion_ids") and max(row["completion_ids"]) < 2**31]
-    texts = decode([row["completion_ids"] for row in held], tokenizer)
-    foreign = {id(row) for row, text in zip(held, texts)
-               if text != row["completion"] and not fits(row, text, tokenizer)}
-    return [id(row) in foreign for row in rows]
+    ids = [row.get("completion_ids") or [] for row in rows]
+    ids = [row if max(row, default=0) < 2**31 else [] for row in ids]
+    return [bool(tokens) and text != row["completion"] and not fits(row, text, tokenizer)
+            for row, tokens, text in zip(rows, ids, decode(ids, tokenizer))]
 
 
 def fits(row, text, tokenizer):
@@ -64,15 +63,16 @@ def fits(row, text, tokenizer):
     ids, completion = row["completion_ids"], row["completion"]
     with_special, = decode([ids], tokenizer, skip_special_tokens=False)
     own, = encode([completion], tokenizer)  # words unknown to the tokenizer decode to nothing
-    same_tokens = bool(own) and ids[: len(own)] == own
-    return alike(text, completion) or alike(with_special, completion) or same_tokens
+    same_tokens = own and ids[: len(own)] == own
+    return same_tokens or alike(text, completion) or alike(with_special, completion)
 
 
 def alike(a, b):
     a, b = bare(a), bare(b)
     if not a or not b:
         return not b
-    if a.startswith(b) or b.startswith(a) or a.endswith(b) or b.endswith(a):
+    shorter, longer = sorted((a, b), key=len)
+    if longer.startswith(shorter) or longer.endswith(shorter):
         return True
     return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() > 0.7
 
@@ -85,21 +85,17 @@ def bare(text):
 
 def prompt_tokens(text, tokenizer):
     """What a model sees: with its start token, once, also if a chat template wrote it already."""
-    return with_start(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return with_start(ids, start_tokens(tokenizer))
 
 
-def with_start(ids, tokenizer):
-    start = start_token(tokenizer)
-    return [start] + ids if start is not None and ids[:1] != [start] else ids
+def with_start(ids, start):
+    return ids if ids[:1] == start else start + ids
 
 
-@functools.lru_cache
-def start_token(tokenizer):
-    """The token that this tokenizer puts before every text, or None."""
-    start = tokenizer.bos_token_id
-    if start is None or tokenizer("").input_ids[:1] != [start]:
-        return None
-    return start
+def start_tokens(tokenizer):
+    """The token that this tokenizer puts before every text, as a list: of one, or of none."""
+    return [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
 
 
 # ---- where a completion ends ----
@@ -110,8 +106,8 @@ def end_tokens(model, tokenizer):
     config = getattr(model, "config", model)
     ends = {tokenizer.eos_token_id}
     for source in (config and config.get_text_config(), getattr(model, "generation_config", None)):
-        ids = getattr(source, "eos_token_id", None)
-        ends |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+        ids = getattr(source, "eos_token_id", None)  # a number, several, or None
+        ends.update(ids if isinstance(ids, list) else [ids])
     ends.discard(None)
     if not ends:
         raise Problem("neither the tokenizer nor the model names an end-of-sequence token: "

@@ -14,24 +14,25 @@ Z = 1.96  # standard errors on either side of a 95% interval
 
 def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     """Every measure as {"mean", "low", "high"}: the mean over questions with its 95% interval."""
-    questions, values = collections.defaultdict(list), collections.defaultdict(list)
+    groups, values = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
-        questions[row["id"]].append(row)
-    rng, fewest = random.Random(seed), min(map(len, questions.values()))
-    for group in questions.values():
+        groups[row["id"]].append(row)
+    rng, fewest = random.Random(seed), min(map(len, groups.values()))
+    for group in groups.values():
         right = [row["reward"] > 0 for row in group]
         votes = group_answers([row.get("answer") for row in group], same_answer)
-        values["pass@1"].append(np.mean(right))
-        values["invalid"].append(votes.count(None) / len(group))
-        values["cut off"].append(np.mean([row.get("finish") == "length" for row in group]))
-        values["tokens"].append(np.mean([len(row.get("completion_ids", "")) for row in group]))
+        found = {"pass@1": np.mean(right), "invalid": votes.count(None) / len(group),
+                 "cut off": np.mean([row.get("finish") == "length" for row in group]),
+                 "tokens": np.mean([len(row.get("completion_ids", "")) for row in group])}
         for k in (2**e for e in range(1, fewest.bit_length())):
-            values[f"pass@{k}"].append(pass_at_k(len(right), sum(right), k))
-            values[f"maj@{k}"].append(majority_at_k(votes, right, k, rng, draws))
+            found[f"pass@{k}"] = pass_at_k(len(right), sum(right), k)
+            found[f"maj@{k}"] = majority_at_k(votes, right, k, rng, draws)
+        for name, value in found.items():
+            values[name].append(value)
     if not all("completion_ids" in row for row in rows):
         del values["tokens"]
     intervals = {name: interval(values[name]) for name in values}
-    return {"questions": len(questions), "completions": len(rows), **intervals}
+    return {"questions": len(groups), "completions": len(rows), **intervals}
 
 
 def group_answers(answers, same_answer=operator.eq):
@@ -39,9 +40,10 @@ def group_answers(answers, same_answer=operator.eq):
     known, numbers = [], {None: None}  # the first answer of each group; the group of each spelling
     for answer in answers:
         if answer not in numbers:
-            alike = [number for number, other in enumerate(known) if same_answer(other, answer)]
-            numbers[answer] = alike[0] if alike else len(known)
-            known += [] if alike else [answer]
+            alike = (number for number, other in enumerate(known) if same_answer(other, answer))
+            numbers[answer] = next(alike, len(known))
+            if numbers[answer] == len(known):
+                known.append(answer)
     return [numbers[answer] for answer in answers]
 
 

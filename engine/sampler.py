@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -13,12 +14,15 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data.rollouts import read_rollouts, short_hash, to_line
-from data.tokens import end_tokens, prompt_tokens, stop_position, until_stop
+from data.tasks import one_line
+from data.tokens import end_tokens, prompt_tokens, until_stop
 from engine import server
 from engine.batches import can_pack, completions_per_row, pack
-from engine.common import Problem, first_line, progress, say, setting, whole_file, writing
+from engine.common import Problem, free_memory, progress, say, setting, whole_file, writing
 from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
 from topr import completion_logprobs
 
@@ -55,13 +59,12 @@ def load_model(name, settings, device):
     """(model, tokenizer) of a directory or the hub: safetensors only, none of its code."""
     from transformers import AutoModelForCausalLM, logging
 
+    free_memory()  # of an earlier model
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(name)
-    try:
+    with one_line(f"model {name!r} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=settings.weights, use_safetensors=True).to(device)
-    except Exception as error:  # transformers raises many kinds; to the user they are all the same
-        raise Problem(f"model {name!r} cannot be loaded: {first_line(error)}")
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # for so little work one thread is faster than several
     return model.eval(), tokenizer
@@ -70,16 +73,14 @@ def load_model(name, settings, device):
 def load_tokenizer(name, advice=""):
     from transformers import AutoTokenizer
 
-    try:
+    with one_line(f"model {name!r} cannot be loaded{advice}"):
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise Problem(f"model {name!r} cannot be loaded: {first_line(error)}{advice}")
 
 
 def load_policy(settings, name):
     """What sample_rollouts takes first: (model, tokenizer), or (None, tokenizer) with a server."""
     if settings.server:
-        advice = "; name its tokenizer with --tokenizer"
+        advice = " (--tokenizer can name its tokenizer)"
         return None, load_tokenizer(settings.tokenizer or name, advice)
     return load_model(name, settings, start_ranks())
 
@@ -87,35 +88,58 @@ def load_policy(settings, name):
 # ---- many completions at once, with a cache of keys and values ----
 
 
-@torch.no_grad()
-def generate(model, prompts, uniforms, ends, settings, first=0, stopped=None, bar=None):
-    """Yields (number of the prompt, completions first .. samples as lists of tokens) when finished.
+@dataclass
+class Row:
+    """A completion that is being written."""
 
-    prompts: lists of tokens. uniforms(p): random numbers for prompt p, [samples, max_new_tokens].
-    A prompt is read once for all its completions, the longest prompts first. Rows are padded on the
-    left; finished ones leave the batch, and the next prompts replace them.
+    number: int  # of its question
+    question: dict
+    copy: int  # which of the question's completions it is
+    uniform: collections.abc.Iterator  # a random number for each token
+    tokens: list
+    done: bool = False
+
+
+@dataclass
+class Batch:
+    """Completions that are written at the same time, padded on the left."""
+
+    rows: list
+    attention: torch.Tensor  # [rows, time]
+    logits: torch.Tensor  # [rows, vocab], of each row's next token
+    cache: object  # keys and values, [rows, heads, time, width] in each layer
+    chosen: torch.Tensor = None  # [rows, 1], each row's last token
+
+
+@torch.no_grad()
+def generate(model, tokenizer, questions, todo, settings, first, bar):
+    """Yields (number of a question in todo, its completions first .. samples as lists of tokens).
+
+    A prompt is read once for all its completions. Finished rows leave the batch, and the rows of
+    the next questions replace them.
     """
-    size, finished, batch = settings.batch_size or 256, collections.defaultdict(dict), None
-    longest_first = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
-    waiting = collections.deque(
-        (p, range(start, min(start + size, settings.samples)))
-        for p in longest_first for start in range(first, settings.samples, size))
+    ends, size = end_tokens(model, tokenizer), settings.batch_size
+    waiting = collections.deque()
+    for number in todo:
+        for start in range(first, settings.samples, size):
+            waiting.append((number, range(start, min(start + size, settings.samples))))
+    finished, batch = collections.defaultdict(dict), None
     while waiting or batch:
-        newcomers, count = [], len(batch["rows"]) if batch else 0
+        newcomers, count = [], len(batch.rows) if batch else 0
         while waiting and count + len(waiting[0][1]) <= size:
             newcomers.append(waiting.popleft())
             count += len(newcomers[-1][1])
         if newcomers:
-            batch = join(batch, read_prompts(model, prompts, newcomers, uniforms, settings))
-        write_token(batch, ends, settings, stopped, bar)
-        done = [row for row in batch["rows"] if row["done"]]
-        if len(done) * 8 >= len(batch["rows"]):  # an eighth is free: worth the copy that makes room
+            batch = join(batch, read_prompts(model, questions, newcomers, settings))
+        write_token(batch, ends, tokenizer, settings, bar)
+        done = [row for row in batch.rows if row.done]
+        if len(done) * 8 >= len(batch.rows):  # an eighth is free: worth the copy that makes room
             for row in done:
-                copies = finished[row["prompt"]]
-                copies[row["copy"]] = row["tokens"]
+                copies = finished[row.number]
+                copies[row.copy] = row.tokens
                 if len(copies) == settings.samples - first:
-                    yield row["prompt"], [copies[copy] for copy in sorted(copies)]
-            batch = keep(batch, [i for i, row in enumerate(batch["rows"]) if not row["done"]])
+                    yield row.number, [copies[copy] for copy in sorted(copies)]
+            batch = keep(batch, [i for i, row in enumerate(batch.rows) if not row.done])
         if batch:
             step(model, batch, settings)
 
@@ -131,44 +155,65 @@ def compute_dtype(model, settings):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
-def read_prompts(model, prompts, newcomers, uniforms, settings):
-    """A batch with a row for each new completion; each prompt went through the model once."""
+def uniforms(settings, question):
+    """The random numbers of a question's completions, [samples, max_new_tokens]."""
+    key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
+    generator = torch.Generator().manual_seed(key)
+    return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
+
+
+def read_prompts(model, questions, newcomers, settings):
+    """A batch of new rows; newcomers: (number of a question, which of its completions)."""
     from transformers import DynamicCache
 
-    longest, cache = max(len(prompts[p]) for p, _ in newcomers), DynamicCache()
-    ids = torch.tensor([[0] * (longest - len(prompts[p])) + prompts[p] for p, _ in newcomers])
-    attention = torch.tensor([[0] * (longest - len(prompts[p])) + [1] * len(prompts[p])
-                              for p, _ in newcomers], device=model.device)  # [prompts, time]
+    cache, prompts = DynamicCache(), []
+    for number, _ in newcomers:
+        prompts.append(torch.tensor(questions[number]["prompt_ids"], device=model.device))
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    attention = pad([torch.ones_like(prompt) for prompt in prompts])  # [prompts, time]
     logits = next_logits(
-        model, settings, input_ids=ids.to(model.device), attention_mask=attention,
+        model, settings, input_ids=pad(prompts), attention_mask=attention,
         position_ids=(attention.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
     rows, source = [], []
-    for number, (p, copies) in enumerate(newcomers):
-        table = uniforms(p)  # [samples, max_new_tokens]
-        rows += [{"prompt": p, "copy": copy, "uniform": table[copy].tolist(), "tokens": [],
-                  "done": False} for copy in copies]
-        source += [number] * len(copies)
+    for place, (number, copies) in enumerate(newcomers):
+        table = uniforms(settings, questions[number])
+        for copy in copies:
+            rows.append(Row(number, questions[number], copy, iter(table[copy].tolist()), []))
+            source.append(place)
     source = torch.tensor(source, device=model.device)  # [rows]
     cache.batch_select_indices(source)
-    return {"rows": rows, "attention": attention[source], "logits": logits[source], "cache": cache}
+    return Batch(rows, attention[source], logits[source], cache)
 
 
-def write_token(batch, ends, settings, stopped=None, bar=None):
+def write_token(batch, ends, tokenizer, settings, bar):
     """Draws the next token of every row; those of rows that are done mean nothing."""
-    rows, last = batch["rows"], settings.max_new_tokens - 1
-    broken = ~batch["logits"].amax(-1).isfinite()  # [rows]
-    uniform = torch.tensor([[row["uniform"][min(len(row["tokens"]), last)]] for row in rows])
-    batch["chosen"] = draw(batch["logits"], uniform.to(broken.device), settings)  # [rows, 1]
-    for row, token, bad in zip(rows, batch["chosen"][:, 0].tolist(), broken.tolist()):
-        if row["done"]:
+    broken = ~batch.logits.amax(-1).isfinite()  # [rows]
+    uniform = torch.tensor([[next(row.uniform, 0.0)] for row in batch.rows], device=broken.device)
+    batch.chosen = draw(batch.logits, uniform, settings)  # [rows, 1]
+    for row, token, is_broken in zip(batch.rows, batch.chosen[:, 0].tolist(), broken.tolist()):
+        if row.done:
             continue
-        if bad:
-            raise FloatingPointError(row["prompt"])
-        row["tokens"].append(token)
-        row["done"] = (token in ends or len(row["tokens"]) > last
-                       or bool(stopped and stopped(row["prompt"], row["tokens"])))
-        if bar is not None:
-            bar.update(row["done"])
+        if is_broken:
+            raise broken_model(row.question)
+        row.tokens.append(token)
+        is_last = token in ends or len(row.tokens) == settings.max_new_tokens
+        row.done = is_last or has_stopped(row, tokenizer)
+        bar.update(row.done)
+
+
+def has_stopped(row, tokenizer):
+    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
+    stop = row.question["stop"]
+    if not stop:
+        return False
+    longest = max(len(mark.encode()) for mark in stop) + 4
+    text = tokenizer.decode(row.tokens[-longest:], skip_special_tokens=True)
+    return any(mark in text for mark in stop)
+
+
+def broken_model(question):
+    return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
+                   "weights damaged, or does it need --weights float32 --precision float32?")
 
 
 def draw(logits, uniform, settings):
@@ -197,42 +242,43 @@ def step(model, batch, settings):
 
     Rows that are done hide theirs, or their positions would pass the last one of the model.
     """
-    live = [[not row["done"]] for row in batch["rows"]]
-    attention = torch.cat([batch["attention"], torch.tensor(live).to(batch["attention"])], 1)
-    batch["attention"] = attention  # [rows, time + 1]
-    batch["logits"] = next_logits(
-        model, settings, input_ids=batch["chosen"], attention_mask=attention,
-        position_ids=attention.sum(1, True) - 1, past_key_values=batch["cache"])
+    live = torch.tensor([[not row.done] for row in batch.rows]).to(batch.attention)
+    batch.attention = torch.cat([batch.attention, live], 1)  # [rows, time + 1]
+    batch.logits = next_logits(
+        model, settings, input_ids=batch.chosen, attention_mask=batch.attention,
+        position_ids=batch.attention.sum(1, True) - 1, past_key_values=batch.cache)
 
 
-def keep(batch, numbers):
+def keep(batch, places):
     """The batch with these rows alone, without columns of padding alone; None without rows."""
-    if not numbers:
+    if not places:
         return None
-    kept = {name: batch[name][numbers] for name in ("attention", "logits", "chosen")}
-    spare = (kept["attention"].cumsum(1) == 0).all(0).sum()  # columns of padding on the left
-    kept["attention"] = kept["attention"][:, spare:]
-    for layer in batch["cache"].layers:  # [rows, heads, time, width]
-        layer.keys, layer.values = layer.keys[numbers, :, spare:], layer.values[numbers, :, spare:]
-    return {**kept, "rows": [batch["rows"][number] for number in numbers], "cache": batch["cache"]}
+    attention = batch.attention[places]
+    spare = (attention.cumsum(1) == 0).all(0).sum()  # columns of padding on the left
+    for layer in batch.cache.layers:
+        layer.keys = layer.keys[places, :, spare:]
+        layer.values = layer.values[places, :, spare:]
+    rows = [batch.rows[place] for place in places]
+    return Batch(rows, attention[:, spare:], batch.logits[places], batch.cache,
+                 batch.chosen[places])
 
 
 def join(old, new):
-    """Both batches as one, the shorter padded on the left."""
+    """Both batches as one."""
     if old is None:
         return new
-    longest = max(old["attention"].shape[1], new["attention"].shape[1])
+    for mine, theirs in zip(old.cache.layers, new.cache.layers):
+        mine.keys = stack(mine.keys, theirs.keys)
+        mine.values = stack(mine.values, theirs.values)
+    attention = stack(old.attention[..., None], new.attention[..., None])[..., 0]
+    logits = torch.cat([old.logits, new.logits])
+    return Batch(old.rows + new.rows, attention, logits, old.cache)
 
-    def stack(*parts, after):
-        """after: axes behind the one of time."""
-        return torch.cat([torch.nn.functional.pad(
-            x, (0, 0) * after + (longest - x.shape[-1 - after], 0)) for x in parts])
 
-    for mine, theirs in zip(old["cache"].layers, new["cache"].layers):
-        mine.keys = stack(mine.keys, theirs.keys, after=1)
-        mine.values = stack(mine.values, theirs.values, after=1)
-    return {"rows": old["rows"] + new["rows"], "logits": torch.cat([old["logits"], new["logits"]]),
-            "attention": stack(old["attention"], new["attention"], after=0), "cache": old["cache"]}
+def stack(*parts):
+    """Tensors of [rows, .., time, width] as one, the shorter padded on the left of time."""
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
 
 
 # ---- models whose state is no such cache ----
@@ -245,60 +291,64 @@ def cache_bytes(model, settings):
     State-space and hybrid models keep a state in their own way. Two prompts of different lengths go
     through all that a batch goes through.
     """
-    prompts = [list(range(1, 8)), [8, 9]]
+    ids = [list(range(1, 8)), [8, 9, 4]]
+    questions = [{"id": "", "prompt": "", "prompt_ids": row[:-1]} for row in ids]
     try:
-        parts = [read_prompts(model, prompts, [(p, [0])], lambda p: torch.zeros(1, 1), settings)
-                 for p in (0, 1)]
-        batch = {**join(*parts), "chosen": torch.tensor([[5], [4]], device=model.device)}
+        one, other = (read_prompts(model, questions, [(n, [0])], settings) for n in (0, 1))
+        batch = join(one, other)
+        batch.chosen = torch.tensor([row[-1:] for row in ids], device=model.device)
         batch = keep(batch, [1, 0])
         step(model, batch, settings)
-        for row, ids in zip(batch["logits"], ([*prompts[1], 4], [*prompts[0], 5])):
-            ids = torch.tensor([ids], device=model.device)
-            plain = next_logits(model, settings, input_ids=ids)[0]  # [vocab]
-            if not (row - plain).abs().max() < 0.1 * plain.std():
+        for row, found in zip(ids, batch.logits.flip(0)):
+            ids_alone = torch.tensor([row], device=model.device)
+            alone = next_logits(model, settings, input_ids=ids_alone)[0]  # [vocab]
+            if not (found - alone).abs().max() < 0.1 * alone.std():
                 return 0
     except Exception:  # a model may fail in any way at what it does not know
         return 0
-    return sum(part[0, :, 0].nbytes for layer in batch["cache"].layers
-               for part in (layer.keys, layer.values))
+    return sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes
+               for layer in batch.cache.layers)
 
 
 @torch.no_grad()
-def generate_alone(model, prompts, uniforms, ends, settings, first=0, stopped=None, bar=None):
+def generate_alone(model, tokenizer, questions, todo, settings, first, bar):
     """As generate, by transformers' own loop, one prompt at a time; the draws are ours.
 
     Rows are not stopped at a stop string: what follows it is cut off later.
     """
     from transformers import GenerationConfig
 
+    ends, own = end_tokens(model, tokenizer), model.generation_config
     neutral = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=False,
                                max_new_tokens=settings.max_new_tokens)
-    for p, prompt in enumerate(prompts):
-        table = uniforms(p)[first:].to(model.device)  # [completions, max_new_tokens]
-
-        def only_the_drawn(ids, logits):
-            if not logits.amax(-1).isfinite().all():
-                raise FloatingPointError(p)
-            now = ids.shape[1] - len(prompt)
-            chosen = draw(logits.float(), uniform[:, now : now + 1], settings)
-            return torch.full_like(logits, -math.inf).scatter(1, chosen, 0.0)
-
-        completions = []
-        for uniform in table.split(settings.batch_size):
+    for number in todo:
+        question, completions = questions[number], []
+        prompt = question["prompt_ids"]
+        table = uniforms(settings, question)[first:].to(model.device)
+        for uniform in table.split(settings.batch_size):  # [rows, max_new_tokens]
             ids = torch.tensor([prompt] * len(uniform), device=model.device)
-            own, model.generation_config = model.generation_config, neutral
+            chooser = functools.partial(only_the_drawn, question, uniform, settings)
+            model.generation_config = neutral
             try:
                 with compute_dtype(model, settings):
                     ids = model.generate(ids, attention_mask=torch.ones_like(ids),
-                                         logits_processor=[only_the_drawn])
+                                         logits_processor=[chooser])
             finally:
                 model.generation_config = own
             for row in ids[:, len(prompt) :].tolist():
                 length = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
                 completions.append(row[:length])
-            if bar is not None:
-                bar.update(len(uniform))
-        yield p, completions
+            bar.update(len(uniform))
+        yield number, completions
+
+
+def only_the_drawn(question, uniform, settings, ids, logits):
+    """Logits [rows, vocab] that leave generate no choice but the token that we draw."""
+    if not logits.amax(-1).isfinite().all():
+        raise broken_model(question)
+    now = ids.shape[1] - len(question["prompt_ids"])
+    chosen = draw(logits.float(), uniform[:, now : now + 1], settings)
+    return torch.full_like(logits, -math.inf).scatter(1, chosen, 0.0)
 
 
 @torch.no_grad()
@@ -307,8 +357,9 @@ def score(model, prompt, completions, share, mask_dtype=None):
 
     Its shape depends on the question alone, and pi/mu of an untrained policy is 1.
     """
-    mean, fit = sum(map(len, completions)) / len(completions), 1
+    fit = 1
     if share:
+        mean = sum(map(len, completions)) / len(completions)
         width = model.config.get_text_config().hidden_size
         fit = completions_per_row(len(prompt), mean, len(completions), width)
     rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
@@ -340,7 +391,9 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     overwritten. With settings.server `model` is None.
     questions: dicts with "id", "prompt" and what grade(question, completion) needs.
     """
-    prompts = [prompt_tokens(question["prompt"], tokenizer) for question in questions]
+    questions = [{**question, "stop": list(filter(None, question.get("stop") or [])),
+                  "prompt_ids": prompt_tokens(question["prompt"], tokenizer)}
+                 for question in questions]
     name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
     fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
     sampling = {"model": name, **{field: getattr(settings, field) for field in fields}}
@@ -352,62 +405,43 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     if first == settings.samples:
         say(f"{out}: the rollouts are there, reusing them")
         return [row for of_question in rows for row in of_question]
-    arguments = (settings, questions, prompts, tokenizer, first)
     if settings.server:
-        write = server.writer(*arguments, kept=bool(out))
+        complete = functools.partial(
+            server.complete, tokenizer, questions, settings, first, bool(out))
     else:
-        write = writer(model, *arguments, with_logprobs=bool(out) and logprobs)
-    with memory_advice("--batch-size, --max-new-tokens, or use --weights bfloat16"):
-        samples = settings.samples
-        return collect(write, questions, prompts, grade, sampling, samples, rows, out, what)
-
-
-@contextlib.contextmanager
-def memory_advice(advice):
-    """Out of memory, on a GPU or a CPU, is one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = re.search("out of memory|allocate memory", str(error))
-        if isinstance(error, RuntimeError) and not known:
-            raise
-        raise Problem(f"out of memory: lower {advice} ({first_line(error)})")
+        with_logprobs = logprobs and bool(out)
+        complete = functools.partial(
+            complete_here, model, tokenizer, questions, settings, first, with_logprobs)
+    return collect(complete, questions, grade, sampling, settings.samples, rows, out, what)
 
 
 def finished_rows(out, questions, grade, sampling, samples):
     """The rows of each question in a finished file, which must be those of these settings."""
     rows = read_rollouts(out, zero_is_wrong=True)
     each = max(1, len(rows) // len(questions))
-    expected = [question for question in questions for _ in range(each)]
-
-    def compare(name, there, asked):
-        if there != asked:
-            raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
-                          f"{asked!r:.60} in these settings; use another --out, or remove the file")
-
-    compare("the number of completions", len(rows), len(questions) * min(each, samples))
-    for row, question in zip(rows, expected):
+    require_equal(out, "the number of completions", len(rows), len(questions) * min(each, samples))
+    for place, row in enumerate(rows):
+        question = questions[place // each]
+        answer, reward = grade(question, row["completion"])
         there = {**row, **(row.get("sampling") or {})}
-        for name, asked in {**sampling, "id": question["id"], "prompt": question["prompt"]}.items():
-            compare(name, there.get(name), asked)
-        graded = grade(question, row["completion"])
-        compare("(answer, reward)", (row.get("answer"), row["reward"]), graded)
+        asked = {**sampling, "id": question["id"], "prompt": question["prompt"], "answer": answer,
+                 "reward": reward}
+        for name in asked:
+            require_equal(out, name, there.get(name), asked[name])
     return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
-def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs):
-    """write(todo, bar) for collect: (question number, its completions), each when finished."""
-    ends = end_tokens(model, tokenizer)
-    longest = max(map(len, prompts)) + settings.max_new_tokens
+def require_equal(out, name, there, asked):
+    if there != asked:
+        raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
+                      f"{asked!r:.60} in these settings; use another --out, or remove the file")
+
+
+def complete_here(model, tokenizer, questions, settings, first, with_logprobs, todo, bar):
+    """Yields (question number, its new completions), each question of todo when it is finished."""
+    longest = check_room(model, questions, settings.max_new_tokens)
     mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
     share = with_logprobs and can_pack(model, longest, mask_dtype)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for question, prompt in zip(questions, prompts):
-        if len(prompt) + settings.max_new_tokens > room:
-            raise Problem(
-                f"question {question['id']!r}: {len(prompt)} prompt tokens and "
-                f"{settings.max_new_tokens} new ones do not fit the model's {room}: "
-                "lower --max-new-tokens or leave the question out")
     token_bytes, sample = cache_bytes(model, settings), generate
     if not token_bytes:
         sample = generate_alone
@@ -417,43 +451,34 @@ def writer(model, settings, questions, prompts, tokenizer, first, with_logprobs)
         row_bytes = longest * token_bytes + 16 * model.config.get_text_config().vocab_size
         fit = int(memory_left(model.device) / 2 // row_bytes)
         settings = dataclasses.replace(settings, batch_size=min(256, max(1, fit)))
+    ends = end_tokens(model, tokenizer)
+    for number, completions in sample(model, tokenizer, questions, todo, settings, first, bar):
+        question = questions[number]
+        prompt = question["prompt_ids"]
+        rows = [{"prompt_ids": prompt,
+                 **until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)}
+                for tokens in completions]
+        if with_logprobs:
+            with compute_dtype(model, settings):
+                ids = [row["completion_ids"] for row in rows]
+                scores = score(model, prompt, ids, share, mask_dtype)
+            for row, logprobs in zip(rows, scores):
+                row["logprobs"] = logprobs
+                if not math.isfinite(sum(logprobs)):
+                    raise broken_model(question)
+        yield number, rows
 
-    def write(todo, bar):
-        def uniforms(t):
-            question = questions[todo[t]]
-            key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
-            generator = torch.Generator().manual_seed(key)
-            return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
 
-        def stopped(t, tokens):
-            stop = questions[todo[t]].get("stop") or []
-            enough = max([len(mark.encode()) + 4 for mark in stop], default=0)  # a token has a byte
-            text = tokenizer.decode(tokens[-enough:], skip_special_tokens=True) if stop else ""
-            return stop_position(text, stop) < len(text)
-
-        try:
-            own = [prompts[q] for q in todo]
-            for t, completions in sample(
-                    model, own, uniforms, ends, settings, first, stopped, bar):
-                prompt, stop = prompts[todo[t]], questions[todo[t]].get("stop") or []
-                rows = [until_stop(tokens, tokens[-1] in ends, stop, tokenizer)
-                        for tokens in completions]
-                if with_logprobs:
-                    with compute_dtype(model, settings):
-                        ids = [row["completion_ids"] for row in rows]
-                        scores = score(model, prompt, ids, share, mask_dtype)
-                    for row, logprobs in zip(rows, scores):
-                        row["logprobs"] = logprobs
-                        if not math.isfinite(sum(logprobs)):
-                            raise FloatingPointError(t)
-                yield todo[t], [{"prompt_ids": prompt, **row} for row in rows]
-        except FloatingPointError as error:
-            question = questions[todo[error.args[0]]]
-            raise Problem(
-                f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
-                "weights damaged, or does it need --weights float32 --precision float32?")
-
-    return write
+def check_room(model, questions, new_tokens):
+    """The longest sequence that may be written; one that the model has no room for is an error."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max(questions, key=lambda question: len(question["prompt_ids"]))
+    size = len(longest["prompt_ids"])
+    if size + new_tokens > room:
+        raise Problem(f"question {longest['id']!r}: {size} prompt tokens and {new_tokens} new ones "
+                      f"do not fit the model's {room}: lower --max-new-tokens or leave the "
+                      "question out")
+    return size + new_tokens
 
 
 def memory_left(device):
@@ -468,48 +493,49 @@ def memory_left(device):
         return 4 * 2**30  # another system: a cautious guess
 
 
-def collect(write, questions, prompts, grade, sampling, samples, rows, out, what):
-    """Divides the questions among the ranks, grades what write(todo, bar) yields, joins all.
+def collect(complete, questions, grade, sampling, samples, rows, out, what):
+    """Divides the questions among the ranks, grades what complete(todo, bar) yields, joins all.
 
     rows: those that each question has already. Each finished question is kept at once in
     OUT.part-*, and the next call samples only the rest.
     """
     wanted = [sampling, samples, [[question["id"], question["prompt"]] for question in questions]]
     parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    one_of_machine, finished, mine = os.environ.get("LOCAL_RANK", "0") == "0", {}, {}
-    for part in gather(read_parts(parts) if out and one_of_machine else {}):
-        finished |= part
+    finished = from_first(read_parts(parts) if out and rank() == 0 else {})
     if finished:
         say(f"{out}: {len(finished)} of {len(questions)} questions were finished before, "
             "going on with the rest")
-    longest_first = sorted(range(len(questions)), key=lambda q: -len(prompts[q]))
-    todo = [q for q in longest_first if q not in finished][rank() :: world()]
+    numbers = [number for number in range(len(questions)) if number not in finished]
+    numbers.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
+    todo = numbers[rank() :: world()]
     if out:
         with writing(out):
             os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    own_part, total = f"{parts}{rank()}-{time.time_ns()}", len(todo) * (samples - len(rows[0]))
+    mine, own_part = {}, f"{parts}{rank()}-{time.time_ns()}"
+    total = len(todo) * (samples - len(rows[0]))
     with progress(total=total, what=what, unit="completion") as bar:
-        for q, completions in write(todo, bar):
-            mine[q] = rows[q] + [graded(grade, questions[q], row, sampling) for row in completions]
+        for number, completions in complete(todo, bar):
+            new = [grade_row(grade, questions[number], row, sampling) for row in completions]
+            mine[number] = rows[number] + new
             if out:
                 with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([q, mine[q]]) + "\n")
+                    file.write(json.dumps([number, mine[number]]) + "\n")
     for part in gather(mine):
         finished |= part
-    rows = [row for q in range(len(questions)) for row in finished[q]]
+    rows = [row for number in range(len(questions)) for row in finished[number]]
     if out:
         if rank() == 0:
-            with whole_file(out) as whole:
-                whole.writelines(map(to_line, rows))
+            with whole_file(out) as file:
+                file.writelines(map(to_line, rows))
         barrier()
-        for part in glob.glob(glob.escape(parts) + "*") if one_of_machine else []:
-            with contextlib.suppress(FileNotFoundError):  # machines that share a disk all try
+        for part in glob.glob(glob.escape(parts) + "*"):
+            with contextlib.suppress(FileNotFoundError):  # all ranks try
                 os.remove(part)
         barrier()
     return rows
 
 
-def graded(grade, question, completion, sampling):
+def grade_row(grade, question, completion, sampling):
     """A whole row, as it is in the file."""
     answer, reward = grade(question, completion["completion"])
     about = {name: question.get(name) for name in ("id", "question", "prompt", "gold", "split")}
@@ -524,8 +550,8 @@ def read_parts(parts):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    question, rows_of_it = json.loads(line)
-                    rows[question] = rows_of_it
+                    number, rows_of_it = json.loads(line)
+                    rows[number] = rows_of_it
                 except ValueError:
                     say(f"{path}: dropped a torn last line")
     return rows

@@ -4,6 +4,8 @@ Many requests run at once, failed ones are repeated, and nothing that a server s
 size or kind.
 """
 
+import dataclasses
+import functools
 import http.client
 import json
 import os
@@ -32,61 +34,49 @@ class Refused(Problem):
         self.status = status
 
 
-def writer(settings, questions, prompts, tokenizer, first, kept):
-    """write(todo, bar) for collect: (question number, completions), each question when finished.
+def complete(tokenizer, questions, settings, first, kept, todo, bar):
+    """Yields (question number, its new completions), each question of todo when it is finished.
 
-    first: how many completions of each question there are already.
+    first: how many completions of each question there are already; kept: in a file.
     """
-    url = address(settings)
+    if not todo:
+        return
+    url, ended = address(settings), threading.Event()
+    ask = functools.partial(patiently, url, ended)
+    prompt_for, fields, at_once = agree(ask, settings, questions[todo[0]], tokenizer)
+    prompts = {number: prompt_for(questions[number], tokenizer) for number in todo}
 
-    def write(todo, bar):
-        if not todo:
-            return
-        ended = threading.Event()
+    def choices_of(number):
+        """Never more than asked for, and the missing ones again when a server gives fewer."""
+        question, choices, size = questions[number], [], settings.samples - first
+        body = request(settings, prompts[number]) | fields
+        if question["stop"]:
+            body["stop"] = question["stop"]
+        while len(choices) < size:
+            name = f"{settings.seed}\0{question['id']}\0{question['prompt']}"
+            body["seed"] = short_hash(f"{name}\0{first + len(choices)}") % 2**31
+            body["n"] = min(at_once, size - len(choices))
+            choices += ask(settings, body)["choices"]
+        return choices[:size]
 
-        def ask(body, patience=settings.patience):
-            return patiently(url, body, settings.timeout, patience, ended)
-
-        example = todo[0]
-        prompt_for, fields, at_once = agree(
-            ask, settings, questions[example]["prompt"], prompts[example], tokenizer)
-        bodies = {}
-        for q in todo:
-            stop = {"stop": questions[q]["stop"]} if questions[q].get("stop") else {}
-            prompt = prompt_for(questions[q]["prompt"], prompts[q])
-            bodies[q] = {**request(settings, prompt), **stop, **fields}
-
-        def complete(q):
-            """Never more than asked for, and the missing ones again when a server gives fewer."""
-            name, number = f"{settings.seed}\0{questions[q]['id']}\0{questions[q]['prompt']}", first
-            choices = []
-            while number < settings.samples:
-                body = {**bodies[q], "n": min(at_once, settings.samples - number),
-                        "seed": short_hash(f"{name}\0{number}") % 2**31}
-                choices += ask(body)["choices"][: settings.samples - number]
-                number = first + len(choices)
-            return choices
-
-        finished = side_by_side(complete, todo, settings.requests, ended)
-        for done, (q, choices) in enumerate(finished):
-            if isinstance(choices, Problem):
-                so_far = (f"; {done} of {len(todo)} questions are finished and kept, "
-                          "rerun the same command for the rest") if kept else ""
-                raise Problem(f"question {questions[q]['id']!r}: {choices}{so_far}")
-            stop = questions[q].get("stop") or []
-            bar.update(len(choices))
-            yield q, [to_row(choice, prompts[q], stop, tokenizer, settings.max_new_tokens)
-                      for choice in choices]
-
-    return write
+    finished = side_by_side(choices_of, todo, settings.requests, ended)
+    for done, (number, choices) in enumerate(finished):
+        question = questions[number]
+        if isinstance(choices, Problem):
+            so_far = (f"; {done} of {len(todo)} questions are finished and kept, "
+                      "rerun the same command for the rest") if kept else ""
+            raise Problem(f"question {question['id']!r}: {choices}{so_far}")
+        bar.update(len(choices))
+        longest = settings.max_new_tokens
+        yield number, [to_row(choice, question, tokenizer, longest) for choice in choices]
 
 
-def side_by_side(do, items, threads, stop):
+def side_by_side(do, items, threads, ended):
     """Yields (item, do(item)), or (item, the Problem), in the order in which they are finished."""
     waiting, finished = queue.SimpleQueue(), queue.SimpleQueue()
 
     def work():
-        while not stop.is_set() and (item := waiting.get()) is not None:
+        while not ended.is_set() and (item := waiting.get()) is not None:
             try:
                 finished.put((item, do(item)))
             except Exception as error:
@@ -104,7 +94,7 @@ def side_by_side(do, items, threads, stop):
                 raise result
             yield item, result
     finally:
-        stop.set()
+        ended.set()
 
 
 def address(settings):
@@ -124,14 +114,14 @@ def address(settings):
 
 
 def request(settings, prompt):
-    return {"model": settings.model, "prompt": prompt, "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature, "top_p": settings.top_p}
+    return dict(model=settings.model, prompt=prompt, max_tokens=settings.max_new_tokens,
+                temperature=settings.temperature, top_p=settings.top_p)
 
 
 # ---- what the server understands ----
 
 
-def agree(ask, settings, text, ids, tokenizer):
+def agree(ask, settings, question, tokenizer):
     """(prompt_for, further fields, completions in a request), found by asking for a few tokens.
 
     Servers refuse fields that they do not know, so the fullest request comes first. vLLM and SGLang
@@ -139,87 +129,90 @@ def agree(ask, settings, text, ids, tokenizer):
     top-k and the penalties of the model's generation_config.json. `transformers serve` takes only
     text, and is greedy at any temperature unless generation_config says do_sample.
     """
-    def as_ids(text, ids):
-        return ids
-
-    def as_text(text, ids):
-        return text_for(text, ids, tokenizer)
-
     neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
     config = json.dumps({"do_sample": settings.temperature > 0, "top_k": settings.top_k, **neutral})
     dialects = [(as_ids, {"top_k": settings.top_k or -1, **neutral, "return_token_ids": True}),
                 (as_text, {"generation_config": config})]
-    dialects += [] if settings.top_k else [(as_ids, {}), (as_text, {})]
-    for prompt_for, extras in dialects:
-        probe = {**request(settings, prompt_for(text, ids)), **extras, "seed": 1,
-                 "n": min(4, settings.samples), "max_tokens": min(16, settings.max_new_tokens),
-                 "temperature": 2.0 if settings.temperature else 0.0}
+    if not settings.top_k:
+        dialects += [(as_ids, {}), (as_text, {})]
+    probe = dataclasses.replace(
+        settings, max_new_tokens=min(16, settings.max_new_tokens),
+        temperature=2.0 if settings.temperature else 0.0, patience=min(5, settings.patience))
+    for prompt_for, fields in dialects:
+        body = request(probe, prompt_for(question, tokenizer)) | fields
         try:
-            answer = ask(probe, min(5, settings.patience))
+            answer = ask(probe, {**body, "seed": 1, "n": min(4, settings.samples)})
             break
         except Refused as refusal:
-            if refusal.status not in (400, 422) or (prompt_for, extras) == dialects[-1]:
+            if refusal.status not in (400, 422) or (prompt_for, fields) == dialects[-1]:
                 raise
-    usage = answer.get("usage")
-    counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    if prompt_for is as_text and isinstance(counted, int) and counted != len(ids):
-        raise Problem(f"{settings.server} reads {counted} tokens in a prompt that has {len(ids)} "
-                      f"by the tokenizer of {settings.tokenizer or settings.model!r}: name the "
-                      "served model's own with --tokenizer")
+    length = len(question["prompt_ids"])
+    match answer:
+        case {"usage": {"prompt_tokens": int(counted)}} if prompt_for is as_text:
+            if counted != length:
+                raise Problem(f"{settings.server} reads {counted} tokens in a prompt that has "
+                              f"{length} by the tokenizer of "
+                              f"{settings.tokenizer or settings.model!r}: name the served model's "
+                              "own with --tokenizer")
     different = len({choice["text"] for choice in answer["choices"]}) > 1
     # Some servers write n times the same for one seed: they are asked for one at a time.
-    return prompt_for, extras, settings.samples if different else 1
+    return prompt_for, fields, settings.samples if different else 1
 
 
-def text_for(text, ids, tokenizer):
+def as_ids(question, tokenizer):
+    return question["prompt_ids"]
+
+
+def as_text(question, tokenizer):
     """The text that a server turns into these tokens: it adds the start token itself."""
+    text = question["prompt"]
     for shorter in (text, text.removeprefix(tokenizer.bos_token or "")):
-        if tokenizer(shorter).input_ids == ids:
+        if tokenizer(shorter).input_ids == question["prompt_ids"]:
             return shorter
     raise Problem("the server takes prompts as text only, and would read other tokens than ours in "
                   f"{text[:60]!r}: use a server that takes tokens, such as vLLM or SGLang")
 
 
-def to_row(choice, prompt, stop, tokenizer, longest):
+def to_row(choice, question, tokenizer, longest):
     """The rollout's own fields, with tokens when the server gives all, the end token included.
 
     Of a text alone that ends at a stop string the server does not tell that no end token was
     sampled: the trainer then teaches one there, by the rule for rows of text.
     """
-    ids, ended = choice.get("token_ids"), choice["finish_reason"] == "stop"
+    ids, finish = choice.get("token_ids"), choice["finish_reason"]
+    prompt, stop = {"prompt_ids": question["prompt_ids"]}, question["stop"]
     text = choice["text"].encode("utf-8", "replace").decode()
-    valid = isinstance(ids, list) and 0 < len(ids) <= longest and all(
-        type(i) is int and 0 <= i < len(tokenizer) for i in ids)
-    if valid:
-        by_end_token = ended and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
-        row = until_stop(ids, by_end_token, stop, tokenizer)
-        if row["finish"] == choice["finish_reason"]:
-            return {"prompt_ids": prompt, **row}
+    if isinstance(ids, list) and 0 < len(ids) <= longest and all(
+            type(token) is int and 0 <= token < len(tokenizer) for token in ids):
+        last = tokenizer.decode(ids[-1:], skip_special_tokens=True)
+        row = until_stop(ids, finish == "stop" and not last, stop, tokenizer)
+        if row["finish"] == finish:
+            return {**prompt, **row}
     cut = text[: stop_position(text, stop)]
-    row = {"completion": cut, "finish": "stop" if cut != text else choice["finish_reason"]}
+    row = {"completion": cut, "finish": "stop" if cut != text else finish}
     if not cut:  # nothing but the end token was written; no text could say that
-        return {**row, "prompt_ids": prompt, "completion_ids": [end_token_of(None, tokenizer)]}
+        return {**row, **prompt, "completion_ids": [end_token_of(None, tokenizer)]}
     return row
 
 
 # ---- asking ----
 
 
-def patiently(url, body, timeout, patience, stop):
+def patiently(url, ended, settings, body):
     """The answer; PASSING errors are retried until `patience` seconds after the first one."""
     first, tries = None, 0
     while True:
         try:
-            return post(url, body, timeout)
+            return post(url, body, settings.timeout)
         except PASSING as error:
             now, tries = time.monotonic(), tries + 1
             first = first or now
-            if now - first >= patience or stop.is_set():
+            if now - first >= settings.patience or ended.is_set():
                 reason = plain(getattr(error, "reason", None) or error)
                 raise Problem(f"{url} does not answer: {reason} (tried {tries} times in "
                               f"{now - first:.0f} s): is the server up, and --server right?")
         pause = min(30, 0.25 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.5)  # seconds
-        stop.wait(min(first + patience - now, pause))
+        ended.wait(min(first + settings.patience - now, pause))
 
 
 def post(url, body, timeout):
@@ -234,21 +227,24 @@ def post(url, body, timeout):
             answer = json.loads(read(response, deadline))
     except urllib.error.HTTPError as error:
         with error:
-            message = f"HTTP {error.code}: {said(read(error, deadline))}"
+            words = plain(read(error, deadline).decode("utf-8", "replace"))
+        message = f"HTTP {error.code}: {words}"
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise OSError(message)
         advice = {401: ": the key goes in OPENAI_API_KEY",
                   404: ": does --server end in /v1, does the server know --model?"}
         raise Refused(f"{url} refuses: {message}{advice.get(error.code, '')}", error.code)
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices:
-        raise ValueError("an answer without choices")
-    for choice in choices:
-        if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
-            raise ValueError("a choice without text")
-        if choice.get("finish_reason") not in ("stop", "length"):
-            raise ValueError(f"a choice with finish_reason {choice.get('finish_reason')!r:.40}")
-    return answer
+    match answer:
+        case {"choices": [_, *_] as choices} if all(map(is_whole, choices)):
+            return answer
+    raise ValueError("an answer without choices that have text and finish_reason stop or length")
+
+
+def is_whole(choice):
+    match choice:
+        case {"text": str(), "finish_reason": "stop" | "length"}:
+            return True
+    return False
 
 
 def read(response, deadline):
@@ -261,18 +257,6 @@ def read(response, deadline):
         if time.monotonic() > deadline:
             raise TimeoutError("the answer does not end")
     return bytes(body)
-
-
-def said(body):
-    """The server's own words about an error."""
-    try:
-        answer = json.loads(body)
-        answer = answer.get("error") or answer
-        if not isinstance(answer, str):
-            answer = answer.get("message") or answer.get("detail") or answer
-        return plain(answer)
-    except (ValueError, AttributeError, RecursionError):
-        return plain(body.decode("utf-8", "replace"))
 
 
 def plain(words):

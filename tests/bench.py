@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch  # noqa: E402
@@ -332,10 +333,15 @@ def work_sample(folder):
 
     start_ranks()
     model, prompts = sampling_work(folder)
-    settings = evaluation.Settings(samples=16, max_new_tokens=96)
-    uniforms = lambda p: torch.rand(16, 96, generator=torch.Generator().manual_seed(p))
+    settings = evaluation.Settings(samples=16, max_new_tokens=96, batch_size=256)
+    questions = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+                 for number, prompt in enumerate(prompts)]
+    longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    tokenizer = SimpleNamespace(eos_token_id=0)
     while my_turn():
-        assert sum(len(completions) for _, completions in sampler.generate(model, prompts, uniforms, [0], settings)) == 1024
+        with progress(total=1024) as bar:
+            written = sampler.generate(model, tokenizer, questions, longest_first, settings, 0, bar)
+            assert sum(len(completions) for _, completions in written) == 1024
 
 
 @torch.no_grad()

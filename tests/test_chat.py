@@ -3,6 +3,7 @@ start token."""
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,9 @@ def test_both_end_tokens_are_known(chat):
 
 def test_prompts_go_through_the_template_once(chat):
     _, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
-    prompt = maths.make_prompt("gsm8k", "How many? <|im_end|>", tokenizer)
-    ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer)[0]
+    row = {"id": "q", "question": "How many? <|im_end|>"}
+    prompt = tasks.make_prompt(tasks.load_task("gsm8k"), row, tokenizer, evaluation.Settings())
+    ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer, 0)[0]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert (
         ids.count(tokenizer.eos_token_id) == 1
@@ -98,7 +100,7 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     monkeypatch.setattr(maths, "HERE", tmp_path)
     model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     settings = evaluation.Settings(
-        model=chat, task="gsm8k", split="train", samples=6, max_new_tokens=24
+        model=chat, task="gsm8k", split="train", samples=16, max_new_tokens=24
     )
     out = str(tmp_path / "r.jsonl")
     sampler.sample_rollouts(
@@ -145,7 +147,7 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
             settings,
         )
     )
-    assert measures["completions"] == 36
+    assert measures["completions"] == 96
 
 
 def same_generation(one, other):
@@ -186,7 +188,7 @@ def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
     questions, test = need("gsm8k/train.jsonl", "gsm8k/test.jsonl")
     maths.main(["gsm8k", "--train", questions, "--test", test, "--out", str(tmp_path)])
     monkeypatch.setattr(maths, "HERE", tmp_path)
-    results = train.job(
+    train.job(
         train.Settings(
             model=chat,
             task="gsm8k",
@@ -199,8 +201,10 @@ def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
             sequences=8,
             rounds=2,
             eval_every=1,
-        )
+        ),
+        time.time(),
     )
+    results = json.loads((tmp_path / "out/results.json").read_text())
     assert (
         results["before"]["questions"] == results["after"]["questions"] == 4
         and len(results["curve"]) == 6

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,10 +62,12 @@ def random_model(kind, seed=0):
 
 
 def completions(model, prompts, settings, ends=(2,)):
-    uniforms = lambda p: torch.rand(
-        settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p)
-    )
-    return dict(sampler.generate(model, prompts, uniforms, list(ends), settings))
+    model.generation_config.eos_token_id = list(ends)
+    tokenizer = SimpleNamespace(eos_token_id=2)
+    questions = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+                 for number, prompt in enumerate(prompts)]
+    todo, bar = range(len(prompts)), sampler.progress(total=0)
+    return dict(sampler.generate(model, tokenizer, questions, todo, settings, 0, bar))
 
 
 PROMPTS = [

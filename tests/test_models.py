@@ -1,8 +1,10 @@
 """The sampler with models that are not a small Llama: state-space and hybrid ones, learned
 positions, stop strings, several end tokens, broken weights, other dtypes."""
 
+import gc
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from conftest import ROOT, apples_questions, shell
 from data import tasks, tokens
 from data.rollouts import read_rollouts
 from engine import sampler
-from engine.common import Problem
+from engine.common import Problem, run_main
 
 SIZES = dict(
     hidden_size=32,
@@ -79,15 +81,6 @@ def random_model(kind, **sizes):
     return model
 
 
-def uniforms(settings):
-    def table(p):
-        return torch.rand(
-            settings.samples, settings.max_new_tokens, generator=torch.Generator().manual_seed(p)
-        )
-
-    return table
-
-
 class Letters:
     """A tokenizer of 61 letters: as much of one as the sampler needs."""
 
@@ -101,6 +94,15 @@ class Letters:
 
     def __len__(self):
         return 61
+
+
+def written(generate, model, prompts, ends, settings):
+    """{number of the prompt: completions}"""
+    model.generation_config.eos_token_id = ends
+    questions = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+                 for number, prompt in enumerate(prompts)]
+    todo, bar = range(len(prompts)), sampler.progress(total=0)
+    return dict(generate(model, Letters(), questions, todo, settings, 0, bar))
 
 
 def rollouts(model, settings, texts, out="", stop=()):
@@ -143,10 +145,8 @@ def test_the_fallback_samples_what_the_batches_sample():
     assert (
         sampler.cache_bytes(model, settings) == 2 * 2 * 2 * 8 * 4
     )  # layers, keys and values, heads, width, bytes
-    both = [
-        dict(generate(model, PROMPTS, uniforms(settings), [2, 7], settings))
-        for generate in (sampler.generate, sampler.generate_alone)
-    ]
+    both = [written(generate, model, PROMPTS, [2, 7], settings)
+            for generate in (sampler.generate, sampler.generate_alone)]
     assert both[0] == both[1]
 
 
@@ -170,10 +170,8 @@ def test_learned_positions_up_to_the_last(kind, sizes):
     model = random_model(kind, **sizes)
     settings = evaluation.Settings(samples=20, max_new_tokens=10, batch_size=20)
     ends = list(range(2, 8))
-    written = dict(
-        sampler.generate(model, [PROMPTS[2], PROMPTS[0]], uniforms(settings), ends, settings)
-    )
-    lengths = {len(tokens) for completions in written.values() for tokens in completions}
+    found = written(sampler.generate, model, [PROMPTS[2], PROMPTS[0]], ends, settings)
+    lengths = {len(tokens) for completions in found.values() for tokens in completions}
     assert 10 in lengths and len(lengths) > 4
 
 
@@ -284,15 +282,29 @@ def test_precision_and_weights(tiny, tmp_path):
     )
 
 
-def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, tmp_path):
+def test_an_earlier_model_is_freed_first(tiny):
+    """Models sit in reference cycles: without a collection two of them were in memory."""
+    gc.disable()
+    try:
+        model, _ = sampler.load_model(tiny, evaluation.Settings(), "cpu")
+        model.itself = model.model.parent = [model]
+        earlier = weakref.ref(model)
+        del model
+        sampler.load_model(tiny, evaluation.Settings(), "cpu")
+        assert earlier() is None
+    finally:
+        gc.enable()
+
+
+def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, capsys):
     """256 rows were 75 GiB for 8 billion weights; out of memory was a traceback."""
     settings = evaluation.Settings(model=tiny, samples=3, max_new_tokens=10)
     model, tokenizer = sampler.load_model(tiny, settings, "cpu")
     questions, sizes = apples_questions(tokenizer, settings, 3), []
 
-    def spy(model, prompts, uniforms, ends, settings, *rest):
+    def spy(model, tokenizer, questions, todo, settings, *rest):
         sizes.append(settings.batch_size)
-        return sampler_generate(model, prompts, uniforms, ends, settings, *rest)
+        return sampler_generate(model, tokenizer, questions, todo, settings, *rest)
 
     sampler_generate = sampler.generate
     monkeypatch.setattr(sampler, "generate", spy)
@@ -310,8 +322,11 @@ def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 75 GiB")
 
     monkeypatch.setattr(sampler, "generate", full)
-    with pytest.raises(Problem, match="--batch-size.*75 GiB"):
-        sampler.sample_rollouts(model, tokenizer, questions, None, settings)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", tiny, "--max-new-tokens", "9"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(evaluation.main)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "75 GiB" in line and "--batch-size" in line
 
 
 def test_a_finished_file_is_extended(tiny, tmp_path):

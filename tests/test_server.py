@@ -226,9 +226,8 @@ def test_a_refusal_is_not_asked_again(tiny, tmp_path, monkeypatch, capsys):
         line = one_line(
             monkeypatch, capsys, "--model", tiny, "--server", fake.url, "--requests", "1"
         )
-        assert (
-            "HTTP 400: too long [2J xxx" in line and "apples-test" in line and len(fake.asked) == 1
-        )
+        assert "HTTP 400: " in line and "too long" in line and "\x1b" not in line
+        assert "apples-test" in line and len(fake.asked) == 1
     with Fake(lambda body: (404, {"detail": "Not Found"})) as fake:
         assert "does --server end in /v1" in one_line(
             monkeypatch, capsys, "--model", tiny, "--server", fake.url

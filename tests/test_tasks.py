@@ -9,7 +9,7 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT, shell
-from data import tasks
+from data import tasks, tokens
 from data.rollouts import read_rollouts
 from engine.common import Problem
 
@@ -275,3 +275,16 @@ def test_special_tokens_are_collected_once():
     for _ in range(100):
         assert tasks.without_marks("x <|mark7|> <|a|>", tokenizer) == "x < |mark7|> < |a|>"
     assert tokenizer.asked == 1 and time.time() - start < 3
+
+
+def test_a_tokenizer_need_not_be_hashable():
+    """Its special tokens were kept by the tokenizer itself: "unhashable type" with some."""
+    first, second = (types.SimpleNamespace(all_special_tokens=[mark]) for mark in ("<a>", "<b>"))
+    assert tasks.without_marks("<a> <b>", first) == "< a> <b>"
+    assert tasks.without_marks("<a> <b>", second) == "<a> < b>"
+
+    class Unhashable(types.SimpleNamespace):
+        def __call__(self, text, **options):
+            return types.SimpleNamespace(input_ids=[7, 8])
+
+    assert tokens.prompt_tokens("text", Unhashable(bos_token_id=7)) == [7, 8]
