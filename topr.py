@@ -2,10 +2,9 @@
 
 Needs torch alone: copy this file.
 
-Completions that an earlier policy mu wrote, each scored with a reward, train the policy pi.
-Correct ones count fully, as in supervised learning; wrong ones count min(1, pi/mu) of the WHOLE
-sequence, so that they fade as the policy leaves them. Plain REINFORCE would push them towards
-probability zero without end.
+Trains a policy pi on scored completions of an earlier policy mu. Correct ones count fully, as in
+supervised learning; wrong ones count min(1, pi/mu) of the WHOLE sequence, so that they fade as the
+policy leaves them. Plain REINFORCE would push them towards probability zero without end.
 
 For sequence i with completion tokens t = 1..T_i:
 
@@ -90,17 +89,17 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     advantage = reward - baseline  # [batch]
     length = mask.sum(-1)  # [batch]
-    # d_i: differences first, then the sum; NaN without mu
+    # d_i: differences first, then the sum; NaN without mu, which the weights then do not use
     log_ratio = torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)  # [batch]
-    known_ratio = log_ratio if taper.needs_mu else torch.zeros_like(log_ratio)  # [batch]
-    weight = taper_weights(known_ratio, advantage, taper)  # [batch]
+    ratio_or_zero = log_ratio if taper.needs_mu else torch.zeros_like(log_ratio)  # [batch]
+    weight = taper_weights(ratio_or_zero, advantage, taper)  # [batch]
 
     # pi = 0 on a negative: there is nothing left to push down. On a positive it is an error.
     vanished = (mask & (logp == -math.inf)).any(-1)  # [batch]
     lost = vanished & (advantage > 0)  # [batch]
     if lost.any():
         raise ValueError(f"{place_of(lost)}: a positive has a token with log pi = -inf")
-    logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # select: 0 * inf is NaN  [batch, time]
+    logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # not a product: 0 * inf is NaN
     no_gradient = vanished | (advantage == 0)  # [batch]
     coefficient = torch.where(no_gradient, 0.0, advantage * weight)  # A_i w_i  [batch]
     loss = -(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))
@@ -113,8 +112,8 @@ def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
         loss = - (1/N) sum_i (1/T_i) sum_t min(r_it R_i, clip(r_it, 1 - eps, 1 + eps) R_i)
         r_it = exp(l_it - m_it)
 
-    Arguments and stats as in topr_loss; weight is the mean ratio over tokens, counting 0 for
-    tokens without a gradient.
+    Arguments and stats as in topr_loss; weight is the mean ratio over tokens, in which clipped
+    tokens count as 0.
     """
     logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     length = mask.sum(-1)  # [batch]
@@ -242,12 +241,13 @@ def token_logprobs(logits, ids):
 
 def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=None, previous=None,
                         chunk_tokens=None):
-    """The same for a causal language model of transformers, where mask is True (0 elsewhere),
+    """log pi of the completion tokens (0 elsewhere) under a causal language model of transformers,
     without ever holding [batch, time, vocab].
 
     ids, mask: [batch, time] -> [batch, time], float32, with gradient
     Right padding needs no attention_mask, for attention is causal; left padding needs one.
-    previous: [batch, time], the position that predicts each token, if it is not the one before.
+    previous: [batch, time], the position that predicts each token, if it is not the one before
+    (several completions packed behind one prompt).
     The head runs on chunks of completion positions, and again in the backward pass, so that the
     largest tensor is [chunk_tokens, vocab]. A single chunk runs once.
     """
@@ -259,13 +259,14 @@ def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=N
     layout = {"attention_mask": attention_mask, "position_ids": position_ids}
     layout = {name: value for name, value in layout.items() if value is not None}
     decoder = model.get_decoder()
-    decoder = model.model if decoder is model else decoder  # Llama 4 returns itself
+    decoder = model.model if decoder is model else decoder  # Llama 4's is itself
     outputs = decoder(input_ids=ids, use_cache=False, **layout)
     row, position = mask.nonzero(as_tuple=True)  # [tokens], [tokens]
     position = position - 1 if previous is None else previous[mask]  # [tokens]
     hidden = outputs.last_hidden_state[row, position]  # [tokens, width]
     targets = ids[mask]  # [tokens]
 
+    # 2**26 logits in float32 are 256 MiB
     chunk_tokens = chunk_tokens or max(1, 2**26 // model.config.get_text_config().vocab_size)
     recompute = len(hidden) > chunk_tokens and torch.is_grad_enabled()
     logprobs = []
@@ -284,8 +285,9 @@ def head_logprobs(model, decoder, outputs, hidden, targets):
 
     hidden: [tokens, width], targets: [tokens] -> [tokens]
 
-    Calls the model's forward with its decoder replaced for the moment by one that returns `hidden`,
-    so that whatever a model does to its logits is done here too: Cohere scales, Gemma caps.
+    Runs the head alone, through the model's own forward: its decoder is replaced for the moment by
+    a function that returns `hidden`. So whatever a model does to its logits is done here too
+    (Cohere scales them, Gemma caps them).
     """
     own_forward = vars(decoder).get("forward")
     outputs.last_hidden_state = hidden[None]  # [1, tokens, width]

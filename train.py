@@ -5,6 +5,7 @@
 
 No critic, no KL, no reference model: log mu, the log-probabilities under the policy that wrote the
 completions, is read from the file, or computed once with the starting weights, and then fixed.
+The loop is train(); what a command does in all is main() and job().
 """
 
 import dataclasses
@@ -52,8 +53,8 @@ class Optimisation:
     ppo_clip: float = setting(0.2, "epsilon of ppo")
     dpo_beta: float = setting(0.1, "beta of dpo")
     mu: str = setting(
-        "checked", "source of log mu: the file, 64 lines of which must fit the starting weights "
-        "(checked); the file, whoever wrote it (file); the starting weights, once (start)",
+        "checked", "source of log mu: the file, 64 lines of which are checked against the starting "
+        "weights (checked); the file, whoever wrote it (file); the starting weights, once (start)",
         ("checked", "file", "start"))
     mu_tolerance: float | None = setting(
         None, "largest |log pi/mu| before the first step with --mu checked (default: 0.1 in "
@@ -94,14 +95,18 @@ class Settings(Optimisation, Sampling):
     eval_every: int = setting(0, "steps between measurements (0: before and after alone)")
 
 
-# The embedded job: a model of 0.14 million weights likes larger steps than one of 8 billion.
+# The embedded job: a model of 0.14 million weights needs a larger rate than one of 8 billion.
 EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, schedule="cosine", epochs=2,
                 eval_every=32, questions=512, test_questions=250, max_new_tokens=40,
                 tokens_per_pass=4096, batch_size=512)
 
 
 class LogProbs(torch.nn.Module):
-    """The policy as DDP and FSDP want it: its forward pass gives all that the loss needs."""
+    """The policy as a module, because DDP and FSDP hook forward(): log pi of the completions.
+
+    packed: arguments of completion_logprobs, often with several completions behind one prompt.
+    mask: [batch, time] -> [batch, time], a row for each completion
+    """
 
     def __init__(self, model, precision):
         super().__init__()
@@ -132,17 +137,17 @@ def train(settings, evaluate=None):
     log_file = run_folder.open_log(settings.out)
     with writing(log_file.name), run_folder.catch_signals() as signals:
         for step in bar:
-            # Now and then a point of the learning curve. Sampling ends gradient checkpointing.
+            # Now and then a point of the learning curve; sampling turns checkpointing off.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
                 write_log(log, log_file, {"step": step, "measured": evaluate(model)})
                 optim.checkpoint_layers(settings, model)
 
-            # The rows of this step, the same for any number of ranks: N = units.size.
+            # The rows of the file for this step, the same for any number of ranks; N of them.
             start = time.time()
-            units = batches.step_units(settings, data, step)  # [units, 1]; for DPO [pairs, 2]
+            units = batches.step_units(settings, data, step)  # [rows, 1]; for DPO [pairs, 2]
             micro_batches = batches.micro_batches(settings, data, units, device)
 
-            # The gradient of the loss over all micro-batches and ranks, clipped and finite.
+            # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
             parts = backward(policy, micro_batches, loss_function, units.size / data.ranks)
             limit = settings.grad_clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -156,7 +161,7 @@ def train(settings, evaluate=None):
                 group["lr"] = learning_rate(settings, step, steps)
             optim.update(settings, optimizer, step)
             metrics["peak_memory_gib"] = optim.peak_memory()
-            optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are views of its buckets
+            optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
             seconds = time.time() - start
@@ -164,8 +169,8 @@ def train(settings, evaluate=None):
                 "step": step, "epoch": step * settings.epochs // steps, "sequences": units.size,
                 **metrics, "gradient_norm": norm, "learning_rate": group["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}", refresh=False)
-            stop = sum(gather(signals), [])  # of all ranks, so that all stop at the same step
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}")
+            stop = sum(gather(signals), [])  # one list of all ranks' signals: all stop together
             if stop or (step + 1) % (settings.checkpoint_every or math.inf) == 0:
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
             if stop:
@@ -219,11 +224,12 @@ def load_start(settings, device):
 def backward(policy, micro_batches, loss_function, count):
     """Adds the gradient of every micro-batch; returns the numbers of each, for the log.
 
-    count is N over the ranks: DDP and FSDP take the mean over ranks of what is a sum.
+    count = N / ranks: each rank's loss comes out `ranks` times too large, and the mean over ranks
+    that DDP and FSDP take undoes that.
     """
     parts = []
     for number, batch in enumerate(micro_batches, 1):
-        # DDP exchanges gradients in the last backward pass alone; FSDP after each.
+        # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
         policy.require_backward_grad_sync = number == len(micro_batches)
         logp = policy(batch.packed, batch.mask)  # [batch, time]
         loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask, count=count)
@@ -281,7 +287,7 @@ def learning_rate(settings, step, steps):
 
 def step_metrics(parts):
     """The statistics of all sequences of the step, of every rank; docs/log.md explains each."""
-    loss = np.mean([sum(part["loss"] for part in of_rank) for of_rank in parts])
+    loss = np.mean([sum(part["loss"] for part in of_rank) for of_rank in parts])  # see backward
     together = {name: [value for of_rank in parts for part in of_rank for value in part[name]]
                 for name in ("log_ratio", "weight", "advantage")}
     d, weight, advantage = map(np.array, together.values())  # each [sequences]
@@ -289,7 +295,7 @@ def step_metrics(parts):
     negatives = max(1, negative.sum())
     total = np.abs(advantage).sum()
     metrics = {
-        "loss": float(loss),
+        "loss": loss,
         "negative_weight": weight[negative].sum() / negatives,
         "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
         "positive_share": advantage[advantage > 0].sum() / total if total else None}
@@ -378,7 +384,7 @@ def rounds(settings, evaluate=None):
 
 
 def train_once(settings, evaluate=None):
-    """The log of a run: made now, or kept since the same command ran before."""
+    """The log of a run: made now, or kept from an earlier run of the same command."""
     if not from_first(run_folder.finished(settings.out)):
         log = train(settings, evaluate)
         free_memory()
@@ -410,7 +416,7 @@ def check_settings(settings):
 
 
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
-    """An embedded policy: a small Llama that imitates flawed demonstrations, trained as above."""
+    """An embedded policy: a small Llama that imitates flawed demonstrations."""
     settings = Settings(model=f"{folder}/random", rollouts=f"{folder}/demonstrations.jsonl",
                         out=f"{folder}/base", loss="sft", optimizer="adamw", learning_rate=rate,
                         warmup=50, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
