@@ -10,13 +10,14 @@ experiments/pretrained.py fetches it; PRETRAINED=DIR names another one.
 import json
 import math
 import os
+import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT, shell, torchrun
+from conftest import ROOT
 from data.rollouts import read_rollouts
 from engine.common import Problem
 from experiments import pretrained
@@ -51,15 +52,14 @@ def need(*names):
     return [DATA / name for name in names]
 
 
-def run(*command, ranks=0):
-    """The output of a script that must succeed, on two cores."""
-    if ranks:
-        result = torchrun(ranks, ROOT / command[0], *command[1:], OMP_NUM_THREADS="1")
-    else:
-        result = shell(sys.executable, ROOT / command[0], *command[1:], OMP_NUM_THREADS="2")
-    assert result.returncode == 0, result.stdout
-    assert "Traceback" not in result.stdout, result.stdout
-    return result.stdout
+def run(script, *options, ranks=0):
+    """Runs a script that must succeed, on two cores."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    command = [sys.executable, *(torchrun if ranks else []), ROOT / script, *options]
+    threads = {"OMP_NUM_THREADS": "1" if ranks else "2", "TQDM_DISABLE": "1"}
+    result = subprocess.run(list(map(str, command)), env={**os.environ, **threads}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
+    assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
 
 
 @pytest.fixture(scope="session")

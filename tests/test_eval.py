@@ -61,13 +61,13 @@ def random_model(kind, seed=0):
     return model
 
 
-def completions(model, prompts, settings, ends=(2,)):
+def completions(model, prompts, settings, ends=(2,), generate=sampler.generate):
     model.generation_config.eos_token_id = list(ends)
     tokenizer = SimpleNamespace(eos_token_id=2)
     questions = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
                  for number, prompt in enumerate(prompts)]
     todo, bar = range(len(prompts)), sampler.progress(total=0)
-    return dict(sampler.generate(model, tokenizer, questions, todo, settings, 0, bar))
+    return dict(generate(model, tokenizer, questions, todo, settings, 0, bar))
 
 
 PROMPTS = [
@@ -91,6 +91,19 @@ def test_greedy_is_what_generate_writes(kind):
             torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2
         )[0, len(prompt) :]
         assert written[number][0] == theirs.tolist()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_sampled_is_what_generate_writes(kind):
+    """With the same random numbers, and the logits of transformers' own loop, a prompt at a time.
+
+    State-space and hybrid models, which have no other way, are in tests/test_models.py.
+    """
+    model = random_model(kind)
+    settings = evaluation.Settings(samples=3, max_new_tokens=12, batch_size=5, temperature=0.8)
+    theirs = completions(model, PROMPTS, settings, generate=sampler.generate_alone)
+    assert completions(model, PROMPTS, settings) == theirs
+    assert len({tuple(tokens) for group in theirs.values() for tokens in group}) > 10
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
