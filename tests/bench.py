@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from bench_trl import my_turn  # noqa: E402
 
 from engine.common import Problem, parse, progress, read_json, run_main, say, setting, table, write_json  # noqa: E402
-from engine.parallel import gather, rank
+from engine.parallel import gather, rank  # noqa: E402
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs"
@@ -142,6 +142,7 @@ def make_rollouts(path, prompt, completions, questions=1, vocabulary=VOCABULARY)
             ids = draw(length - 1)
             rows.append({"id": f"q{question}", "prompt": text(prompt_ids), "completion": " " + text(ids),
                          "prompt_ids": prompt_ids, "completion_ids": ids + [0], "reward": 1.0 if number % 2 else -1.0})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -211,7 +212,7 @@ def case_search(settings):
 def case_reading(settings, rows=20_000):
     """Opening a rollout file, all its checks included, beside json.loads on every line."""
     path = make_rollouts(RUNS / "bench" / "reading.jsonl", 128, [LENGTHS[n % 8] for n in range(8)], questions=rows // 8)
-    results, _ = compete([(name, worker("reading", path, name), 1) for name in ("RolloutFile", "json.loads")], settings.pairs)
+    results, _ = compete([(name, worker("reading", path, name), 1) for name in ("read_rollouts", "json.loads")], settings.pairs)
     return [{"contestant": name, **result, "rows_per_second": rows / result["seconds"]} for name, result in results.items()]
 
 
@@ -360,11 +361,11 @@ def work_generate(folder, rows=256):
 
 
 def work_reading(path, how):
-    from data.rollouts import RolloutFile
+    from data.rollouts import read_rollouts
 
     while my_turn():
-        if how == "RolloutFile":
-            RolloutFile(path)
+        if how == "read_rollouts":
+            read_rollouts(path)
         else:
             with open(path) as file:
                 for line in file:

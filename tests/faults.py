@@ -5,6 +5,7 @@
 """
 
 import glob
+import itertools
 import json
 import os
 import random
@@ -20,13 +21,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import eval as evaluation
-from engine import sampler  # noqa: E402
+import eval as evaluation  # noqa: E402
+from conftest import apples_questions  # noqa: E402
 from data import apples  # noqa: E402
 from data.rollouts import write_rollouts  # noqa: E402
+from engine import sampler  # noqa: E402
 
 RANDOM = random.Random(0)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -41,10 +42,14 @@ def material(folder, rows=200):
     tokenizer = apples.make_tokenizer(apples.vocabulary())
     tokenizer.save_pretrained(model)
     apples.make_model(tokenizer, seed=3, width=32, layers=2).save_pretrained(model)
-    model_, tokenizer = sampler.load_model(model, "float32", "cpu")
-    settings = evaluation.Settings(model=model, questions=rows // 4, samples=4, max_new_tokens=12, split="train")
-    questions = evaluation.load_questions(settings, tokenizer)
-    written = sampler.sample_rollouts(model_, tokenizer, questions, lambda *_: (None, RANDOM.choice((-1.0, 1.0))), settings, path)
+    settings = evaluation.Settings(model=model, samples=4, max_new_tokens=12)
+    policy, tokenizer = sampler.load_model(model, settings, "cpu")
+    questions = apples_questions(tokenizer, settings, rows // 4, "train")
+
+    def grade(*_):
+        return None, RANDOM.choice((-1.0, 1.0))
+
+    written = sampler.sample_rollouts(policy, tokenizer, questions, grade, settings, path)
     write_rollouts(path, written)
     return model, path
 
@@ -181,8 +186,9 @@ def kill_tasks(folder, times=4):
 
     model, _ = material(folder)
     write_rollouts(f"{folder}/solutions.jsonl", solutions())
-    verifier = [ROOT / "verifier.py", "--model", model, "--solutions", f"{folder}/solutions.jsonl", "--verdicts", 4, "--test-verdicts",
-                4, "--max-new-tokens", 12, "--out", f"{folder}/out"]
+    verifier = [ROOT / "verifier.py", "--model", model, "--solutions", f"{folder}/solutions.jsonl",
+                "--samples", 4, "--test-samples", 4, "--max-new-tokens", 12,
+                "--out", f"{folder}/out"]
     library.write_collection(f"{folder}/corpus")
     finder = [ROOT / "search.py", "--model", model, "--corpus", f"{folder}/corpus", "--queries", 40, "--test-queries", 20, "--samples",
               4, "--max-new-tokens", 8, "--losses", "sft,topr", "--out", f"{folder}/out"]
@@ -203,12 +209,12 @@ def kill_tasks(folder, times=4):
 def solutions():
     """Graded solutions of word problems, right and wrong ones."""
     rows = []
-    for problem in apples.make_problems(30, 0, "train"):
+    for problem in itertools.islice(apples.questions("train"), 30):
         for _ in range(4):
             completion = apples.demonstrate(problem, RANDOM, apples.HABITS)
-            answer, reward = apples.grade(completion, problem["gold"])
-            rows.append({"id": problem["id"], "question": problem["question"], "prompt": problem["question"],
-                         "completion": completion, "reward": reward, "answer": answer, "gold": problem["gold"]})
+            answer, reward = apples.grade(problem, completion)
+            about = {name: problem[name] for name in ("id", "question", "prompt", "gold")}
+            rows.append({**about, "completion": completion, "reward": reward, "answer": answer})
     return rows
 
 
@@ -239,7 +245,8 @@ def disk(folder):
             print(f"  {what}: exit code {code}, {lines or output}", flush=True)
             if what == "checkpoint":
                 (kept,) = glob.glob(f"{small}/out/checkpoint-*")
-                good &= bool(load_file(f"{kept}/model.safetensors") and torch.load(f"{kept}/optimizer.pt", weights_only=True))
+                shards = glob.glob(f"{kept}/*.safetensors")
+                good &= bool(shards) and all(load_file(path) for path in shards)
             subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
             code, output, _ = run(command, f"{folder}/output")
             went_on = "going on" in output
@@ -268,10 +275,20 @@ def flip(folder, times=20000):
 def ranks(folder):
     model, rollouts = material(folder)
     script = Path(folder, "broken.py")
-    script.write_text("import os, train\nown, seen = batches.collate, []\n"
-                      "def collate(*given):\n    seen.append(1)\n    if len(seen) == 40 and parallel.rank() == 1:\n"
-                      "        raise ValueError('a mistake of rank 1 alone')\n    return own(*given)\n"
-                      "if os.environ.get('RAISE'):\n    batches.collate = collate\ntrain.run_main(train.main)\n")
+    script.write_text("""
+import os, train
+from engine import batches, parallel
+from engine.common import run_main
+own, seen = batches.make_batch, []
+def make_batch(*given, **more):
+    seen.append(1)
+    if len(seen) == 40 and parallel.rank() == 1:
+        raise ValueError("a mistake of rank 1 alone")
+    return own(*given, **more)
+if os.environ.get("RAISE"):
+    batches.make_batch = make_batch
+run_main(train.main)
+""")
     right, ways = 0, ("SIGKILL rank 1", "SIGSTOP rank 1", "SIGSTOP rank 0", "raise rank 1")
     for way in ways:
         what, _, number = way.split()

@@ -224,9 +224,9 @@ def masks_kept(weights, precision, additive):
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            logp = topr.completion_logprobs(model, **packed)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        logp = topr.completion_logprobs(model, **packed)
     logp.sum().backward()
     return len(kept), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

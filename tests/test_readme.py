@@ -285,7 +285,7 @@ def test_every_logged_number_is_explained():
 
 def test_the_wrong_numbers_are_what_one_gets():
     """The pitfalls' numbers, from the right loss and from the broken ones of test_mutants."""
-    text = README.split("## 5. Five pitfalls")[1].split("\n# ")[0] + TEXTS["docs/pitfalls.md"]
+    text = README.split("## 5. Five common pitfalls")[1].split("\n# ")[0] + TEXTS["docs/pitfalls.md"]
 
     def run(example, mutant=None):
         logp, mu_logp, reward, mask = tensors(example, padding=0.0)
