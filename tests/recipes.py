@@ -20,10 +20,11 @@ from data import apples
 from data.rollouts import read_rollouts, write_rollouts
 
 sys.path.insert(0, str(ROOT / "docs/recipes"))
-RATE, STEP = 1e-2, 8  # learning rate, and sequences of an optimizer step
-TRAINER = dict(use_cpu=True, learning_rate=RATE, per_device_train_batch_size=2,
-               gradient_accumulation_steps=4, train_sampling_strategy="sequential",
-               disable_tqdm=True)
+RATE, STEP = 0.3, 8  # learning rate, and sequences of an optimizer step
+# SGD: Adam makes whole steps out of gradients that are 0 but for rounding, GPT-2's key biases
+TRAINER = {"use_cpu": True, "optim": "sgd", "learning_rate": RATE, "disable_tqdm": True,
+           "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+           "train_sampling_strategy": "sequential"}
 
 
 def recipe(name, *packages):
@@ -70,7 +71,7 @@ def rollout_file(path, rollouts, model_name, count):
 def plain_loop(model_name, rows):
     """The README's loop, one sequence at a time: [(loss, norm before clipping)], final weights."""
     model = AutoModelForCausalLM.from_pretrained(model_name).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     log = []
     for start in range(0, len(rows), STEP):
         step, total = rows[start : start + STEP], 0.0
@@ -211,7 +212,7 @@ def test_lora_takes_the_gradient_of_the_plain_loop(tiny, rollouts, tmp_path):
         assert peft_lora.backward(model, rows, micro_batch=4) == pytest.approx(expected, abs=1e-5)
         for p, gradient in zip(weights, gradients):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-5)
-            p.data -= 0.5 * p.grad
+            p.data -= 10 * p.grad
         model.zero_grad()
     assert stats["log_ratio"].abs().item() > 0.1  # the policy has moved away from mu
 
@@ -223,20 +224,20 @@ def test_lora_trains_above_its_base(tmp_path):
     from data import tasks
     from engine import measures, sampler
 
-    base = train.base_policy(str(tmp_path), seed=0, steps=200, rate=1e-2, width=32, layers=2)
+    base = train.base_policy(str(tmp_path), seed=0, steps=500, width=64, layers=2)
 
-    def measure(name, split, samples, out=""):
-        settings = eval_settings(model=name, samples=samples, max_new_tokens=40)
+    def measure(name, split, count, out=""):
+        settings = eval_settings(model=name, samples=16, max_new_tokens=40)
         model, tokenizer = sampler.load_model(name, settings, "cpu")
         task = tasks.load_task("apples")
-        questions = tasks.load_questions(task, split, 128, 0, tokenizer, settings)
+        questions = tasks.load_questions(task, split, count, 0, tokenizer, settings)
         rows = sampler.sample_rollouts(model, tokenizer, questions, apples.grade, settings, out)
         return measures.measure(rows)["pass@1"]
 
-    measure(base, "train", 8, str(tmp_path / "rollouts.jsonl"))
+    measure(base, "train", 256, str(tmp_path / "rollouts.jsonl"))
     peft_lora.main(base, tmp_path / "rollouts.jsonl", str(tmp_path / "out"), sequences=32,
                    learning_rate=3e-3)
-    before, after = measure(base, "test", 8), measure(str(tmp_path / "out"), "test", 8)
+    before, after = measure(base, "test", 128), measure(str(tmp_path / "out"), "test", 128)
     assert after["low"] > before["high"], (before, after)
 
 
@@ -317,7 +318,7 @@ class StandIn:
                                      finish_reason="stop" if ids[-1:] == [2] else "length")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_vllm_rollouts_fit_the_model(temperature, tiny, tmp_path, monkeypatch):
     """Guards against log mu of another distribution than pi's (train.py compares it with the
     starting weights), against tokens made again from the text and against a lost end token.
@@ -336,7 +337,7 @@ def test_vllm_rollouts_fit_the_model(temperature, tiny, tmp_path, monkeypatch):
     write_rollouts(tmp_path / "questions.jsonl", questions)
     monkeypatch.delitem(sys.modules, "vllm_rollouts", raising=False)
     path = tmp_path / "rollouts.jsonl"
-    recipe("vllm_rollouts").main(tiny, tmp_path / "questions.jsonl", path, samples=4, max_tokens=12)
+    recipe("vllm_rollouts").main(tiny, tmp_path / "questions.jsonl", path, samples=4, max_tokens=10)
     rows = read_rollouts(path)
     assert len(rows) == 16 and {row["finish"] for row in rows} == {"stop", "length"}
     assert all((row["completion_ids"][-1] == 2) == (row["finish"] == "stop") for row in rows)

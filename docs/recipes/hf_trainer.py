@@ -10,8 +10,9 @@ import json
 import sys
 
 import torch
-from topr import token_logprobs, topr_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from topr import token_logprobs, topr_loss
 
 
 class ToprTrainer(Trainer):
@@ -37,8 +38,7 @@ class ToprTrainer(Trainer):
 
 
 def remove_dropout(model):
-    """With dropout pi/mu is not 1 before the first step. Trainer calls model.train() in every
-    step, so eval() does not last: the probabilities themselves must be 0."""
+    """pi/mu must be 1 before the first step. eval() does not last: every step calls train()."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             is_dropout = "drop" in name or isinstance(module, torch.nn.Dropout)
@@ -47,15 +47,14 @@ def remove_dropout(model):
 
 
 def collate(rows):
-    """Rollouts to tensors, [batch, time]. The mask is made from lengths, not from a pad token."""
+    """Rollouts to tensors, [batch, time]. The mask comes from lengths, not from a pad token."""
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
     shape = len(rows), max(lengths)
     batch = {"input_ids": torch.zeros(shape, dtype=torch.long),
              "attention_mask": torch.zeros(shape, dtype=torch.long),
              "mask": torch.zeros(shape, dtype=torch.bool), "mu_logp": torch.zeros(shape)}
     for number, (row, length) in enumerate(zip(rows, lengths)):
-        start = len(row["prompt_ids"])
-        ids = row["prompt_ids"] + row["completion_ids"]
+        start, ids = len(row["prompt_ids"]), row["prompt_ids"] + row["completion_ids"]
         batch["input_ids"][number, :length] = torch.tensor(ids)
         batch["attention_mask"][number, :length] = 1
         batch["mask"][number, start:length] = True
@@ -68,9 +67,9 @@ def main(model_name, rollouts, out, collate=collate, **changes):
         rows = [json.loads(line) for line in file]
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     remove_dropout(model)
-    settings = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4,
-                    learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0,
-                    num_train_epochs=1, save_strategy="no", logging_steps=1)
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4,
+                "learning_rate": 1e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
+                "save_strategy": "no", "logging_steps": 1}
     arguments = TrainingArguments(out, remove_unused_columns=False, **(settings | changes))
     trainer = ToprTrainer(model, arguments, data_collator=collate, train_dataset=rows,
                           processing_class=AutoTokenizer.from_pretrained(model_name))

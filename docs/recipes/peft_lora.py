@@ -13,8 +13,9 @@ import sys
 
 import torch
 from peft import LoraConfig, get_peft_model
-from topr import completion_logprobs, topr_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from topr import completion_logprobs, topr_loss
 
 
 def tensors(rows, device):

@@ -7,6 +7,7 @@ token that it read at least twice. One round: sample, score, train on what was s
 """
 
 import torch
+
 from topr import token_logprobs, topr_loss
 
 VOCABULARY, END, LONGEST = 8, 0, 8

@@ -12,9 +12,10 @@ import sys
 
 import torch
 from datasets import load_dataset
-from topr import token_logprobs, topr_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig, KTOTrainer
+
+from topr import token_logprobs, topr_loss
 
 
 class ToprTrainer(KTOTrainer):
@@ -52,9 +53,9 @@ def main(model_name, rollouts, out, **changes):
     # disable_dropout below reaches nn.Dropout alone; Llama and Qwen have attention_dropout
     config = AutoConfig.from_pretrained(model_name, attention_dropout=0.0)
     model = AutoModelForCausalLM.from_pretrained(model_name, config=config, dtype=torch.float32)
-    settings = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4,
-                    learning_rate=1e-6, lr_scheduler_type="constant", num_train_epochs=1,
-                    save_strategy="no", logging_steps=1)
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4,
+                "learning_rate": 1e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
+                "save_strategy": "no", "logging_steps": 1}
     arguments = KTOConfig(
         out, precompute_ref_log_probs=True,  # log mu, once, before the first step
         loss_type="apo_zero_unpaired",  # the loss is ours; this name computes no KL batches
