@@ -16,9 +16,7 @@ from topr import token_logprobs, topr_loss
 
 
 class ToprTrainer(Trainer):
-    # The loss is already a share of the whole step's. Without this line Trainer guesses whether to
-    # divide it by the micro-batches: from labels in the batch and from the model's signature.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # else Trainer guesses whether to divide it by the micro-batches
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step, and N: its sequences over micro-batches and ranks."""
