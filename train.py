@@ -69,7 +69,7 @@ class Optimisation:
         4, "completions of a prompt that stay adjacent in the random order", least=1)
     micro_batch: int = setting(0, "completions in a forward pass (0: by --tokens-per-pass)")
     tokens_per_pass: int = setting(
-        0, "tokens in a forward pass, padding included (0: 16384, on a CPU 2048)")
+        0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)")
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: slower, less memory")
     shard: bool = setting(False, "a part of every weight, gradient and optimizer state on each "

@@ -19,8 +19,12 @@ def shell(*command, cwd=None, **environment):
 
 
 def torchrun(ranks, *command, **environment):
-    return shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *command,
-                 **environment)
+    import torch
+
+    if 0 < torch.cuda.device_count() < ranks:  # NCCL refuses two ranks on one card
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return shell(sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc-per-node", ranks, *command, **environment)
 
 
 def eval_settings(**changes):
