@@ -410,8 +410,9 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
             server.complete, tokenizer, questions, settings, first, bool(out))
     else:
         with_logprobs = logprobs and bool(out)
+        longest = check_room(model, questions, settings.max_new_tokens)
         complete = functools.partial(
-            complete_here, model, tokenizer, questions, settings, first, with_logprobs)
+            complete_here, model, tokenizer, questions, settings, first, longest, with_logprobs)
     return collect(complete, questions, grade, sampling, settings.samples, rows, out, what)
 
 
@@ -437,9 +438,8 @@ def require_equal(out, name, there, asked):
                       f"{asked!r:.60} in these settings; use another --out, or remove the file")
 
 
-def complete_here(model, tokenizer, questions, settings, first, with_logprobs, todo, bar):
+def complete_here(model, tokenizer, questions, settings, first, longest, with_logprobs, todo, bar):
     """Yields (question number, its new completions), each question of todo when it is finished."""
-    longest = check_room(model, questions, settings.max_new_tokens)
     mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
     share = with_logprobs and can_pack(model, longest, mask_dtype)
     token_bytes, sample = cache_bytes(model, settings), generate

@@ -81,6 +81,7 @@ def side_by_side(do, items, threads, ended):
                 finished.put((item, do(item)))
             except Exception as error:
                 finished.put((item, error))
+                return  # whoever reads it ends the run: nothing more is asked
 
     for item in [*items, *[None] * threads]:
         waiting.put(item)

@@ -11,6 +11,12 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: run by `python -m pytest -q -m slow` alone")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 def shell(*command, cwd=None, **environment):
     """Runs a command in the repository; its output is in .stdout, errors included."""
     return subprocess.run([str(part) for part in command], cwd=cwd or ROOT, text=True, stdout=subprocess.PIPE,

@@ -10,6 +10,8 @@ The models are Llamas of a named shape with random weights, made on the card. Ea
 of its own with a time limit (not at tiny size), so that one that fails leaves the others alone.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ import train  # noqa: E402
 from data import apples  # noqa: E402
 from data.rollouts import write_rollouts  # noqa: E402
 from engine import optim, run_folder, sampler  # noqa: E402
-from engine.common import say, table, write_json  # noqa: E402
+from engine.common import progress, say, table, write_json  # noqa: E402
 from engine.parallel import start_ranks  # noqa: E402
 
 LLAMA_3 = dict(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8,
@@ -244,12 +247,14 @@ def sampling(folder):
     prompts = [chosen.choices(range(1, vocabulary), k=chosen.randint(8, 128))
                for _ in range(questions)]
     settings = sampler.Sampling(samples=samples, max_new_tokens=longest, batch_size=256)
-
-    def uniforms(prompt):
-        return torch.rand(samples, longest, generator=torch.Generator().manual_seed(prompt))
+    asked = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+             for number, prompt in enumerate(prompts)]
+    longest_first = sorted(range(questions), key=lambda number: -len(prompts[number]))
+    tokenizer = types.SimpleNamespace(eos_token_id=0)
 
     def ours():
-        done = list(sampler.generate(model, prompts, uniforms, [0], settings))
+        with progress(total=questions * samples) as bar:
+            done = list(sampler.generate(model, tokenizer, asked, longest_first, settings, 0, bar))
         assert sum(len(completions) for _, completions in done) == questions * samples
 
     @torch.no_grad()
@@ -300,7 +305,9 @@ def count():
     for shape, weights, optimizer in columns.values():
         model = make_model(shape, weights, "meta")
         settings = train.Settings(optimizer=optimizer)
-        sizes.append(optim.count_memory(model, optim.make_optimizer(settings, model)))
+        with contextlib.redirect_stdout(io.StringIO()):  # it says its memory
+            optimizer = optim.make_optimizer(settings, model)
+        sizes.append(optim.count_memory(model, optimizer))
     rows = [(name, *(f"{size[name] / GIB:.2f}" for size in sizes)) for name in sizes[0]]
     rows.append(("together", *(f"{sum(size.values()) / GIB:.2f}" for size in sizes)))
     return table(("GiB, counted", *columns), rows)

@@ -3,7 +3,6 @@ start token."""
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -201,8 +200,7 @@ def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
             sequences=8,
             rounds=2,
             eval_every=1,
-        ),
-        time.time(),
+        )
     )
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert (

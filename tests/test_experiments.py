@@ -47,6 +47,7 @@ def tiny_world(tiny, rollouts, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finding, seeds", [
     (collapse, 2), (negatives, 1), (shares, 2), (importance, 1), (rounds, 1)])
 def test_a_finding_from_its_arms_to_its_claims(finding, seeds, tiny_world, monkeypatch):
@@ -76,6 +77,7 @@ def check_claims_and_picture(finding, result, folder):
         assert (folder / "picture.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_verifier_from_its_rates_to_its_claims(tiny, rollouts, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RATES", (1e-4, 1e-3))
 
@@ -91,6 +93,7 @@ def test_the_verifier_from_its_rates_to_its_claims(tiny, rollouts, tmp_path, mon
     check_claims_and_picture(verdicts, result, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_search_task_from_its_rates_to_its_claims(tmp_path, monkeypatch):
     base_policy, topics = train.base_policy, queries.topics
     monkeypatch.chdir(tmp_path)
@@ -129,6 +132,7 @@ def word_problems(name):
     return types.SimpleNamespace(questions=questions, grade=grade)
 
 
+@pytest.mark.slow
 def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_path, monkeypatch):
     """Demonstrations, validation and held-out questions must not overlap, and all of it resumes."""
     monkeypatch.chdir(tmp_path)

@@ -270,6 +270,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert "old" in (tmp_path / "kept.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way, words", [
     ("os.kill(os.getpid(), 9)", "rank 1 (process "), ("1 / 0", "(rank 1): failed: ZeroDivisionError"),
     ("parallel.watched['ended'].set(); time.sleep(100)", "rank 1 (process ")])

@@ -107,6 +107,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_the_logits_are_never_held_whole(tmp_path):
     """[batch, time, vocab] logits: the first cause of out-of-memory reports, ahead of the model itself."""
     script = tmp_path / "peak.py"

@@ -57,10 +57,11 @@ settings = train.Settings(
     model=folder + "/model", out=folder + "/out", task="apples", rounds=2, questions=4,
     test_questions=4, samples=2, max_new_tokens=4, sequences=8, tokens_per_pass=512, eval_every=1,
     checkpoint_every=0)
-train.job(settings, 0)
+train.job(settings)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_second_round_starts_with_the_memory_of_the_first(tmp_path):
     """Nothing collected: a job of two rounds held four earlier models when the last was loaded."""
@@ -89,6 +90,7 @@ def test_the_gpu_script_without_a_gpu_says_so():
         "no GPU on this machine: nothing was measured\n")
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_at_tiny_size():
     """Its parts had never run anywhere: a GPU is lent for minutes, too few to correct names."""
     result = subprocess.run([sys.executable, ROOT / "tests/gpu.py", "--tiny"], cwd=ROOT, text=True,

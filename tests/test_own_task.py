@@ -2,10 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import ROOT, shell
+from data import tasks
+from engine.common import Problem
 
 TASK = '''
 """How many apples are left after some were found: small sums in the embedded policy's words."""
@@ -58,6 +61,7 @@ def test_sampled_trained_and_measured(tiny, task, tmp_path):
     assert same < len(first)  # every round has random numbers of its own
 
 
+@pytest.mark.slow
 def test_test_questions_are_not_trained_on(tiny, task, tmp_path):
     """eval.py's default split is the test split: figures of it would not be held out."""
     out = tmp_path / "rollouts.jsonl"
@@ -76,9 +80,11 @@ def test_test_questions_are_not_trained_on(tiny, task, tmp_path):
     (TASK.replace("return answer, 1.0", "return 1.0"), "'test-Leo-2-1'"),
     (TASK.replace('"id"', '"name"'), 'needs an "id"'),
     ("import nothing_like_this", "nothing_like_this"), ("def :", "my_task.py")])
-def test_a_broken_task_is_one_line(tiny, task, tmp_path, broken, words):
+def test_a_broken_task_is_one_line(task, broken, words):
     task.write_text(broken)
-    result = run("eval.py", "--model", tiny, "--task", task, "--samples", 2, "--max-new-tokens", 25)
-    lines = [line for line in result.stdout.splitlines() if "error" in line.lower()]
-    assert result.returncode == 2 and len(lines) == 1 and words in lines[0], result.stdout
-    assert "Traceback" not in result.stdout
+    with pytest.raises(Problem) as error:
+        ours = tasks.load_task(str(task))
+        settings = SimpleNamespace(plain_prompt=True, system="", template_arguments="{}")
+        for question in tasks.load_questions(ours, "test", 0, 0, None, settings):
+            ours.grade(question, "The answer is 5 .")
+    assert words in str(error.value) and len(str(error.value).splitlines()) == 1

@@ -22,7 +22,7 @@ import search
 import topr
 import train
 import verifier
-from conftest import ROOT, shell, torchrun
+from conftest import ROOT, shell
 from data import maths, rollouts, tasks
 from engine.common import parse
 from experiments import run as experiments
@@ -187,30 +187,6 @@ def test_python_blocks_print_what_they_say(block):
 def test_there_are_four_blocks():
     assert len(BLOCKS) == 4 and len(EXAMPLES) == 2
     assert len(LOOP.splitlines()) <= 60 and len(TASK.splitlines()) <= 25
-
-
-def test_the_loop_gives_the_same_on_two_ranks(tiny, rollouts, tmp_path):
-    """A loss divided by the micro-batch or the ranks; a rank that runs fewer passes hangs."""
-    (tmp_path / "loop.py").write_text(LOOP)
-    alone = shell(sys.executable, tmp_path / "loop.py", tiny, rollouts, tmp_path / "one")
-    both = torchrun(2, tmp_path / "loop.py", tiny, rollouts, tmp_path / "two")
-    assert alone.returncode == both.returncode == 0, alone.stdout + both.stdout
-    assert (tmp_path / "two/model.safetensors").exists()
-    numbers = [re.findall(r"step \d+ loss (\S+) norm (\S+)", run.stdout) for run in (alone, both)]
-    assert len(numbers[0]) == 1
-    for one, two in zip(*numbers, strict=True):
-        assert [float(x) for x in one] == pytest.approx([float(x) for x in two], abs=1e-5)
-
-
-def test_the_loop_gives_the_first_step_of_train(tiny, rollouts, tmp_path):
-    """All 50 rollouts in one step: their order does not matter."""
-    (tmp_path / "loop.py").write_text(LOOP)
-    result = shell(sys.executable, tmp_path / "loop.py", tiny, rollouts, tmp_path / "one")
-    loss, norm = re.findall(r"loss (\S+) norm (\S+)", result.stdout)[0]
-    log = train.train(train.Settings(model=tiny, rollouts=rollouts, out=str(tmp_path / "run"),
-                                     optimizer="adamw", learning_rate=1e-3))
-    assert float(loss) == pytest.approx(log[0]["loss"], abs=1e-5)
-    assert float(norm) == pytest.approx(log[0]["gradient_norm"], abs=1e-5)
 
 
 @pytest.fixture

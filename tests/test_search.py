@@ -271,6 +271,7 @@ def test_the_job_prints_and_keeps_what_it_found(base, job):
     assert said == pytest.approx(measures.paired_interval(others, runs))
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_same(base, job, tmp_path):
     """Rewards given to the wrong rows when the search is shared out, or two ranks that write one file."""
     train.base_policy(f"{tmp_path}/seed0", 0, library, steps=150, layers=1)

@@ -61,6 +61,7 @@ def prompts(task, tokenizer, count=0, **changes):
     ]
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_sampled_and_measured(tiny, tmp_path):
     """--task took our names only."""
     path = own_task(tmp_path, SQUARES)

@@ -369,6 +369,7 @@ def test_bfloat16_weights_train_and_resume(tiny, rollouts, tmp_path):
     assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_whole_job_in_rounds(tiny, tmp_path):
     """Sample, train, sample from the trained policy, train again; measured before and after; all of it reused."""
     command = [sys.executable, ROOT / "train.py", "--model", tiny, "--task", "apples", "--out", tmp_path / "job", "--rounds", 2,

@@ -304,6 +304,7 @@ def write_solutions(path):
     return rows
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_verdicts(tiny, tmp_path):
     """The file must not depend on the number of ranks; both scores, tables and results appear."""
     write_solutions(tmp_path / "solutions.jsonl")
@@ -327,6 +328,7 @@ def test_two_ranks_write_the_same_verdicts(tiny, tmp_path):
     assert (out / "trained-2/model.safetensors").exists(), "the second round's verifier"
 
 
+@pytest.mark.slow
 def test_help_and_user_errors(tiny, tmp_path):
     """One line each, exit code 2: no file, one kind of solution only, nothing held out."""
     result = shell(sys.executable, ROOT / "verifier.py", "--help")
