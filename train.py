@@ -169,7 +169,7 @@ def train(settings, evaluate=None):
                 "step": step, "epoch": step * settings.epochs // steps, "sequences": units.size,
                 **metrics, "gradient_norm": norm, "learning_rate": group["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", norm=f"{norm:.2f}")
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, norm {norm:.2f}", refresh=False)
             stop = sum(gather(signals), [])  # one list of all ranks' signals: all stop together
             if stop or (step + 1) % (settings.checkpoint_every or math.inf) == 0:
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)

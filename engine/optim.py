@@ -139,9 +139,9 @@ def peak_memory():
     """GiB: of the card, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "win32":
+    try:
+        import resource  # only Unix has it
+    except ImportError:
         return None
-    import resource  # only Unix has it
-
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,44 @@
+"""Systems without Unix's own modules: on Windows no script started."""
+
+import sys
+
+import pytest
+
+from conftest import ROOT, shell
+
+HIDDEN = """
+import builtins, runpy, sys
+root, script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+own_import = builtins.__import__
+
+def hidden(name, globals=None, *rest, **more):  # other packages know their system
+    if name in ("fcntl", "resource") and (globals or {}).get("__file__", "").startswith(root):
+        raise ImportError(name)
+    return own_import(name, globals, *rest, **more)
+
+builtins.__import__ = hidden
+runpy.run_path(script, run_name="__main__")
+"""
+SCRIPTS = ["train.py", "eval.py", "verifier.py", "search.py"]
+
+
+@pytest.fixture
+def without_unix(tmp_path):
+    (tmp_path / "hidden.py").write_text(HIDDEN)
+    return lambda script, *options: shell(sys.executable, tmp_path / "hidden.py", ROOT,
+                                          ROOT / script, *options)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_starts(without_unix, script):
+    result = without_unix(script, "--help")
+    assert result.returncode == 0 and "--model" in result.stdout, result.stdout
+
+
+def test_training_and_its_lock_work(without_unix, tiny, rollouts, tmp_path):
+    out = tmp_path / "out"
+    result = without_unix("train.py", "--model", tiny, "--rollouts", rollouts, "--out", out,
+                          "--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 20)
+    assert result.returncode == 0, result.stdout
+    assert (out / "model.safetensors").exists() and not list(out.glob("checkpoint-*"))
