@@ -199,8 +199,8 @@ def set_up(settings, device):
     make_loss(settings, data)  # a mistake in its options is reported before any work
     optim.prepare_model(settings, model)
     if settings.pack_prompts:
-        longest = data.lengths.max()
-        data.pack = from_first(rank() == 0 and batches.can_pack(model, longest, data.mask_dtype))
+        data.pack = from_first(rank() == 0 and batches.can_pack(
+            model, data.lengths.max(), data.mask_dtype))
     policy = LogProbs(model, settings.precision)
     if settings.shard:
         shard(policy, device, settings.precision)
@@ -328,7 +328,8 @@ def main():
         folder = f"runs/apples-seed{settings.seed}"
         settings.model = base_policy(folder, settings.seed)
         settings.out = settings.out or f"{folder}/{settings.loss}"
-        settings.rollouts = f"{folder}/rollouts-{settings.questions}x{settings.samples}.jsonl"
+        name = f"rollouts-{settings.questions}x{settings.samples}-{settings.weights}.jsonl"
+        settings.rollouts = f"{folder}/{name}".replace("-auto", "")  # the losses share it
         evaluation.sample_rollout_file(settings, settings.model, settings.rollouts)
     if not settings.rollouts and not settings.task:
         raise Problem("nothing to learn from: --rollouts FILE.jsonl, or --task to sample from")
@@ -372,8 +373,7 @@ def rounds(settings, evaluate=None):
     """Rounds of sample-then-train. Returns (folder of the policy, log) of each."""
     policy, trained = settings.model, []
     for number in range(1, settings.rounds + 1):
-        is_last = number == settings.rounds
-        out = settings.out if is_last else f"{settings.out}/round-{number}"
+        out = f"{settings.out}/round-{number}" if number < settings.rounds else settings.out
         this = dataclasses.replace(settings, model=policy, out=out)
         if number > 1 or not settings.rollouts:
             this.rollouts = f"{settings.out}/rollouts-{number}.jsonl"
