@@ -152,6 +152,7 @@ def found(tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 def test_ddp_holds_gradients_once(found):
     """With several micro-batches the passes without an exchange allocated a second set."""
     for of_rank in found:
@@ -159,11 +160,13 @@ def test_ddp_holds_gradients_once(found):
         assert of_rank["memory"] < 1.1  # of weights, gradients and AdamW's two moments
 
 
+@pytest.mark.slow
 def test_a_sharded_pass_keeps_no_copies(found):
     """Under autocast each rank kept a bfloat16 copy of every layer until its backward pass."""
     assert [of_rank["copies"] for of_rank in found] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_first_rank_alone_loads_and_each_reads_its_shards(found):
     """Eight ranks loaded eight whole models, and as many whole checkpoints."""
     assert [(of_rank["loads"], of_rank["start"]) for of_rank in found] == [(1, "cpu"), (0, "meta")]
@@ -171,6 +174,7 @@ def test_the_first_rank_alone_loads_and_each_reads_its_shards(found):
         assert of_rank["read"] == of_rank["local"] < 0.6 * of_rank["whole"]
 
 
+@pytest.mark.slow
 def test_log_mu_of_many_rows_is_joined_quickly(found):
     """A tensor a row, through pickle, took 28 s for 240,000 rows."""
     for of_rank in found:

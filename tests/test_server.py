@@ -423,6 +423,7 @@ PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "accelerate")
 TRANSFORMERS = os.path.join(os.path.dirname(sys.executable), "transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which(TRANSFORMERS) or not all(map(importlib.util.find_spec, PACKAGES)),
     reason='transformers serve is not installed: pip install "transformers[serving]"',

@@ -113,6 +113,7 @@ def log_of(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_the_same_gradient_and_weights_as_ddp(runs, optimizer):
     """Ranks with different numbers of micro-batches, one with none, tied embeddings, chunks of the head run again."""
@@ -132,6 +133,7 @@ def test_the_same_gradient_and_weights_as_ddp(runs, optimizer):
     assert furthest(load_file(mu), load_file(other_mu)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "bfloat16"])
 def test_it_goes_on_exactly_from_a_checkpoint(runs, name):
     whole, resumed = runs / f"{name}-shard", runs / f"{name}-resumed"
@@ -139,11 +141,13 @@ def test_it_goes_on_exactly_from_a_checkpoint(runs, name):
     assert [entry["loss"] for entry in log_of(whole)] == [entry["loss"] for entry in log_of(resumed)]
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_checkpoint_of_ddp(runs):
     ddp, resumed = (load_file(runs / name / "model.safetensors") for name in ("adafactor-ddp", "ddp-then-shard"))
     assert furthest(ddp, resumed) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor-shard", "bfloat16-shard"])
 def test_one_process_opens_what_was_saved(runs, name):
     model = AutoModelForCausalLM.from_pretrained(runs / name)
