@@ -220,9 +220,10 @@ def replicate(policy, batch):
     pass after the first exchange; both happen here, in two passes over a batch without sequences.
     """
     policy = DistributedDataParallel(hold_places(policy), gradient_as_bucket_view=True)
-    policy(batch.packed, batch.mask).sum().backward()
-    hold_places(policy)
-    policy(batch.packed, batch.mask).sum().backward()
+    for number in range(2):
+        if number > 0:
+            hold_places(policy)
+        policy(batch.packed, batch.mask).sum().backward()
     return policy
 
 

@@ -385,3 +385,21 @@ def test_the_whole_job_in_rounds(tiny, tmp_path):
     result = shell(*command)
     assert result.returncode == 0 and result.stdout.count("reusing") == 4, result.stdout
     assert furthest(weights, load_file(tmp_path / "job/model.safetensors")) == 0
+
+
+def test_the_curve_does_not_end_checkpointing(tiny, rollouts, tmp_path, monkeypatch):
+    """Sampling calls eval(), which switches gradient checkpointing off, without a word."""
+    own, checkpointed = train.backward, []
+
+    def backward(policy, *rest):
+        checkpointed.append(any(module.training for module in policy.model.modules()))
+        return own(policy, *rest)
+
+    def evaluate(model):
+        model.eval()
+        return {"pass@1": 0.5}
+
+    monkeypatch.setattr(train, "backward", backward)
+    train.train(settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True,
+                         eval_every=2), evaluate)
+    assert len(checkpointed) > 3 and all(checkpointed)
