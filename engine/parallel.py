@@ -6,6 +6,7 @@ Everything here also works in one plain process, without torchrun.
 import contextlib
 import datetime
 import os
+import signal
 import socket
 import sys
 import threading
@@ -135,14 +136,25 @@ def watch_ranks():
                         seen[other] = count
                         silent[other] = 0
 
+    def tell(lost):
+        script = os.path.basename(sys.argv[0])
+        tqdm.write(f"{script} (rank {rank()}): {lost}", file=sys.stderr)
+        os._exit(1)
+
     def watch():
         while not ended.wait(1):
             silent[:] = [seconds + 1 for seconds in silent]
             if max(silent) >= SILENCE:
-                script = os.path.basename(sys.argv[0])
-                tqdm.write(f"{script} (rank {rank()}): {lost_rank()}", file=sys.stderr)
-                os._exit(1)
+                tell(lost_rank())
 
+    def terminate(number, _):
+        """torchrun ends the ranks that are left, often before they have missed the lost one."""
+        lost = lost_rank()
+        if lost:
+            tell(lost)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminate)
     watched["threads"] = [threading.Thread(target=run, daemon=True) for run in (beat, watch)]
     for thread in watched["threads"]:
         thread.start()
