@@ -155,6 +155,7 @@ def test_several_end_tokens_and_cut_completions():
         assert not set(tokens[:-1]) & set(ends)
 
 
+@pytest.mark.slow
 def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_path):
     """Byte for byte, logprobs included."""
     files = []

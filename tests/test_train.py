@@ -322,6 +322,7 @@ def test_user_errors_are_one_line(tiny, rollouts, tmp_path):
         assert len(result.stdout.strip().splitlines()) == 1, result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2])
 def test_a_signal_ends_the_step_first(tiny, rollouts, tmp_path, ranks):
     """SIGTERM: the step is finished, a checkpoint written, the exit code tells, the same command goes on."""
