@@ -20,7 +20,7 @@ from data.tasks import OURS, load_questions, load_task
 from data.tokens import stop_position
 from engine.common import (Problem, draw_lines, parse, read_json, run_main, say, setting, table,
                            write_json)
-from engine.measures import interval, measure, report
+from engine.measures import interval, interval_text, measure, report
 from engine.parallel import from_first, rank, start_ranks
 from engine.sampler import (Sampling, fingerprint, load_model, load_policy, load_tokenizer,
                             sample_once, sample_rollouts)
@@ -132,9 +132,8 @@ def report_change(settings, before, after, points):
     rows = []
     for name, value in before.items():
         if isinstance(value, dict) and name in after:
-            texts = [f"{measure['mean']:.3f} ({measure['low']:.3f} to {measure['high']:.3f})"
-                     for measure in (value, after[name])]
-            rows.append((name, *texts, f"{after[name]['mean'] - value['mean']:+.3f}"))
+            change = after[name]["mean"] - value["mean"]
+            rows.append((name, interval_text(value), interval_text(after[name]), f"{change:+.3f}"))
     say(table((f"{after['questions']} held-out questions", "before", "after", "change"), rows))
     if rank() == 0:
         draw_lines(os.path.join(settings.out, "curve.png"), points, "step", ["pass@1", "invalid"],
