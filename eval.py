@@ -46,13 +46,16 @@ def evaluate(model, tokenizer, task, settings, split, questions, out="", what="s
     """Samples `questions` (their number) of a split and measures; greedy: also at temperature 0."""
     questions = load_questions(task, split, questions, settings.seed, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what)
-    measures = measure(rows, settings.seed, same_answer=task.same_answer)
+    measures = {}
+    if rank() == 0:
+        measures = measure(rows, settings.seed, same_answer=task.same_answer)
     if greedy:
         likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
         rows = sample_rollouts(
             model, tokenizer, questions, task.grade, likeliest, what=f"{what}, greedy")
-        measures["greedy"] = interval([row["reward"] > 0 for row in rows])
-    return measures
+        if rank() == 0:
+            measures["greedy"] = interval([row["reward"] > 0 for row in rows])
+    return from_first(measures)  # who has the rows measures
 
 
 def regrade(path, task):

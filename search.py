@@ -50,7 +50,7 @@ from engine.common import (
     table,
     write_json,
 )
-from engine.parallel import barrier, gather, rank, start_ranks, world
+from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
 
 # ---- the task: a query, the words that the model adds to it, and what comes back ----
 
@@ -313,7 +313,7 @@ def make_rollouts(settings, index, topics, policy):
     """Writes what a policy samples on the training queries, rewarded. Returns what that holds."""
     path, unrewarded = f"{settings.out}/rollouts.jsonl", f"{settings.out}/unrewarded.jsonl"
     questions = functools.partial(make_questions, topics, settings)
-    rows = sampler.sample_once(settings, policy, questions, unknown, unrewarded)
+    rows = from_first(sampler.sample_once(settings, policy, questions, unknown, unrewarded))
     rows = reward(index, topics, rows, settings)
     if rank() == 0:
         write_rollouts(path, rows)
@@ -349,8 +349,8 @@ def measure_once(settings, index, topics, policy, name, kind):
         return look_up_alone(index, topics, settings)
     path = f"{settings.out}/test-{name}-{kind}.jsonl"
     questions = functools.partial(make_questions, topics, settings)
-    rows = sampler.sample_once(settings, policy, questions, unknown, path, logprobs=False,
-                               server="", **KINDS[kind])  # base and trained expanders alike
+    rows = from_first(sampler.sample_once(settings, policy, questions, unknown, path, server="",
+                                          logprobs=False, **KINDS[kind]))
     scores = look_up(index, topics, rows, settings)
     return scores.reshape(len(topics), -1, scores.shape[1]).mean(1)
 

@@ -25,7 +25,7 @@ from data.rollouts import read_rollouts, short_hash, write_rollouts
 from engine import measures, sampler
 from engine.common import (
     Problem, draw_lines, parse, part_of, progress, run_main, say, setting, table, write_json)
-from engine.parallel import barrier, gather, rank, start_ranks, world
+from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
 
 
 @dataclasses.dataclass
@@ -446,8 +446,8 @@ def judge(settings, verifier, held_out, even, path):
     """
     truth = {candidate["id"]: is_right(candidate) for candidate in even}
     judged = [c for c in distinct(held_out) if c["id"] in truth or c["answer"] is not None]
-    rows = sample_verdicts(settings, verifier, judged, path, logprobs=False,
-                           samples=settings.test_samples, seed=settings.seed + 1)
+    rows = from_first(sample_verdicts(settings, verifier, judged, path, logprobs=False,
+                                      samples=settings.test_samples, seed=settings.seed + 1))
     scores = score_solutions(settings, verifier, rows)
     rows = [row for row in rows if row["id"] in truth]
     pairs = [(scores[id], truth[id]) for id in truth]

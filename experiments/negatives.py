@@ -57,6 +57,16 @@ def pass_where(right, chosen):
             for row, mask in zip(right, chosen)]
 
 
+def gains_by_group(before, after):
+    """{group: mean gain over the seeds that have such questions}; both as pass_where's, by group"""
+    gains = {}
+    for group in GROUPS:
+        gain = np.array(after[group], float) - np.array(before[group], float)  # [seeds], or NaN
+        if not np.isnan(gain).all():
+            gains[group] = np.nanmean(gain)
+    return gains
+
+
 def show(result):
     tables = [show_arms(result["arms"], MEASURES, f"best: {result['best']}")]
     for part in ("share of questions", "pass@1 by the base policy"):
@@ -85,12 +95,8 @@ def claims(result):
            f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, '+')}",
            verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0))
 
-    groups, gains = result["pass@1 by the base policy"], {}
-    for group in GROUPS:
-        gain = np.array(groups["TOPR"][group], float) - np.array(
-            groups["positives only"][group], float)  # [seeds], NaN without such a question
-        if not np.isnan(gain).all():
-            gains[group] = np.nanmean(gain)
+    groups = result["pass@1 by the base policy"]
+    gains = gains_by_group(groups["positives only"], groups["TOPR"])
     many = max(gains.get("5 to 16", 0), 0)
     more = [gains[group] > many for group in ("none", "1 to 4") if group in gains]
     none = {name: counts["none"] for name, counts in result["share of questions"].items()}

@@ -67,11 +67,7 @@ GREEDY = {"samples": 1, "temperature": 0.0}
 
 
 def run(settings, each):
-    settings = dataclasses.replace(settings, pretrained=find_model(settings),
-                                   seeds=min(SEEDS, settings.seeds))
-    base = make_base(settings)
-    jobs = [(settings, base, seed) for seed in range(settings.seeds)]
-    each(sample_rollouts, jobs, "pretrained: answers of the base policy")
+    settings = prepare(dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds)), each)
     run = functools.partial(run_arm, settings)
     rates = RATES[1:2] if settings.quick else RATES
     once = dataclasses.replace(settings, seeds=1)
@@ -154,15 +150,19 @@ def folder_of(settings):
     return f"{FOLDER}/{'quick' if settings.quick else 'full'}"
 
 
-def make_base(settings):
-    """The folder of the base policy, which imitates demonstrations."""
+def prepare(settings, each):
+    """Makes the base policy, which imitates demonstrations, and its rollouts for every seed."""
+    settings = dataclasses.replace(settings, pretrained=find_model(settings))
     demonstrations = f"{folder_of(settings)}/demonstrations.jsonl"
     if not os.path.exists(demonstrations):
         write_rollouts(demonstrations, [
             {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
              "reward": 1.0} for row in read_questions(settings, "demonstrations")])
-    return train_on(settings.pretrained, demonstrations, f"{folder_of(settings)}/base", loss="sft",
+    base = train_on(settings.pretrained, demonstrations, f"{folder_of(settings)}/base", loss="sft",
                     learning_rate=5e-5)
+    jobs = [(settings, base, seed) for seed in range(settings.seeds)]
+    each(sample_rollouts, jobs, "pretrained: answers of the base policy")
+    return settings
 
 
 def train_on(model, rollouts, out, **changes):
@@ -187,8 +187,8 @@ def sample_rollouts(settings, policy, seed, number=0):
     return path
 
 
-def run_arm(settings, seed, arm, rate, split):
-    """Trains an arm for its rounds of sample-then-train, and measures it."""
+def train_arm(settings, seed, arm, rate):
+    """The folder of the policy that an arm makes in its rounds of sample-then-train."""
     changes = {"rounds": 1, **arm}
     policy = f"{folder_of(settings)}/base"
     rounds = changes.pop("rounds")
@@ -197,7 +197,11 @@ def run_arm(settings, seed, arm, rate, split):
         rollouts = sample_rollouts(settings, policy, seed, number)
         policy = train_on(policy, rollouts, f"{out}-round{number + 1}", seed=seed,
                           learning_rate=rate, **changes)
-    return measure_once(settings, policy, split)
+    return policy
+
+
+def run_arm(settings, seed, arm, rate, split):
+    return measure_once(settings, train_arm(settings, seed, arm, rate), split)
 
 
 def measure_once(settings, policy, split):

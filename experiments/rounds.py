@@ -35,9 +35,9 @@ LARGER_BASE, LARGER = "five times larger, base", "five times larger, positives o
 
 def run(settings, each):
     small = each_base(settings, each)
-    large = each_base(settings, each, larger=True)
+    large = each_base(settings, each, "larger")
     arms = compare(settings, each, run_rounds, ARMS, "rounds")
-    larger = {LARGER: {"loss": "sft", "larger": True}}
+    larger = {LARGER: {"loss": "sft", "base": "larger"}}
     arms.update(compare(settings, each, run_arm, larger, "rounds, the larger model"))
     return {"base": by_seed(small), LARGER_BASE: by_seed(large), "arms": arms}
 

@@ -4,7 +4,8 @@
     python experiments/run.py collapse shares       some of them
     python experiments/run.py --quick               one seed, one pass: about 12 minutes
     python experiments/run.py --show                tables and pictures of existing results
-    python experiments/run.py pretrained            on a pretrained model, not among "all of them"
+    python experiments/run.py long rates pretrained scifact     four more that take hours, on long
+                                                    answers and with a pretrained model
 """
 
 import importlib.util
@@ -18,13 +19,17 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # started as a script: find the scripts beside the folder
 
 from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
-from experiments import collapse, importance, negatives, pretrained, queries, rounds
-from experiments import shares, verdicts
+from experiments import collapse, importance, long, negatives, pretrained, queries
+from experiments import rates, rounds, scifact, shares, verdicts
 from experiments.common import Settings, prepare, workers
 
 FINDINGS = {"collapse": collapse, "negatives": negatives, "shares": shares,
             "importance": importance, "rounds": rounds, "verdicts": verdicts, "queries": queries}
-ALL = {**FINDINGS, "pretrained": pretrained}  # the last only when it is named
+MORE = {"long": long, "rates": rates, "pretrained": pretrained, "scifact": scifact}
+ALL = {**FINDINGS, **MORE}
+# The base policies that a finding starts from, where these are not the small ones alone.
+BASES = {"rounds": ["small", "larger"], "long": ["long"], "rates": ["small", "larger", "largest"],
+         "queries": [], "pretrained": [], "scifact": []}
 
 
 def main():
@@ -54,9 +59,8 @@ def main():
 
 def make(names, settings):
     """Runs the findings and shows each result as soon as it is complete."""
-    small = set(names) - {"queries", "pretrained"}
-    jobs = [(seed, larger) for larger in (True, False) for seed in range(settings.seeds)
-            if ("rounds" in names if larger else small)]
+    bases = {base for name in names for base in BASES.get(name, ["small"])}
+    jobs = [(seed, base) for base in sorted(bases) for seed in range(settings.seeds)]
     with workers(settings) as each:
         each(prepare, jobs, "base policies")
         for name in names:

@@ -11,11 +11,11 @@ import pytest
 import train
 import verifier
 from conftest import ROOT, shell
-from data import tasks
+from data import library, tasks
 from data.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem, read_json
-from experiments import collapse, common, importance, negatives, pretrained, queries, rounds, run
-from experiments import shares, verdicts
+from experiments import collapse, common, importance, long, negatives, pretrained, queries, rates
+from experiments import rounds, run, scifact, shares, verdicts
 
 RESULTS = ROOT / "experiments/results"
 README = "".join((ROOT / page / "README.md").read_text() for page in (".", "experiments"))
@@ -29,31 +29,31 @@ def in_this_process(function, jobs, what):
 def tiny_world(tiny, rollouts, tmp_path, monkeypatch):
     """Two seeds of the tiny policy and its 50 rollouts, in two sizes; ten questions, two rates."""
     monkeypatch.chdir(tmp_path)
+    small = {"sequences": 8, "questions": 4, "test_questions": 4, "max_new_tokens": 6, "eval_every": 1}
+    for job in {id(job): job for job in common.JOBS.values()}.values():
+        for name, value in small.items():
+            monkeypatch.setitem(job, name, value)
     for seed in range(2):
-        for larger in (False, True):
-            shutil.copytree(tiny, f"{common.folder_of(seed, larger)}/base")
+        for base in common.BASES:
+            shutil.copytree(tiny, f"{common.folder_of(seed, base)}/base")
             rows = read_rollouts(rollouts)
             for number, row in enumerate(rows):  # DPO then has other pairs and steps for each seed
                 row["reward"] = 1.0 if number % (3 + 6 * seed) == 0 else -1.0
-            write_rollouts(f"{common.folder_of(seed, larger)}/rollouts-512x16.jsonl", rows)
+            write_rollouts(common.rollouts_of(seed, base), rows)
     monkeypatch.setattr(common, "QUESTIONS", {"test": slice(0, 6), "validation": slice(6, 10)})
     monkeypatch.setattr(common, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(common, "PART", 10)
-    monkeypatch.setitem(train.EMBEDDED, "sequences", 8)
-    monkeypatch.setitem(train.EMBEDDED, "questions", 4)
-    monkeypatch.setitem(train.EMBEDDED, "test_questions", 4)
-    monkeypatch.setitem(train.EMBEDDED, "max_new_tokens", 6)
-    monkeypatch.setitem(train.EMBEDDED, "eval_every", 1)
     return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("finding, seeds", [
-    (collapse, 2), (negatives, 1), (shares, 2), (importance, 1), (rounds, 1)])
+    (collapse, 2), (negatives, 1), (shares, 2), (importance, 1), (rounds, 1), (long, 2)])
 def test_a_finding_from_its_arms_to_its_claims(finding, seeds, tiny_world, monkeypatch):
     """A finding must run, and its result must survive JSON, which turns rates into strings."""
     if finding == shares:
         monkeypatch.setattr(shares, "SHARES", (0.1, 0.5, 1.0))
+    monkeypatch.setattr(long, "RATES", (1e-4, 1e-3))
     result = finding.run(common.Settings(seeds=seeds), in_this_process)
     path = tiny_world / "result.json"
     common.write_json(path, result)
@@ -75,6 +75,44 @@ def check_claims_and_picture(finding, result, folder):
     if importlib.util.find_spec("matplotlib"):
         finding.draw(result, folder / "picture.png")
         assert (folder / "picture.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_rates_of_every_size(tiny_world, tiny, monkeypatch):
+    monkeypatch.setattr(rates, "GRIDS", {base: (1e-4, 1e-3) for base in ("small", "largest")})
+    monkeypatch.setattr(rates, "SHOWN", 1)
+    result = rates.run(common.Settings(seeds=1), in_this_process)
+    common.write_json("result.json", result)
+    result = read_json("result.json")
+    assert list(result["runs"]) == [f"{size} million, {optimizer}" for size in ("10", "0.14")
+                                    for optimizer in ("adamw", "adafactor")]
+    runs = result["runs"]["10 million, adafactor"]
+    assert set(runs) == {"0.0001", "0.001"} and "gradient_norm at step 1" in rates.show(result)
+    check_claims_and_picture(rates, result, tiny_world)
+
+
+@pytest.mark.slow
+def test_scifact_from_its_rollouts_to_its_claims(tiny, tmp_path, monkeypatch):
+    """The classical expansion must help, and no query that is measured may have been learned."""
+    monkeypatch.chdir(tmp_path)
+    library.write_collection("library")
+    monkeypatch.setattr(scifact, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(scifact, "LEARN", 6)
+    scifact.collection.cache_clear()
+    with pytest.raises(Problem, match="--corpus DIR"):
+        scifact.run(common.Settings(pretrained=tiny), in_this_process)
+    settings = common.Settings(pretrained=tiny, corpus="library", quick=True)
+    _, _, parts = scifact.collection("library", tiny, True)
+    assert not parts["learn"].keys() & (parts["choose"].keys() | parts["test"].keys())
+    result = scifact.run(settings, in_this_process)
+    common.write_json("result.json", result)
+    result = read_json("result.json")
+    assert result["gains"]["Rocchio minus no expansion, greedy"]["recall@100"]["mean"] > 0
+    assert len(result["examples"]) == scifact.EXAMPLES and "TOPR" in result["examples"][0]
+    assert "ndcg@10" in scifact.show(result)
+    check_claims_and_picture(scifact, result, tmp_path)
+    monkeypatch.setattr(train, "train", None)
+    assert scifact.run(settings, in_this_process)["gains"] == result["gains"]
 
 
 @pytest.mark.slow
@@ -139,7 +177,7 @@ def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_pa
     monkeypatch.setattr(tasks, "load_task", word_problems)
     monkeypatch.setattr(pretrained, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(pretrained, "SEEDS", 2)
-    few = ("base", "TOPR", "TOPR, share 0.4", "positives only", "naive REINFORCE", "AsymRE")
+    few = ("base", "TOPR", "TOPR, share 0.5", "positives only", "naive REINFORCE", "AsymRE")
     monkeypatch.setattr(pretrained, "ARMS", {name: pretrained.ARMS[name] for name in few})
     parts = {"demonstrations": slice(0, 16), "rollouts": slice(16, 20), "held out": slice(20, 24),
              "validation": slice(24, 28), "SVAMP": slice(0, 4)}
@@ -212,10 +250,10 @@ def test_test_and_validation_and_training_questions_are_different():
 
 
 def test_a_data_set_has_its_share_of_positives(tiny_world):
-    rows = read_rollouts(common.data_set(common.folder_of(0), 0, 0.3))
+    rows = read_rollouts(common.data_set(common.rollouts_of(0), 0, 0.3))
     assert len(rows) == 10 and sum(row["reward"] > 0 for row in rows) == 3
     with pytest.raises(Problem, match="9 positives and 1 negatives are needed, it has 6 and 44"):
-        common.data_set(common.folder_of(1), 1, 0.9)
+        common.data_set(common.rollouts_of(1), 1, 0.9)
 
 
 def test_two_processes_work_through_the_jobs(tmp_path, monkeypatch):
