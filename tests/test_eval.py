@@ -155,6 +155,44 @@ def test_several_end_tokens_and_cut_completions():
         assert not set(tokens[:-1]) & set(ends)
 
 
+ROWS = """
+import sys
+import train
+from data import tasks
+from engine import parallel, sampler
+from engine.common import run_main
+model, out, samples, seed = sys.argv[1:]
+
+def main():
+    parallel.start_ranks()
+    settings = train.Settings(samples=int(samples), seed=int(seed), max_new_tokens=8)
+    task = tasks.load_task("apples")
+    questions = lambda tokenizer: tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
+    rows = sampler.sample_once(settings, model, questions, task.grade, out)
+    print("rows", parallel.gather((len(rows), len(set(row["id"] for row in rows)))), flush=True)
+
+run_main(main)
+"""
+
+
+@pytest.mark.slow
+def test_only_the_first_rank_holds_the_rows(tiny, tmp_path):
+    """Each of 8 ranks held all rows of MATH x 32: 8 GiB of each. Reading and extending, too."""
+    script, out = tmp_path / "rows.py", tmp_path / "rows.jsonl"
+    script.write_text(ROWS)
+    for samples in (2, 2, 3):  # made, read, extended
+        result = torchrun(2, script, tiny, out, samples, 0)
+        assert f"rows [({5 * samples}, 5), (0, 0)]" in result.stdout, result.stdout
+    alone = shell(sys.executable, script, tiny, tmp_path / "alone.jsonl", 3, 0)
+    assert "rows [(15, 5)]" in alone.stdout, alone.stdout
+    texts = [[row["completion"] for row in read_rollouts(path)]
+             for path in (out, tmp_path / "alone.jsonl")]
+    assert texts[0] == texts[1]
+    result = torchrun(2, script, tiny, out, 3, 1)  # another seed: the first rank alone finds it
+    assert result.stdout.count("holds other rollouts: seed is 0 there and 1") == 1, result.stdout
+    assert result.returncode != 0 and "has died" not in result.stdout, result.stdout
+
+
 @pytest.mark.slow
 def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_path):
     """Byte for byte, logprobs included."""
