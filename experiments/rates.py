@@ -7,6 +7,7 @@ from engine.common import table
 from experiments import pretrained
 from experiments.common import measure_once, picture, train_arm
 
+SEEDS = 1
 GRIDS = {  # {base policy: learning rates}
     "small": (3e-4, 1e-3, 3e-3, 1e-2),
     "larger": (1e-4, 3e-4, 1e-3, 3e-3),
@@ -22,7 +23,7 @@ FIELDS = ("d_mean", "negative_weight", "gradient_norm")
 def run(settings, each):
     bases = list(GRIDS)[: 1 if settings.quick else None]
     if "pretrained" in bases:
-        settings = pretrained.prepare(dataclasses.replace(settings, seeds=1), each)
+        settings = pretrained.prepare(dataclasses.replace(settings, seeds=SEEDS), each)
     jobs = [(settings, base, optimizer, rate) for base in reversed(bases)
             for optimizer in OPTIMIZERS for rate in GRIDS[base]]
     runs = each(run_rate, jobs, "rates")

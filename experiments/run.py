@@ -9,6 +9,7 @@
 """
 
 import importlib.util
+import itertools
 import os
 import sys
 import time
@@ -59,10 +60,12 @@ def main():
 
 def make(names, settings):
     """Runs the findings and shows each result as soon as it is complete."""
-    bases = {base for name in names for base in BASES.get(name, ["small"])}
-    jobs = [(seed, base) for base in sorted(bases) for seed in range(settings.seeds)]
+    jobs = set()
+    for name in names:
+        seeds = min(settings.seeds, getattr(ALL[name], "SEEDS", settings.seeds))
+        jobs |= set(itertools.product(range(seeds), BASES.get(name, ["small"])))
     with workers(settings) as each:
-        each(prepare, jobs, "base policies")
+        each(prepare, sorted(jobs), "base policies")
         for name in names:
             began = time.time()
             result = ALL[name].run(settings, each)
