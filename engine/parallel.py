@@ -26,7 +26,7 @@ watched = {}  # set by watch_ranks: what its threads and lost_rank share
 
 def start_ranks():
     """Joins the process group if torchrun started this process. Returns this process's device."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -1,10 +1,12 @@
-"""Systems without Unix's own modules: on Windows no script started."""
+"""Other systems: without Unix's own modules no script started; a CUDA build without a GPU."""
 
 import sys
 
 import pytest
+import torch
 
 from conftest import ROOT, shell
+from engine import parallel
 
 HIDDEN = """
 import builtins, runpy, sys
@@ -42,3 +44,12 @@ def test_training_and_its_lock_work(without_unix, tiny, rollouts, tmp_path):
                           "--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 20)
     assert result.returncode == 0, result.stdout
     assert (out / "model.safetensors").exists() and not list(out.glob("checkpoint-*"))
+
+
+def test_a_build_for_cuda_without_a_gpu_runs_on_the_cpu(monkeypatch):
+    """pip installs that build by default; it names cuda as its accelerator, GPU or not."""
+    def of_a_cuda_build(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", of_a_cuda_build)
+    assert parallel.start_ranks() == torch.device("cpu")
