@@ -1,6 +1,7 @@
 """The experiments at tiny size, and the README's claims against the committed results."""
 
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ import pytest
 import train
 import verifier
 from conftest import ROOT, shell
-from data import library, tasks
+from data import apples, library, long_apples, tasks
 from data.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem, read_json
 from experiments import collapse, common, importance, long, negatives, pretrained, queries, rates
@@ -254,6 +255,15 @@ def test_a_data_set_has_its_share_of_positives(tiny_world):
     assert len(rows) == 10 and sum(row["reward"] > 0 for row in rows) == 3
     with pytest.raises(Problem, match="9 positives and 1 negatives are needed, it has 6 and 44"):
         common.data_set(common.rollouts_of(1), 1, 0.9)
+
+
+def test_an_answer_has_one_spelling():
+    """Then the vote does not depend on how spellings are grouped, and old figures of maj@k stand."""
+    for task in (apples, long_apples):
+        for problem in itertools.islice(task.questions("train", 0), 20):
+            for text in ("7", "07", " 7", "7.0", problem["gold"], f"0{problem['gold']}", "x"):
+                answer, reward = task.grade(problem, f"The answer is {text} .")
+                assert (reward > 0) == (answer == problem["gold"])
 
 
 def test_two_processes_work_through_the_jobs(tmp_path, monkeypatch):
