@@ -54,6 +54,7 @@ def test_a_finding_from_its_arms_to_its_claims(finding, seeds, tiny_world, monke
     """A finding must run, and its result must survive JSON, which turns rates into strings."""
     if finding == shares:
         monkeypatch.setattr(shares, "SHARES", (0.1, 0.5, 1.0))
+    monkeypatch.setattr(long, "RATE", 1e-4)
     monkeypatch.setattr(long, "RATES", (1e-4, 1e-3))
     result = finding.run(common.Settings(seeds=seeds), in_this_process)
     path = tiny_world / "result.json"
@@ -61,7 +62,7 @@ def test_a_finding_from_its_arms_to_its_claims(finding, seeds, tiny_world, monke
     result = read_json(path)
     for arm in result["arms"].values():
         assert arm["learning_rate"] in (1e-4, 1e-3)
-        assert set(arm["validation"]) == {"0.0001", "0.001"}
+        assert set(arm["validation"]) <= {"0.0001", "0.001"}
         assert len(arm["pass@1"]) == seeds and all(0 <= value <= 1 for value in arm["pass@1"])
         chosen = arm["validation"][f"{arm['learning_rate']:g}"]
         assert sum(chosen) == max(map(sum, arm["validation"].values()))
