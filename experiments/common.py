@@ -34,7 +34,7 @@ MEASURES = ("pass@1", "maj@16", "invalid")
 BASES = {  # policies to start from: the embedded one, larger ones, one that gives long answers
     "small": {},
     "larger": {"width": 128, "layers": 4, "rate": 2e-3},
-    "largest": {"width": 384, "layers": 7, "rate": 1e-3, "steps": 500},
+    "largest": {"width": 384, "layers": 7, "rate": 1e-3, "steps": 300},
     "long": {"task": long_apples},
 }
 JOBS = {name: train.EMBEDDED for name in BASES}

@@ -9,9 +9,9 @@ from experiments.common import measure_once, picture, train_arm
 
 SEEDS = 1
 GRIDS = {  # {base policy: learning rates}
-    "small": (3e-4, 1e-3, 3e-3, 1e-2),
+    "small": (1e-4, 3e-4, 1e-3, 3e-3),
     "larger": (1e-4, 3e-4, 1e-3, 3e-3),
-    "largest": (3e-5, 1e-4, 3e-4, 1e-3),
+    "largest": (3e-5, 1e-4, 3e-4),
     "pretrained": (2e-6, 6e-6, 2e-5)}
 SIZES = {"small": "0.14 million", "larger": "0.7 million", "largest": "10 million",
          "pretrained": "135 million"}
