@@ -54,7 +54,7 @@ def watched(*arguments):
 
 train.train = watched
 settings = train.Settings(
-    model=folder + "/model", out=folder + "/out", task="apples", rounds=2, questions=4,
+    model=folder + "/model", out=folder + "/out", task="apples", rounds=3, questions=4,
     test_questions=4, samples=2, max_new_tokens=4, sequences=8, tokens_per_pass=512, eval_every=1,
     checkpoint_every=0)
 train.job(settings)
@@ -63,14 +63,17 @@ train.job(settings)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_second_round_starts_with_the_memory_of_the_first(tmp_path):
-    """Nothing collected: a job of two rounds held four earlier models when the last was loaded."""
+def test_further_rounds_start_with_the_memory_of_the_first(tmp_path):
+    """Nothing collected: a job of two rounds held four earlier models when the last was loaded.
+
+    What the first training leaves, 10 to 22 MiB, are libraries at work; a model here has 240.
+    """
     (tmp_path / "script.py").write_text(ROUNDS)
     result = shell(sys.executable, tmp_path / "script.py", tmp_path)
     assert result.returncode == 0, result.stdout
-    first, second = map(int, re.findall(r"resident (\d+)", result.stdout))
-    print(f"resident before the first training {first:,} KiB, before the second {second:,} KiB")
-    assert second < 1.05 * first
+    first, second, third = map(int, re.findall(r"resident (\d+)", result.stdout))
+    print(f"resident before each training, in KiB: {first:,}, {second:,}, {third:,}")
+    assert second < first + 32 * 1024 and third < 1.02 * second
 
 
 def test_the_table_of_the_documents():
