@@ -55,7 +55,6 @@ def test_a_finding_from_its_arms_to_its_claims(finding, seeds, tiny_world, monke
     if finding == shares:
         monkeypatch.setattr(shares, "SHARES", (0.1, 0.5, 1.0))
     monkeypatch.setattr(long, "RATE", 1e-4)
-    monkeypatch.setattr(long, "RATES", (1e-4, 1e-3))
     result = finding.run(common.Settings(seeds=seeds), in_this_process)
     path = tiny_world / "result.json"
     common.write_json(path, result)
