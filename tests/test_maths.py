@@ -356,7 +356,7 @@ def test_the_embedded_task_grades_like_the_others():
 def test_problems_end_with_one_line(monkeypatch):
     """Beyond the last different problem, making another one went on for ever."""
     few = [{"question": f"{n} apples ?", "gold": str(n)} for n in range(20)]
-    monkeypatch.setattr(apples, "make_problem", lambda rng: rng.choice(few))
+    monkeypatch.setattr(apples, "make_problem", lambda rng, lengths: rng.choice(few))
     found = []
     with pytest.raises(Problem, match="apples: no more than"):
         for question in apples.questions("train"):
