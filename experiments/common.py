@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 from typing import Optional
 
 import numpy as np
@@ -85,6 +86,7 @@ def workers(settings):
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
     cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the workers too
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
         settings.processes or cores, spawn, torch.set_num_threads, (1,))

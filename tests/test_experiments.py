@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 import types
 
@@ -272,6 +273,31 @@ def test_two_processes_work_through_the_jobs(tmp_path, monkeypatch):
         assert each(divmod, [(7, 2), (9, 5), (1, 1)], "dividing") == [(3, 1), (1, 4), (1, 0)]
         with pytest.raises(ZeroDivisionError):
             each(divmod, [(1, 0)], "dividing")
+
+
+SLEEP = """
+import os, sys, time
+from experiments import common
+if __name__ == "__main__":
+    with common.workers(common.Settings(processes=1)) as each:
+        each(print, [("ready",)], "starting")
+        print(*[child.pid for child in common.multiprocessing.active_children()], flush=True)
+        each(time.sleep, [(300,), (300,)], "sleeping")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigterm_ends_the_workers_too(tmp_path):
+    """They went on with their queue, and nobody knew of them."""
+    (tmp_path / "sleep.py").write_text(SLEEP)
+    process = subprocess.Popen([sys.executable, tmp_path / "sleep.py"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    worker = process.stdout.readline().split()[0]
+    assert os.path.exists(f"/proc/{worker}")
+    process.terminate()
+    assert process.wait(30) == 143 and not os.path.exists(f"/proc/{worker}")
 
 
 @pytest.mark.parametrize("words, message", [
