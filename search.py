@@ -349,8 +349,9 @@ def measure_once(settings, index, topics, policy, name, kind):
         return look_up_alone(index, topics, settings)
     path = f"{settings.out}/test-{name}-{kind}.jsonl"
     questions = functools.partial(make_questions, topics, settings)
-    rows = from_first(sampler.sample_once(settings, policy, questions, unknown, path, server="",
-                                          logprobs=False, **KINDS[kind]))
+    rows = sampler.sample_once(settings, policy, questions, unknown, path, logprobs=False,
+                               server="", **KINDS[kind])  # base and trained expanders alike
+    rows = from_first(rows)
     scores = look_up(index, topics, rows, settings)
     return scores.reshape(len(topics), -1, scores.shape[1]).mean(1)
 

@@ -191,6 +191,10 @@ def name_of(arm, rate):
     return "-".join([f"{key}={value}" for key, value in arm.items()] + [f"{rate:g}"])
 
 
+def folder_of_arm(seed, arm, rate):
+    return f"{folder_of(seed, arm.get('base', 'small'))}/experiments/{name_of(arm, rate)}"
+
+
 def data_set(path, seed, share):
     """The rollout file; with a share, PART of its completions, of which that share is positive."""
     if share is None:
@@ -214,13 +218,13 @@ def data_set(path, seed, share):
 def train_arm(seed, arm, rate):
     """Trains an arm once; returns (its train.py settings, the curve along the training)."""
     base = arm.get("base", "small")
-    changes = {**JOBS[base], "base": base, **arm, "learning_rate": rate}
-    folder = folder_of(seed, changes.pop("base"))
+    changes = {**JOBS[base], **arm, "learning_rate": rate}
+    changes.pop("base", None)
     rollouts = data_set(rollouts_of(seed, base), seed, changes.pop("positives", None))
     if not arm.keys() <= {"loss", "baseline", "epochs"}:
         changes["eval_every"] = 0  # only collapse.py draws curves: its arms differ in the loss
-    settings = train.Settings(model=f"{folder}/base", rollouts=rollouts, seed=seed,
-                              out=f"{folder}/experiments/{name_of(arm, rate)}", **changes)
+    settings = train.Settings(model=f"{folder_of(seed, base)}/base", rollouts=rollouts, seed=seed,
+                              out=folder_of_arm(seed, arm, rate), **changes)
     tokenizer = sampler.load_tokenizer(settings.model)
 
     def point(model):
@@ -250,7 +254,7 @@ def run_arms(settings, each, arms, what):
 
 def run_again(each, run, arm, what):
     """All measures of every seed of a compared arm, read from what its runs have kept."""
-    seeds = range(len(arm["invalid"]))
+    seeds = range(next(len(values) for values in arm.values() if isinstance(values, list)))
     jobs = [(seed, arm["settings"], arm["learning_rate"], "test") for seed in seeds]
     return each(run, jobs, what)
 

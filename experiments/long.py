@@ -13,9 +13,8 @@ from experiments.common import (
     by_seed,
     compare,
     each_base,
-    folder_of,
+    folder_of_arm,
     line,
-    name_of,
     picture,
     rows_of,
     run_again,
@@ -63,8 +62,7 @@ def run(settings, each):
 
 
 def read_log(seed, arm):
-    folder = f"{folder_of(seed, 'long')}/experiments"
-    log = run_folder.read_log(f"{folder}/{name_of(arm['settings'], arm['learning_rate'])}")
+    log = run_folder.read_log(folder_of_arm(seed, arm["settings"], arm["learning_rate"]))
     found = {field: float(pick([entry[field] for entry in log]))
              for field, pick in LOGGED.items() if log[-1].get(field) is not None}
     return {**found, **{field: log[-1][field] for field in LAST if field in log[-1]}}

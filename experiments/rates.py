@@ -52,17 +52,12 @@ def run_rate(settings, base, optimizer, rate):
             **{field: entry[field] for field in FIELDS}}
 
 
-def best_of(runs):
-    """The rate of the best run; * marks one at the edge of the grid."""
-    best = max(runs, key=lambda rate: runs[rate]["pass@1"])
-    return f"{best}*" if best in (list(runs)[0], list(runs)[-1]) else best
-
-
 def show(result):
     rows = []
     for name, runs in result["runs"].items():
+        best = max(runs, key=lambda rate: runs[rate]["pass@1"])
         for rate, run in runs.items():
-            mark = "best" if rate == best_of(runs).rstrip("*") else ""
+            mark = "best" if rate == best else ""
             rows.append((name, rate, mark, *(f"{value:.3f}" for value in run.values())))
     fields = [f"{field} at step {SHOWN}" for field in FIELDS]
     return table(("size, optimizer", "rate", "", "pass@1", "invalid", *fields), rows)

@@ -29,8 +29,8 @@ FINDINGS = {"collapse": collapse, "negatives": negatives, "shares": shares,
 MORE = {"long": long, "rates": rates, "pretrained": pretrained, "scifact": scifact}
 ALL = {**FINDINGS, **MORE}
 # The base policies that a finding starts from, where these are not the small ones alone.
-BASES = {"rounds": ["small", "larger"], "long": ["long"], "rates": ["small", "larger", "largest"],
-         "queries": [], "pretrained": [], "scifact": []}
+STARTS = {"rounds": ["small", "larger"], "long": ["long"], "rates": ["small", "larger", "largest"],
+          "queries": [], "pretrained": [], "scifact": []}
 
 
 def main():
@@ -63,7 +63,7 @@ def make(names, settings):
     jobs = set()
     for name in names:
         seeds = min(settings.seeds, getattr(ALL[name], "SEEDS", settings.seeds))
-        jobs |= set(itertools.product(range(seeds), BASES.get(name, ["small"])))
+        jobs |= set(itertools.product(range(seeds), STARTS.get(name, ["small"])))
     with workers(settings) as each:
         each(prepare, sorted(jobs), "base policies")
         for name in names:

@@ -19,7 +19,7 @@ from data.rollouts import read_rollouts
 from engine.bm25 import analyse, is_common, read_texts, row_of, search as look_for, text_at
 from engine.common import Problem, table
 from engine.measures import interval, interval_text, paired_interval
-from experiments.common import bars, compare, name_of, picture, verdict
+from experiments.common import bars, compare, name_of, picture, run_again, verdict
 from experiments.pretrained import PRECISION, find_model
 
 OUT = "runs/search-scifact"
@@ -48,7 +48,7 @@ def run(settings, each):
     once = dataclasses.replace(settings, seeds=1)
     arms = compare(once, each, run, ARMS, "scifact", RATES[1:] if settings.quick else RATES)
     for name, arm in arms.items():
-        found[name] = run(0, arm["settings"], arm["learning_rate"], "test")["right"]  # as kept
+        found[name] = run_again(each, run, arm, f"scifact: {name} by query")[0]["right"]
     return {"learned": learned, "queries": len(topics["test"]), "arms": arms,
             "Rocchio": dict(zip(("documents", "words", "weight of the query"), form)),
             **compared(found), "examples": examples(base, index, topics["test"], arms)}
@@ -69,9 +69,13 @@ def collection(corpus, model, quick):
                              "test": dict(test[: 300 // few])}
 
 
+def folder_of_arm(base, arm, rate):
+    return f"{base.out}/{name_of(arm, rate)}"
+
+
 def run_arm(job, seed, arm, rate, split):
     base, index, topics = job()
-    settings = dataclasses.replace(base, out=f"{base.out}/{name_of(arm, rate)}", seed=seed,
+    settings = dataclasses.replace(base, out=folder_of_arm(base, arm, rate), seed=seed,
                                    learning_rate=rate, **arm)
     policy = f"{settings.out}/policy"
     train.train_once(search.arm_settings(
@@ -148,7 +152,7 @@ def examples(base, index, topics, arms):
     """The greedy expansions of the first queries, by the base policy and by what it became."""
     files = {"base": f"{base.out}/test-base-greedy.jsonl"}
     for name, arm in arms.items():
-        folder = f"{base.out}/{name_of(arm['settings'], arm['learning_rate'])}"
+        folder = folder_of_arm(base, arm["settings"], arm["learning_rate"])
         files[name] = f"{folder}/test-test-greedy.jsonl"
     shown = [{"query": text} for text, _ in list(topics.values())[:EXAMPLES]]
     for name, path in files.items():
