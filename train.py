@@ -234,8 +234,8 @@ def backward(policy, micro_batches, loss_function, count):
         logp = policy(batch.packed, batch.mask)  # [batch, time]
         loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask, count=count)
         loss.backward()
-        numbers = {name: value.tolist() for name, value in stats.items()}  # each [batch]
-        parts.append({"loss": loss.item(), **numbers})
+        stats["loss"] = loss  # one number; the others are [batch]
+        parts.append({name: value.tolist() for name, value in stats.items()})
     return parts
 
 
@@ -287,22 +287,22 @@ def learning_rate(settings, step, steps):
 
 def step_metrics(parts):
     """The statistics of all sequences of the step, of every rank; docs/log.md explains each."""
-    loss = np.mean([sum(part["loss"] for part in of_rank) for of_rank in parts])  # see backward
-    together = {name: [value for of_rank in parts for part in of_rank for value in part[name]]
-                for name in ("log_ratio", "weight", "advantage")}
-    d, weight, advantage = map(np.array, together.values())  # each [sequences]
-    negative = advantage < 0
+    ranks, parts = len(parts), sum(parts, [])
+    d, weight, advantage = (np.concatenate([part[name] for part in parts])  # each [sequences]
+                            for name in ("log_ratio", "weight", "advantage"))
+    positive, negative = advantage > 0, advantage < 0
     negatives = max(1, negative.sum())
     total = np.abs(advantage).sum()
     metrics = {
-        "loss": loss,
+        "loss": sum(part["loss"] for part in parts) / ranks,  # see backward
         "negative_weight": weight[negative].sum() / negatives,
         "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
-        "positive_share": advantage[advantage > 0].sum() / total if total else None}
+        "positive_share": advantage[positive].sum() / total if total else None}
     if np.isnan(d).any():  # undefined without log mu
         return metrics
     quantiles = np.quantile(d, (0, 0.1, 0.5, 0.9, 1))
     return {**metrics, "negatives_liked": (d[negative] > 0).sum() / negatives, "d_mean": d.mean(),
+            "d_positive": d[positive].mean() if positive.any() else None,
             **dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), quantiles))}
 
 

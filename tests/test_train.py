@@ -62,7 +62,7 @@ def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollout
         assert furthest(gradient, other_gradient) < 1e-6, name
         assert furthest(weights, other_weights) < 1e-4, name
         for entry, other in zip(log[5:], other_log[5:]):  # the metrics too are of the whole step and all ranks
-            for key in ("loss", "gradient_norm", "negative_weight", "negatives_liked", "d_mean", "d_min", "d_90", "positive_share"):
+            for key in ("loss", "gradient_norm", "negative_weight", "negatives_liked", "d_mean", "d_positive", "d_min", "d_90", "positive_share"):
                 assert other[key] == pytest.approx(entry[key], abs=2e-4), (name, key)
 
 
