@@ -146,12 +146,17 @@ def compare(settings, each, run, arms, what, rates=None, tuning=TUNING_SEEDS):
         scores = {rate: [next(tries)["score"] for _ in tuning] for rate in rates}
         best = max(rates, key=lambda rate: sum(scores[rate]))
         compared[name] = {"settings": arm, "learning_rate": best, "validation": scores}
+    return measure_arms(settings, each, run, compared, what)
+
+
+def measure_arms(settings, each, run, arms, what):
+    """Adds the measures on the test questions of all seeds to arms that have their rate."""
     jobs = [(seed, arm["settings"], arm["learning_rate"], "test")
-            for arm in compared.values() for seed in seeds]
+            for arm in arms.values() for seed in range(settings.seeds)]
     tests = iter(each(run, jobs, f"{what}: test"))
-    for arm in compared.values():
-        arm.update(by_seed([next(tests) for _ in seeds]))
-    return compared
+    for arm in arms.values():
+        arm.update(by_seed([next(tests) for _ in range(settings.seeds)]))
+    return arms
 
 
 def best_arm(arms, names):

@@ -35,14 +35,15 @@ def run(settings, each):
 
 def run_rate(settings, base, optimizer, rate):
     """pass@1 on validation questions after a pass of TOPR, and the log of step 20."""
-    arm = {"loss": "topr", "optimizer": optimizer}
-    if base == "pretrained":
+    if base == "pretrained":  # with AdamW a run that pretrained.py makes too
+        other = {} if optimizer == "adamw" else {"optimizer": optimizer}
+        arm = {**pretrained.ARMS["TOPR, share 0.5"], **other}
         policy = pretrained.train_arm(settings, 0, arm, rate)
         measures = pretrained.measure_once(settings, policy, "validation")
         score = measures["validation"]
     else:
         # 2,400 rollouts of which a fifth is right, whatever the size
-        arm.update(base=base, positives=0.2, epochs=1)
+        arm = {"loss": "topr", "optimizer": optimizer, "base": base, "positives": 0.2, "epochs": 1}
         made, _ = train_arm(0, arm, rate)
         policy = made.out
         measures = measure_once(policy, 0, "validation")

@@ -89,7 +89,7 @@ def run_arm(job, seed, arm, rate, split):
 
 def measure_policy(settings, index, topics, policy, name):
     """{kind: MEASURES of its expansions, [queries, 3]}"""
-    settings = with_measures(dataclasses.replace(settings, samples=4))
+    settings = with_measures(dataclasses.replace(settings, samples=2))
     return {kind: search.measure_once(settings, index, topics, policy, name, kind)[:, :3]
             for kind in search.KINDS}
 
