@@ -1,6 +1,6 @@
 """The query expander on real documents: SmolLM2 adds words to SciFact's queries.
 
-    python experiments/run.py scifact --corpus DIR      SciFact in BEIR's layout
+    python experiments/run.py scifact --corpus DIR      SciFact in BEIR's layout, about an hour
 
 The expanders are compared with no expansion and with Rocchio's, a classical one: the best words of
 the documents that the query itself finds, their number and weight chosen on the training queries.
