@@ -51,7 +51,8 @@ def run(settings, each):
         found[name] = run_again(each, run, arm, f"scifact: {name} by query")[0]["right"]
     return {"learned": learned, "queries": len(topics["test"]), "arms": arms,
             "Rocchio": dict(zip(("documents", "words", "weight of the query"), form)),
-            **compared(found), "examples": examples(base, index, topics["test"], arms)}
+            **compared(found), "used": used(base, index, arms),
+            "examples": examples(base, index, topics["test"], arms)}
 
 
 @functools.cache
@@ -148,14 +149,29 @@ def compared(found):
     return {"means": means, "gains": gains}
 
 
-def examples(base, index, topics, arms):
-    """The greedy expansions of the first queries, by the base policy and by what it became."""
-    files = {"base": f"{base.out}/test-base-greedy.jsonl"}
+def answers_of(base, arms, kind):
+    """{name: file with its expansions of the test queries}"""
+    files = {"base": f"{base.out}/test-base-{kind}.jsonl"}
     for name, arm in arms.items():
         folder = folder_of_arm(base, arm["settings"], arm["learning_rate"])
-        files[name] = f"{folder}/test-test-greedy.jsonl"
+        files[name] = f"{folder}/test-test-{kind}.jsonl"
+    return files
+
+
+def used(base, index, arms):
+    """{name: share of its sampled expansions without a fault}; a faulty one adds nothing."""
+    shares = {}
+    for name, path in answers_of(base, arms, "sampled").items():
+        rows = read_rollouts(path, zero_is_wrong=True)
+        faults = [search.read_expansion(index, row, base)[1] for row in rows]
+        shares[name] = faults.count(None) / len(faults)
+    return shares
+
+
+def examples(base, index, topics, arms):
+    """The greedy expansions of the first queries, by the base policy and by what it became."""
     shown = [{"query": text} for text, _ in list(topics.values())[:EXAMPLES]]
-    for name, path in files.items():
+    for name, path in answers_of(base, arms, "greedy").items():
         for example, row in zip(shown, read_rollouts(path, zero_is_wrong=True)):
             words, fault = search.read_expansion(index, row, base)
             example[name] = " ".join(words) or f"({fault})"
@@ -168,6 +184,8 @@ def show(result):
         rows = [(name, *(interval_text(one, "+" if part == "gains" else "")
                          for one in measures.values())) for name, measures in result[part].items()]
         parts.append(table((f"{result['queries']} test queries", *MEASURES), rows))
+    rows = [(name, f"{share:.3f}") for name, share in result["used"].items()]
+    parts.append(table(("sampled", "expansions without a fault"), rows))
     for example in result["examples"]:
         parts.append("\n".join(f"{name:15} {text}" for name, text in example.items()))
     return "\n\n".join(parts)
@@ -188,10 +206,14 @@ def claims(result):
 
     over = {other: result["gains"][f"TOPR minus {other}, sampled"]["ndcg@10"]
             for other in ("no expansion", "base", "positives only")}
+    used = result["used"]
+    expands = used["TOPR"] >= used["base"]  # what is faulty adds nothing, and does no harm
     yield ("A pretrained model learns to expand the queries of a real collection (search)",
            f"nDCG@10 on {result['queries']} SciFact queries: no expansion {text('no expansion')}, "
            f"Rocchio {text('Rocchio')}, base {text('base')}, positives only "
            f"{text('positives only')}, TOPR {text('TOPR')}: over the base "
            f"{text('TOPR minus base', 'gains')}, over no expansion "
-           f"{text('TOPR minus no expansion', 'gains')}",
-           verdict(*(gain["low"] > 0 for gain in over.values())))
+           f"{text('TOPR minus no expansion', 'gains')}; expansions without a fault: base "
+           f"{used['base']:.3f}, positives only {used['positives only']:.3f}, TOPR "
+           f"{used['TOPR']:.3f}",
+           verdict(*(expands and gain["low"] > 0 for gain in over.values())))
