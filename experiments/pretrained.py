@@ -5,9 +5,10 @@
     python experiments/run.py pretrained            about 8 hours on two cores
 
 SmolLM2 learns from demonstrations how to write an answer: that is the base policy. All arms learn
-from the same answers of the base policy to other training questions. Their learning rates are
-chosen on validation questions, and they are measured on SVAMP and on held-out questions of the
-training distribution. Keeps about 20 GB of policies in runs/smollm2. On a GPU add --processes 1.
+from the same answers of the base policy to other training questions; a second round has further
+questions. Learning rates are chosen on validation questions; all is measured on SVAMP and on
+held-out questions of the training distribution. Keeps about 20 GB of policies in runs/smollm2.
+On a GPU add --processes 1.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEEDS = 3  # of the rollouts and of their order in training
 QUESTIONS = {  # --quick takes a tenth of each, and all demonstrations
-    "demonstrations": slice(0, 1000), "rollouts": slice(1000, 1300),
+    "demonstrations": slice(0, 1000), "round 1": slice(1000, 1300), "round 2": slice(1300, 1600),
     "validation": slice(2300, 2400), "held out": slice(2400, 2650), "SVAMP": slice(0, 500)}
 PRECISION = "bfloat16"  # twice as fast as float32 where the processor has it
 RATES = (2e-6, 6e-6, 2e-5)  # --quick takes the middle one
@@ -183,9 +184,9 @@ def sample(settings, policy, part, out, **changes):
 
 
 def sample_rollouts(settings, policy, seed, number=0):
-    """The rollout file of a policy in a round."""
+    """The rollout file of a policy: each round has questions of its own."""
     path = f"{policy}-rollouts-{seed}.jsonl"
-    sample(settings, policy, "rollouts", path, seed=seed + 100 * number, samples=8)
+    sample(settings, policy, f"round {number + 1}", path, seed=seed + 100 * number, samples=8)
     return path
 
 
