@@ -53,7 +53,8 @@ def run(settings, each):
     arms = compare(once, each, run, ARMS, "scifact", RATES[1:] if settings.quick else RATES)
     for name, arm in arms.items():
         found[name] = run_again(each, run, arm, f"scifact: {name} by query")[0]["right"]
-    return {"learned": learned, "queries": len(topics["test"]), "arms": arms,
+    best = best_arm(arms, [name for name in ARMS if name.startswith("TOPR")])
+    return {"learned": learned, "queries": len(topics["test"]), "arms": arms, "best": best,
             "Rocchio": dict(zip(("documents", "words", "weight of the query"), form)),
             **compared(found), "used": {name: used(found[name]) for name in ("base", *arms)},
             "examples": examples(base, index, topics["test"], arms)}
@@ -199,11 +200,9 @@ def claims(result):
         sign = "+" if part == "gains" else ""
         return interval_text(result[part][f"{name}, sampled"]["ndcg@10"], sign)
 
-    arms = result["arms"]
-    best = best_arm(arms, [name for name in arms if name.startswith("TOPR")])
+    best, used = result["best"], result["used"]
     over = {other: result["gains"][f"{best} minus {other}, sampled"]["ndcg@10"]
             for other in ("no expansion", "base", "positives only")}
-    used = result["used"]
     expands = used[best] >= used["base"]  # what is faulty adds nothing, and does no harm
     means = ", ".join(f"{name} {text(name)}" for name in ("no expansion", "Rocchio", *used))
     shares = ", ".join(f"{name} {share:.3f}" for name, share in used.items())
