@@ -334,6 +334,12 @@ def verdict(*conditions):
     return "in part" if any(conditions) else "does not at this size"
 
 
+def harmed(passed, invalid, name):
+    """In the mean of the seeds pass@1 is below the base policies', or more answers are invalid."""
+    worse, broken = passed["base"] - passed[name], invalid[name] - invalid["base"]
+    return worse.mean() > 0 or broken.mean() > 0
+
+
 # ---- pictures ----
 
 

@@ -5,6 +5,7 @@ from experiments.common import (
     STYLES,
     bars,
     by_arm,
+    harmed,
     picture,
     rows_of,
     run_arms,
@@ -45,15 +46,14 @@ def claims(result):
     passed, votes, invalid = (by_arm(result, measure) for measure in MEASURES)
     topr, truncated, plain = (f"{name}, clipped loose" for name in LOSSES)
     topr_at_1, plain_at_1 = "TOPR, clipped at 1", "importance sampling, clipped at 1"
-    harmed = {name: passed[name].mean() < passed["base"].mean()
-              or invalid[name].mean() > invalid["base"].mean() for name in (plain, plain_at_1)}
+    harm, harm_at_1 = (harmed(passed, invalid, name) for name in (plain, plain_at_1))
     ahead, ahead_at_1 = passed[topr] - passed[plain], passed[topr_at_1] - passed[plain_at_1]
     yield ("Untruncated importance sampling harms the model where gradients are cut at 100 "
            "(Figure 7, 60% negatives)",
            f"invalid {spread(invalid['base'])} to {spread(invalid[plain])}; pass@1 "
            f"{spread(passed['base'])} to {spread(passed[plain])}; TOPR minus that "
            f"{spread(ahead, '+')}, with gradients cut at 1 {spread(ahead_at_1, '+')}",
-           verdict(harmed[plain] and not harmed[plain_at_1], harmed[plain] or ahead.min() > 0))
+           verdict(harm and not harm_at_1, harm or ahead.min() > 0))
 
     better = passed[topr] - passed["base"]
     yield ("TOPR improves the model in the same setting (Figure 7)",

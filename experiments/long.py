@@ -14,6 +14,7 @@ from experiments.common import (
     compare,
     each_base,
     folder_of_arm,
+    harmed,
     line,
     picture,
     rows_of,
@@ -104,18 +105,16 @@ def all_shares(result):
 
 def claims(result):
     passed, _, invalid = (by_arm(result, measure) for measure in MEASURES)
-    base, loose, tight = ("base", *(f"importance sampling, high rate, cut at {norm}"
-                                    for norm in (100, 1)))
-    harmed = {name: passed[name].mean() < passed[base].mean()
-              or invalid[name].mean() > invalid[base].mean() for name in (loose, tight)}
+    loose, tight = (f"importance sampling, high rate, cut at {norm}" for norm in (100, 1))
+    harm, harm_at_1 = (harmed(passed, invalid, name) for name in (loose, tight))
     ahead = passed["TOPR, high rate, cut at 100"] - passed[loose]
     yield ("Untruncated importance sampling harms the model where gradients are cut at 100 "
            "(Figure 7, long answers)",
-           f"at rate {HIGH:g}: pass@1 {spread(passed[base])} to {spread(passed[loose])}, invalid "
-           f"{spread(invalid[base])} to {spread(invalid[loose])}, with gradients cut at 1 pass@1 "
+           f"at rate {HIGH:g}: pass@1 {spread(passed['base'])} to {spread(passed[loose])}, invalid "
+           f"{spread(invalid['base'])} to {spread(invalid[loose])}, with gradients cut at 1 pass@1 "
            f"{spread(passed[tight])}; TOPR, cut at 100, "
            f"{spread(passed['TOPR, high rate, cut at 100'])}",
-           verdict(harmed[loose] and ahead.min() > 0, harmed[loose] and not harmed[tight]))
+           verdict(harm and ahead.min() > 0, harm and not harm_at_1))
 
     shares = all_shares(result)
     best = max(shares, key=lambda name: passed[name].mean())
