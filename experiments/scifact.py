@@ -24,11 +24,7 @@ from experiments.pretrained import PRECISION, find_model
 
 OUT = "runs/search-scifact"
 RATES = (6e-6, 2e-5)
-ARMS = {
-    "positives only": {"loss": "sft"},
-    "TOPR": {"loss": "topr"},
-    "TOPR, share 0.5": {"loss": "topr", "positive_share": 0.5},
-}
+ARMS = {"positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
 LEARN, CHOOSE = 200, 100  # training queries to learn from; to choose rates and Rocchio's form on
 MEASURES = ("recall@100", "recall@10", "ndcg@10")  # the first columns of what search.py measures
 NDCG = MEASURES.index("ndcg@10")
