@@ -7,7 +7,7 @@
 SmolLM2 learns from demonstrations how to write an answer: that is the base policy. All arms learn
 from the same answers of the base policy to other training questions; a second round has further
 questions. Learning rates are chosen on validation questions; all is measured on SVAMP and on
-held-out questions of the training distribution. Keeps about 20 GB of policies in runs/smollm2.
+held-out questions of the training distribution. Keeps about 15 GB of policies in runs/smollm2.
 On a GPU add --processes 1.
 """
 
