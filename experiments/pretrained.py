@@ -85,7 +85,8 @@ def run(settings, each):
         arms |= measure_arms(settings, each, run, chosen, f"pretrained, rounds: {rounds}")
     once, twice = best["TOPR"], f"{best['TOPR']}, two rounds"
     pairs = [(name, "base") for name in arms if name != "base"]
-    pairs += [(once, "positives only"), (twice, "positives only, two rounds"), (twice, once)]
+    pairs += [(once, "positives only"), (twice, "positives only, two rounds"), (twice, once),
+              (once, "DPO"), ("TOPR", "truncated importance sampling")]
     return {"arms": arms, "best": best, "paired": differences(each, run, arms, pairs)}
 
 
@@ -252,27 +253,44 @@ def draw(result, path):
 
 def claims(result):
     best, arms = result["best"]["TOPR"], result["arms"]
-    paired = {name: parts["held out"] for name, parts in result["paired"].items()}
-    gain, ahead = paired[f"{best} minus base"], paired[f"{best} minus positives only"]
-    yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
-           f"135 million weights, pass@1 on held-out questions: base "
-           f"{spread(arms['base']['held out'])}, positives only "
-           f"{spread(arms['positives only']['held out'])}, {best} "
-           f"{spread(arms[best]['held out'])}: over the base {as_text(gain)}, over positives only "
-           f"{as_text(ahead)}",
-           verdict(gain["low"] > 0, ahead["low"] > 0))
+    truncated = "truncated importance sampling"
 
-    again, ahead = (paired[f"{best}, two rounds minus {other}"]
-                    for other in (best, "positives only, two rounds"))
+    def at(name):
+        return f"{name} {spread(arms[name]['held out'])}"
+
+    def gain(name, other):
+        return result["paired"][f"{name} minus {other}"]["held out"]
+
+    over_base, ahead = gain(best, "base"), gain(best, "positives only")
+    yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
+           f"135 million weights, pass@1 on held-out questions: {at('base')}, "
+           f"{at('positives only')}, {at(best)}: over the base {as_text(over_base)}, over "
+           f"positives only {as_text(ahead)}",
+           verdict(over_base["low"] > 0, ahead["low"] > 0))
+
+    twice, other = f"{best}, two rounds", "positives only, two rounds"
+    again, ahead = gain(twice, best), gain(twice, other)
     yield ("Sampling again and training again keeps helping (iterations, 135 million weights)",
-           f"pass@1 on held-out questions after a second round, with new questions: {best} "
-           f"{spread(arms[f'{best}, two rounds']['held out'])}, over one round {as_text(again)}, "
-           f"over two of positives only {as_text(ahead)}",
+           f"pass@1 on held-out questions after a second round, with new questions: {at(twice)}, "
+           f"over one round {as_text(again)}; {at(other)}: TOPR over that {as_text(ahead)}",
            verdict(again["low"] > 0, ahead["low"] > 0))
 
-    naive = paired["naive REINFORCE minus base"]
+    naive = gain("naive REINFORCE", "base")
     before, worst = (min(arms[name]["validation"].values()) for name in ("base", "naive REINFORCE"))
     yield ("Naive REINFORCE harms a pretrained model (Figures 1, 3)",
            f"pass@1 over the base at its best rate {as_text(naive)}; on the validation questions "
            f"{spread(worst)} at its worst rate, the base {spread(before)}",
            verdict(naive["high"] < 0, worst < before))
+
+    over_base, ahead = gain("DPO", "base"), gain(best, "DPO")
+    yield ("DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
+           f"pass@1 on held-out questions: {at('DPO')}, over the base {as_text(over_base)}; "
+           f"TOPR's best over DPO {as_text(ahead)}",
+           verdict(over_base["low"] > 0, ahead["low"] > 0))
+
+    ahead = gain("TOPR", truncated)
+    yield ("Right answers at full weight, wrong ones fading, is better than all of them fading "
+           "(Figure 7, 135 million weights)",
+           f"without a baseline, pass@1 on held-out questions: {at('TOPR')}, {at(truncated)}: "
+           f"{as_text(ahead)}",
+           verdict(ahead["low"] > 0))

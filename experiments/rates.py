@@ -35,7 +35,7 @@ def run(settings, each):
 
 def run_rate(settings, base, optimizer, rate):
     """pass@1 on validation questions after a pass of TOPR, and the log of step 20."""
-    if base == "pretrained":  # with AdamW a run that pretrained.py makes too
+    if base == "pretrained":  # the two larger rates with AdamW are runs of pretrained.py, too
         other = {} if optimizer == "adamw" else {"optimizer": optimizer}
         arm = {**pretrained.ARMS["TOPR, share 0.5"], **other}
         policy = pretrained.train_arm(settings, 0, arm, rate)

@@ -179,8 +179,6 @@ def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_pa
     monkeypatch.setattr(tasks, "load_task", word_problems)
     monkeypatch.setattr(pretrained, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(pretrained, "SEEDS", 2)
-    few = ("base", "TOPR", "TOPR, share 0.5", "positives only", "naive REINFORCE", "AsymRE")
-    monkeypatch.setattr(pretrained, "ARMS", {name: pretrained.ARMS[name] for name in few})
     parts = {"demonstrations": slice(0, 14), "round 1": slice(14, 18), "round 2": slice(18, 22),
              "held out": slice(22, 26), "validation": slice(26, 30), "SVAMP": slice(0, 4)}
     monkeypatch.setattr(pretrained, "QUESTIONS", parts)
