@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+import search
 import train
 import verifier
 from conftest import ROOT, shell
@@ -101,6 +102,10 @@ def test_scifact_from_its_rollouts_to_its_claims(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(scifact, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(scifact, "LEARN", 6)
     scifact.collection.cache_clear()
+    reward = search.reward  # the tiny policy earns nothing, and a share needs positives
+    monkeypatch.setattr(search, "reward", lambda *given: [
+        {**row, "reward": 1.0 if number % 4 == 0 else row["reward"]}
+        for number, row in enumerate(reward(*given))])
     with pytest.raises(Problem, match="--corpus DIR"):
         scifact.run(common.Settings(pretrained=tiny), in_this_process)
     settings = common.Settings(pretrained=tiny, corpus="library", quick=True)
@@ -111,6 +116,9 @@ def test_scifact_from_its_rollouts_to_its_claims(tiny, tmp_path, monkeypatch):
     result = read_json("result.json")
     assert result["gains"]["Rocchio minus no expansion, greedy"]["recall@100"]["mean"] > 0
     assert len(result["examples"]) == scifact.EXAMPLES and "TOPR" in result["examples"][0]
+    for name, arm in result["arms"].items():
+        policy = f"{scifact.OUT}/quick/{common.name_of(arm['settings'], arm['learning_rate'])}/policy"
+        assert read_json(f"{policy}/run.json")["settings"].items() >= scifact.ARMS[name].items()
     assert "ndcg@10" in scifact.show(result)
     check_claims_and_picture(scifact, result, tmp_path)
     monkeypatch.setattr(train, "train", None)
