@@ -5,6 +5,7 @@ import functools
 
 import search
 import train
+from engine.common import part_of
 from experiments.common import (
     bars, by_arm, by_seed, compare, name_of, picture, rows_of, show_arms, spread, verdict)
 
@@ -59,8 +60,8 @@ def run_expander(seed, arm, rate, split):
     rollouts = f"{settings.out}/rollouts.jsonl"
     settings.out += f"/{name_of(arm, rate)}"
     policy = f"{settings.out}/{settings.loss}"
-    train.train_once(search.arm_settings(settings, settings.loss, model=f"{OUT}/seed{seed}/base",
-                                         rollouts=rollouts, out=policy))
+    train.train_once(part_of(train.Settings, settings, model=f"{OUT}/seed{seed}/base",
+                             rollouts=rollouts, out=policy))
     return measure_once(settings, policy, settings.loss, split)
 
 

@@ -17,7 +17,7 @@ import search
 import train
 from data.rollouts import read_rollouts
 from engine.bm25 import analyse, is_common, read_texts, row_of, search as look_for, text_at
-from engine.common import Problem, table
+from engine.common import Problem, part_of, table
 from engine.measures import interval, interval_text, paired_interval
 from experiments.common import bars, best_arm, compare, name_of, picture, run_again, verdict
 from experiments.pretrained import PRECISION, find_model
@@ -79,11 +79,10 @@ def folder_of_arm(base, arm, rate):
 def run_arm(job, seed, arm, rate, split):
     base, index, topics = job()
     settings = dataclasses.replace(base, out=folder_of_arm(base, arm, rate), seed=seed,
-                                   learning_rate=rate, losses="", **arm)
+                                   learning_rate=rate, **arm)
     policy = f"{settings.out}/policy"
-    name, = search.arms_of(settings)  # the loss with its share
-    train.train_once(search.arm_settings(
-        settings, name, model=base.model, rollouts=f"{base.out}/rollouts.jsonl", out=policy))
+    train.train_once(part_of(train.Settings, settings, rollouts=f"{base.out}/rollouts.jsonl",
+                             out=policy))
     part = "test" if split == "test" else "choose"
     right = measure_policy(settings, index, topics[part], policy, part)
     means = {kind: float(right[kind][:, NDCG].mean()) for kind in right}
