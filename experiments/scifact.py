@@ -1,6 +1,6 @@
 """The query expander on real documents: SmolLM2 adds words to SciFact's queries.
 
-    python experiments/run.py scifact --corpus DIR      SciFact in BEIR's layout, about an hour
+    python experiments/run.py scifact --corpus DIR      SciFact in BEIR's layout, about 75 minutes
 
 The expanders are compared with no expansion and with Rocchio's, a classical one: the best words of
 the documents that the query itself finds, their number and weight chosen on the training queries.
@@ -19,13 +19,14 @@ from data.rollouts import read_rollouts
 from engine.bm25 import analyse, is_common, read_texts, row_of, search as look_for, text_at
 from engine.common import Problem, part_of, table
 from engine.measures import interval, interval_text, paired_interval
-from experiments.common import bars, best_arm, compare, name_of, picture, run_again, verdict
+from experiments.common import bars, compare, name_of, picture, run_again, verdict
 from experiments.pretrained import PRECISION, find_model
 
 OUT = "runs/search-scifact"
 RATES = (6e-6, 2e-5)
+CLAIMED = "TOPR, share 0.5"  # the README's advice where few are right
 ARMS = {"positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"},
-        "TOPR, share 0.5": {"loss": "topr", "positive_share": 0.5}}
+        CLAIMED: {"loss": "topr", "positive_share": 0.5}}
 LEARN, CHOOSE = 200, 100  # training queries to learn from; to choose rates and Rocchio's form on
 MEASURES = ("recall@100", "recall@10", "ndcg@10")  # the first columns of what search.py measures
 NDCG = MEASURES.index("ndcg@10")
@@ -50,8 +51,7 @@ def run(settings, each):
     arms = compare(once, each, run, ARMS, "scifact", RATES[1:] if settings.quick else RATES)
     for name, arm in arms.items():
         found[name] = run_again(each, run, arm, f"scifact: {name} by query")[0]["right"]
-    best = best_arm(arms, [name for name in arms if name.startswith("TOPR")])
-    return {"learned": learned, "queries": len(topics["test"]), "arms": arms, "best": best,
+    return {"learned": learned, "queries": len(topics["test"]), "arms": arms,
             "Rocchio": dict(zip(("documents", "words", "weight of the query"), form)),
             **compared(found), "used": {name: used(found[name]) for name in ("base", *arms)},
             "examples": examples(base, index, topics["test"], arms)}
@@ -196,14 +196,14 @@ def claims(result):
         sign = "+" if part == "gains" else ""
         return interval_text(result[part][f"{name}, sampled"]["ndcg@10"], sign)
 
-    shares, best = result["used"], result["best"]
-    others = ("no expansion", "base", "positives only")
-    over = [result["gains"][f"{best} minus {other}, sampled"]["ndcg@10"] for other in others]
-    expands = shares[best] >= shares["base"]  # what is faulty adds nothing, and does no harm
+    shares, others = result["used"], ("no expansion", "base", "positives only")
+    over = [result["gains"][f"{CLAIMED} minus {other}, sampled"]["ndcg@10"] for other in others]
+    expands = shares[CLAIMED] >= shares["base"]  # what is faulty adds nothing, and does no harm
     means = ", ".join(f"{name} {text(name)}" for name in ("no expansion", "Rocchio", *shares))
     faultless = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
     yield ("A pretrained model learns to expand the queries of a real collection (search)",
-           f"nDCG@10 on {result['queries']} SciFact queries: {means}; {best} over the base "
-           f"{text(f'{best} minus base', 'gains')}, over no expansion "
-           f"{text(f'{best} minus no expansion', 'gains')}; expansions without a fault: {faultless}",
+           f"nDCG@10 on {result['queries']} SciFact queries: {means}; {CLAIMED}, over the base "
+           f"{text(f'{CLAIMED} minus base', 'gains')}, over no expansion "
+           f"{text(f'{CLAIMED} minus no expansion', 'gains')}; expansions without a fault: "
+           f"{faultless}",
            verdict(*(expands and gain["low"] > 0 for gain in over)))
