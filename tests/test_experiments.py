@@ -109,7 +109,7 @@ def test_scifact_from_its_rollouts_to_its_claims(tiny, tmp_path, monkeypatch):
     with pytest.raises(Problem, match="--corpus DIR"):
         scifact.run(common.Settings(pretrained=tiny), in_this_process)
     settings = common.Settings(pretrained=tiny, corpus="library", quick=True)
-    _, _, parts = scifact.collection("library", tiny, True)
+    base, _, parts = scifact.collection("library", tiny, True)
     assert not parts["learn"].keys() & (parts["choose"].keys() | parts["test"].keys())
     result = scifact.run(settings, in_this_process)
     common.write_json("result.json", result)
@@ -117,8 +117,9 @@ def test_scifact_from_its_rollouts_to_its_claims(tiny, tmp_path, monkeypatch):
     assert result["gains"]["Rocchio minus no expansion, greedy"]["recall@100"]["mean"] > 0
     assert len(result["examples"]) == scifact.EXAMPLES and "TOPR" in result["examples"][0]
     for name, arm in result["arms"].items():
-        policy = f"{scifact.OUT}/quick/{common.name_of(arm['settings'], arm['learning_rate'])}/policy"
-        assert read_json(f"{policy}/run.json")["settings"].items() >= scifact.ARMS[name].items()
+        folder = scifact.folder_of_arm(base, arm["settings"], arm["learning_rate"])
+        trained = read_json(f"{folder}/policy/run.json")["settings"]
+        assert trained.items() >= scifact.ARMS[name].items()
     assert "ndcg@10" in scifact.show(result)
     check_claims_and_picture(scifact, result, tmp_path)
     monkeypatch.setattr(train, "train", None)
