@@ -282,7 +282,7 @@ def arms_of(settings):
 
 def arm_settings(settings, arm, **changes):
     """train.py's settings for one of the losses."""
-    parts = re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)(0?[.][0-9]+)?", arm)
+    parts = re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)([0-9]*[.]?[0-9]+(?:e-[0-9]+)?)?", arm)
     if not parts:
         raise Problem(f"--losses: {arm!r} is not a loss, or a loss with a share as topr:0.4")
     share = float(parts[2]) if parts[2] else None

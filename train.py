@@ -398,6 +398,9 @@ def train_once(settings, evaluate=None):
 def check_settings(settings):
     """What would only fail, or do nothing, after hours of work."""
     make_taper(settings)
+    share = settings.positive_share
+    if share is not None and not 0 <= share <= 1:
+        raise Problem(f"--positive-share {share}: a number from 0 to 1 is needed")
     if settings.rollouts and not os.path.isfile(settings.rollouts):
         raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")
     if settings.rounds > 1 and not settings.task:

@@ -390,6 +390,13 @@ def test_only_the_base_is_sampled_from_a_server(base, monkeypatch, capsys, tmp_p
     assert [server for _, _, server in servers[2:]] == [""] * 4, "measured here, base and trained"
 
 
+@pytest.mark.parametrize("share", [1.0, 0.0, 0.4, 1, 5e-5])
+def test_share_travels_in_the_name_of_an_arm(share):
+    asked = search.Settings(positive_share=share, losses=f"topr:{share}", corpus="c", model="m")
+    arms = [search.arm_settings(asked, arm) for arm in search.arms_of(asked)]
+    assert [(arm.loss, arm.positive_share) for arm in arms] == [("topr", share)]
+
+
 # ---- wrong input ----
 
 
@@ -397,8 +404,10 @@ def test_only_the_base_is_sampled_from_a_server(base, monkeypatch, capsys, tmp_p
     (["--corpus", "{small}"], "--corpus and --server need --model"),
     (["--corpus", "{small}/none", "--model", "{small}"], "corpus.jsonl: cannot be read"),
     (["--metric", "ndgc@10"], "no measure 'ndgc@10'"),
-    (["--losses", "sft,ppq"], "'ppq' is not a loss"), (["--losses", "topr:1.5"], "'topr1.5'"),
-    (["--positive-share", "2"], "'topr2.0'"), (["--losses", "sft,,topr"], "''"),
+    (["--losses", "sft,ppq"], "'ppq' is not a loss"), (["--losses", "sft,,topr"], "''"),
+    (["--losses", "topr:1.5"], "--positive-share 1.5: a number from 0 to 1"),
+    (["--losses", "topr:0.4x"], "'topr0.4x'"),
+    (["--positive-share", "2"], "--positive-share 2.0: a number from 0 to 1"),
     (["--server", "http://localhost:1/v1"], "--server need --model"),
     (["--shard"], "--shard needs more than one process"), (["--pos-limits", "x"], "--pos-limits"),
     (["--seeds", 0], "--seeds 0: 1 or more"), (["--repeats", 0], "--repeats 0: 1 or more"),
