@@ -308,7 +308,7 @@ def show_arms(arms, measures, title):
     rows = []
     for name, arm in arms.items():
         rate = ""
-        if "validation" in arm:
+        if "validation" in arm and name != "base":
             grid = list(map(float, arm["validation"]))
             at_edge = len(grid) > 1 and arm["learning_rate"] in (min(grid), max(grid))
             rate = f"{arm['learning_rate']:g}{'*' if at_edge else ' '}"
