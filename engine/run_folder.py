@@ -15,14 +15,13 @@ import signal
 import warnings
 
 import torch
-import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout  # a requirement of torch
 
 from engine.common import Problem, first_line, read_json, say, whole_file, write_json, writing
 from engine.parallel import barrier, from_first, is_sharded, rank, whole_weights
 from engine.sampler import Sampling
 
-DISK_ERRORS = (OSError, RuntimeError, dcp.api.CheckpointException)
+DISK_ERRORS = (OSError, RuntimeError)
 # what changes only memory or speed, or is compared by a fingerprint, may differ at resume
 FREE = {"out", "model", "rollouts", "task", "questions", "test_questions", "rounds", "eval_every",
         "checkpoint_every", "tokens_per_pass", "micro_batch", "pack_prompts",
@@ -135,13 +134,16 @@ def run_tensors(model, optimizer):
 
 def save_checkpoint(settings, model, optimizer, step):
     """Written beside and renamed: complete or not there."""
+    import torch.distributed.checkpoint as dcp  # takes a second, and most commands need none
+
     path = os.path.join(settings.out, f"checkpoint-{step:08}")
     beside = path + ".part"
     older = checkpoints(settings.out)
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()
-    with writing(path, DISK_ERRORS), quiet():  # safetensors: DCP's own format holds pickles
+    errors = (*DISK_ERRORS, dcp.api.CheckpointException)
+    with writing(path, errors), quiet():  # safetensors: DCP's own format holds pickles
         dcp.save(run_tensors(model, optimizer),
                  storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True))
     if rank() == 0:
@@ -164,6 +166,8 @@ def resume(settings, model, optimizer, run):
     path = from_first((checkpoints(settings.out) or [None])[-1])
     step, log = 0, []
     if path:
+        import torch.distributed.checkpoint as dcp
+
         try:
             step = read_json(os.path.join(path, "step.json"))["step"]
             with quiet(), torch.no_grad():

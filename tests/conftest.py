@@ -1,7 +1,11 @@
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are tiny; threads only fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +26,18 @@ def shell(*command, cwd=None, **environment):
     return subprocess.run([str(part) for part in command], cwd=cwd or ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=300,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **environment})
+
+
+def in_process(script, *options):
+    """shell(sys.executable, script, *options) without the seconds in which a new process imports torch."""
+    output, code = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        patch.setattr(sys, "argv", [str(script), *map(str, options)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return SimpleNamespace(returncode=code, stdout=output.getvalue())
 
 
 def torchrun(ranks, *command, **environment):

@@ -2,7 +2,6 @@
 start token."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 import eval as evaluation
 import train
-from conftest import ROOT, shell
+from conftest import ROOT, in_process
 from data import maths, tasks
 from data.rollouts import read_rollouts
 from data.tokens import all_token_ids
@@ -117,8 +116,7 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
     for row in rollouts[::2]:
         row["reward"] = 1.0
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
-    result = shell(
-        sys.executable,
+    result = in_process(
         ROOT / "train.py",
         "--model",
         chat,

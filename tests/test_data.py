@@ -3,11 +3,10 @@
 import itertools
 import json
 import random
-import sys
 
 import pytest
 
-from conftest import ROOT, shell
+from conftest import ROOT, in_process
 from data import apples
 from data.rollouts import as_labels, read_batches, read_rollouts, write_rollouts
 from data.tokens import all_token_ids, prompt_tokens
@@ -138,7 +137,7 @@ def test_export_for_other_trainers(tmp_path):
     path = written(tmp_path / "r.jsonl", {"id": "a", "completion": "4"}, {"id": "a", "completion": "5", "reward": -1, "answer": "5"},
                    {"id": "a", "completion": "6", "reward": -0.5}, {"id": "b", "completion": "7", "reward": -1},
                    {"id": "c", "completion": "8"}, {"id": "c", "completion": "9", "reward": -1, "prompt": "another"})
-    run = lambda *options: shell(sys.executable, ROOT / "data/rollouts.py", *options)
+    run = lambda *options: in_process(ROOT / "data/rollouts.py", *options)
     read = lambda name: [json.loads(line) for line in open(tmp_path / name)]
     assert run("export", path, tmp_path / "labels.jsonl").returncode == 0
     assert read("labels.jsonl")[:2] == [{"prompt": "2 + 2 ?", "completion": "4", "label": True},

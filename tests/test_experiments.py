@@ -13,7 +13,7 @@ import pytest
 import search
 import train
 import verifier
-from conftest import ROOT, shell
+from conftest import ROOT, in_process, shell
 from data import apples, library, long_apples, tasks
 from data.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem, read_json
@@ -311,8 +311,7 @@ def test_sigterm_ends_the_workers_too(tmp_path):
     (["colapse"], "no such finding; there are collapse"), (["--seeds", "0"], "1 or more"),
     (["shares", "--show"], "nowhere"), (["--show"], "there are no results")])
 def test_a_mistake_is_one_line(words, message, tmp_path):
-    result = shell(sys.executable, ROOT / "experiments/run.py", *words,
-                   "--out", tmp_path / "nowhere")
+    result = in_process(ROOT / "experiments/run.py", *words, "--out", tmp_path / "nowhere")
     assert result.returncode == 2 and message in result.stdout, result.stdout
     assert "Traceback" not in result.stdout, result.stdout
     assert not (tmp_path / "nowhere").exists()

@@ -1,12 +1,11 @@
 """A task of one's own: one file with questions(split) and grade(question, completion)."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT, shell
+from conftest import ROOT, in_process
 from data import tasks
 from engine.common import Problem
 
@@ -30,7 +29,7 @@ def grade(question, completion):
 
 
 def run(script, *options):
-    return shell(sys.executable, ROOT / script, *options)
+    return in_process(ROOT / script, *options)
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """A task of the user's own, and how every question gets its prompt."""
 
 import json
-import sys
 import time
 import types
 
 import pytest
 
 import eval as evaluation
-from conftest import ROOT, shell
+from conftest import ROOT, in_process
 from data import tasks, tokens
 from data.rollouts import read_rollouts
 from engine.common import Problem
@@ -66,7 +65,6 @@ def test_a_task_of_ones_own_is_sampled_and_measured(tiny, tmp_path):
     """--task took our names only."""
     path = own_task(tmp_path, SQUARES)
     command = [
-        sys.executable,
         ROOT / "eval.py",
         "--model",
         tiny,
@@ -77,14 +75,12 @@ def test_a_task_of_ones_own_is_sampled_and_measured(tiny, tmp_path):
         "--max-new-tokens",
         20,
     ]
-    result = shell(*command, "--out", tmp_path / "r.jsonl")
+    result = in_process(*command, "--out", tmp_path / "r.jsonl")
     assert result.returncode == 0 and "pass@2" in result.stdout, result.stdout
     rows = read_rollouts(tmp_path / "r.jsonl")
     assert len(rows) == 10 and rows[0]["id"] == "test-2" and rows[0]["split"] == "test"
     assert not any(" 7" in row["completion"] for row in rows)
-    result = shell(
-        sys.executable, ROOT / "eval.py", "--grade", tmp_path / "r.jsonl", "--task", path
-    )
+    result = in_process(ROOT / "eval.py", "--grade", tmp_path / "r.jsonl", "--task", path)
     assert result.returncode == 0 and "pass@1" in result.stdout, result.stdout
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import topr
 import train
-from conftest import ROOT, shell, torchrun
+from conftest import ROOT, in_process, shell, torchrun
 from data.rollouts import read_rollouts, write_rollouts
 from engine import batches, optim, run_folder, sampler
 from engine.common import Problem
@@ -34,11 +34,14 @@ def trained(tiny, rollouts, out, *options, ranks=0):
         "    seen.append(1)\n"
         "    return own(parameters, limit)\n"
         "torch.nn.utils.clip_grad_norm_ = record\n"
-        "train.run_main(train.main)\n")
+        "try:\n"
+        "    train.run_main(train.main)\n"
+        "finally:\n"
+        "    torch.nn.utils.clip_grad_norm_ = own\n")
     script = out.parent / f"{out.name}.py"
     script.write_text(code)
     command = [script, "--model", tiny, "--rollouts", rollouts, "--out", out, *RUN, *options]
-    result = torchrun(ranks, *command) if ranks else shell(sys.executable, *command)
+    result = torchrun(ranks, *command) if ranks else in_process(*command)
     assert result.returncode == 0, result.stdout
     log = [json.loads(line) for line in open(out / "log.jsonl")]
     return load_file(out / "model.safetensors"), log, torch.load(gradient)
@@ -310,14 +313,14 @@ def test_a_non_finite_step_stops_the_run(tiny, rollouts, tmp_path, monkeypatch):
 def test_help_and_mistyped_options(script):
     result = shell(sys.executable, ROOT / script, "--help")
     assert result.returncode == 0 and "--model" in result.stdout
-    result = shell(sys.executable, ROOT / script, "--mod", "x")  # no abbreviations either
+    result = in_process(ROOT / script, "--mod", "x")  # no abbreviations either
     assert result.returncode == 2 and "unrecognized arguments" in result.stdout
 
 
 def test_user_errors_are_one_line(tiny, rollouts, tmp_path):
     for command, words in ((["--model", tiny, "--rollouts", "nowhere.jsonl"], "nowhere.jsonl"),
                            (["--model", tmp_path / "nothing", "--rollouts", rollouts], "cannot be loaded")):
-        result = shell(sys.executable, ROOT / "train.py", *command, "--out", tmp_path / "out")
+        result = in_process(ROOT / "train.py", *command, "--out", tmp_path / "out")
         assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
         assert len(result.stdout.strip().splitlines()) == 1, result.stdout
 
