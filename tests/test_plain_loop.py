@@ -1,14 +1,13 @@
 """The README's plain loop is the specification of train.py: same loss, norm and weights."""
 
 import re
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, shell, torchrun
+from conftest import ROOT, in_process, torchrun
 from data.rollouts import read_rollouts, write_rollouts
 from engine import batches, run_folder, sampler
 
@@ -37,7 +36,7 @@ def test_train_does_what_the_plain_loop_does(tiny, rollouts, tmp_path, ranks):
     (tmp_path / "loop.py").write_text(plain_loop())
 
     def run(*command):
-        result = torchrun(ranks, *command) if ranks > 1 else shell(sys.executable, *command)
+        result = torchrun(ranks, *command) if ranks > 1 else in_process(*command)
         assert result.returncode == 0, result.stdout
         return result.stdout
 
