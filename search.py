@@ -82,7 +82,7 @@ class Settings(train.Optimisation, sampler.Sampling):
     queries: int = setting(0, "number of queries to learn from (0: all)")
     test_queries: int = setting(0, "number of queries to measure on (0: all)")
     k1: float = setting(0.9, "BM25's k1: how much further occurrences of a word add")
-    b: float = setting(0.4, "BM25's b, 0 to 1: how much the length of a document takes away")
+    b: float = setting(0.4, "BM25's b: how much the length of a document takes away", most=1)
     analyser: str = setting("simple", "how a text becomes words", tuple(ANALYSERS))
     # SciFact, 809 training queries: 77% have Recall@10 = 1 already, so that no expansion earns +1.
     # On the other 185, three words of a relevant document earn +1 in 68% of the cases, three words
@@ -283,7 +283,7 @@ def arms_of(settings):
 def arm_settings(settings, arm, **changes):
     """train.py's settings for one of the losses."""
     parts = re.fullmatch("(topr|reinforce|is|tis|sft|ppo|dpo)([0-9]*[.]?[0-9]+(?:e-[0-9]+)?)?", arm)
-    if not parts:
+    if not parts or float(parts[2] or 0) > 1:
         raise Problem(f"--losses: {arm!r} is not a loss, or a loss with a share as topr:0.4")
     share = float(parts[2]) if parts[2] else None
     return part_of(train.Settings, settings, loss=parts[1], positive_share=share, rounds=1,

@@ -44,7 +44,7 @@ class Optimisation:
                              main=True)
     epochs: int = setting(1, "passes over the file", least=1, main=True)
     positive_share: float | None = setting(
-        None, "effective share of positives to reach by the baseline", main=True)
+        None, "effective share of positives to reach by the baseline", most=1, main=True)
     baseline: float = setting(0.0, "c in A = R - c", least=-math.inf)
     pos_limits: str = setting("", "own range a,b of a positive's weight, for instance 1,1")
     neg_limits: str = setting("", "own range a,b of a negative's weight, for instance 0,1")
@@ -149,8 +149,8 @@ def train(settings, evaluate=None):
 
             # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
             parts = backward(policy, micro_batches, loss_function, units.size / data.ranks)
-            limit = settings.grad_clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
+                                                  settings.grad_clip or math.inf)
             norm = float(norm.full_tensor() if settings.shard else norm)
             metrics = step_metrics(gather(parts))
             if not math.isfinite(metrics["loss"] + norm):
@@ -246,7 +246,7 @@ def make_loss(settings, data):
     if settings.loss == "dpo":
         return partial(topr.dpo_loss, beta=settings.dpo_beta)
     rewards, baseline = data.rewards[data.units], settings.baseline
-    is_binary = set(np.unique(rewards)) <= {-1.0, 1.0}
+    is_binary = (np.abs(rewards) == 1).all()
     if settings.positive_share is not None:
         if settings.baseline or not is_binary:
             raise Problem("--positive-share needs rewards of +1 and -1, and no --baseline")
@@ -398,9 +398,6 @@ def train_once(settings, evaluate=None):
 def check_settings(settings):
     """What would only fail, or do nothing, after hours of work."""
     make_taper(settings)
-    share = settings.positive_share
-    if share is not None and not 0 <= share <= 1:
-        raise Problem(f"--positive-share {share}: a number from 0 to 1 is needed")
     if settings.rollouts and not os.path.isfile(settings.rollouts):
         raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")
     if settings.rounds > 1 and not settings.task:

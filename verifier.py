@@ -45,7 +45,7 @@ class Settings(train.Optimisation, sampler.Sampling):
     questions: int = setting(0, "training questions (0: all)")
     test_questions: int = setting(0, "held-out questions (0: all)")
     test_fraction: float = setting(0.25, "held-out fraction of the questions, without "
-                                   "--test-solutions")
+                                   "--test-solutions", most=1)
     solutions_per_question: int = setting(0, "solutions of each question (0: all)")
     candidates: int = setting(0, "training solutions, half of them right (0: all)")
     longest: int = setting(4000, "characters shown of a solution; a longer one loses its middle")

@@ -40,9 +40,9 @@ class Stopped(Problem):
 # ---- settings: a dataclass per script, each field with its sentence ----
 
 
-def setting(default, help, choices=None, least=0, main=False):
-    """A field of a settings class: below `least` a number is an error; `main` ones lead --help."""
-    metadata = {"help": help, "choices": choices, "least": least, "main": main}
+def setting(default, help, choices=None, least=0, most=sys.float_info.max, main=False):
+    """A field of a settings class: a number from `least` to `most`; `main` ones lead --help."""
+    metadata = {"help": help, "choices": choices, "limits": (least, most), "main": main}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -59,9 +59,10 @@ def parse(settings_class, argv=None, description=None, **defaults):
                    defaults.get(field.name, field.default))
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in fields:
-        value, least = getattr(settings, field.name), field.metadata["least"]
-        if type(value) in (int, float) and not least <= value < float("inf"):
-            raise Problem(f"{option_name(field.name)} {value}: {least} or more is required")
+        value, (least, most) = getattr(settings, field.name), field.metadata["limits"]
+        if type(value) in (int, float) and not least <= value <= most:
+            limits = f"{least} to {most}" if most < sys.float_info.max else f"{least} or more"
+            raise Problem(f"{option_name(field.name)} {value}: {limits} is required")
     return settings
 
 
