@@ -36,7 +36,7 @@ class Sampling:
     temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
     top_p: float = setting(1.0, "sample from the likeliest tokens of this probability", least=0.001,
-                          most=1)
+                           most=1)
     max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True)
     batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 256)")
     seed: int = setting(0, "of the sampling, the data order, generated questions", main=True)
