@@ -15,9 +15,10 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from data.rollouts import read_rollouts, write_rollouts
-from data.tasks import OURS, load_questions, load_task
-from data.tokens import stop_position
+from engine.rollouts import read_rollouts, write_rollouts
+from data import OURS, load_task
+from engine.tasks import load_questions
+from engine.tokens import stop_position
 from engine.common import (Problem, draw_lines, parse, read_json, run_main, say, setting, table,
                            write_json)
 from engine.measures import interval, interval_text, measure, report
@@ -37,8 +38,6 @@ class Settings(Sampling):
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
-    answer_marker: str = setting("", "words before an answer, for the tasks of data/maths.py "
-                                 "(none: The answer is)")
 
 
 def evaluate(model, tokenizer, task, settings, split, questions, out="", what="sampling",
@@ -147,8 +146,7 @@ def report_change(settings, before, after, points):
 def main():
     settings = parse(Settings, description=__doc__)
     start_ranks()
-    marker = {"marker": settings.answer_marker} if settings.answer_marker else {}
-    task = load_task(settings.task, **marker)
+    task = load_task(settings.task)
     if settings.grade:
         rows = regrade(settings.grade, task)
         measures = measure(rows, settings.seed, same_answer=task.same_answer)

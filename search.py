@@ -22,8 +22,8 @@ import numpy as np
 
 import train
 from data import library
-from data.rollouts import write_rollouts
-from data.tasks import render_prompt, without_marks
+from engine.rollouts import write_rollouts
+from engine.tasks import render_prompt, without_marks
 from engine import measures, run_folder, sampler
 from engine.bm25 import (
     ANALYSERS,

@@ -22,7 +22,7 @@ import torch
 import eval as evaluation
 import topr
 from data import apples
-from data.rollouts import file_fingerprint, write_rollouts
+from engine.rollouts import file_fingerprint, write_rollouts
 from engine import batches, optim, run_folder
 from engine.common import (Problem, Stopped, free_memory, parse, progress,
                            read_json, run_main, say, seed_everything, setting, write_json,

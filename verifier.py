@@ -19,9 +19,10 @@ import re
 import numpy as np
 
 import train
-from data import apples, tasks
+from data import apples, load_task
+from engine import tasks
 from data.grade import read_answer, same_maths
-from data.rollouts import read_rollouts, short_hash, write_rollouts
+from engine.rollouts import read_rollouts, short_hash, write_rollouts
 from engine import measures, sampler
 from engine.common import (
     Problem, draw_lines, parse, part_of, progress, run_main, say, setting, table, write_json)
@@ -464,7 +465,7 @@ def embedded(settings):
     settings = dataclasses.replace(
         settings, out=out, model=f"{out}/untrained", solutions=f"{out}/solutions.jsonl",
         test_solutions=f"{out}/test-solutions.jsonl")
-    task = tasks.load_task("apples")
+    task = load_task("apples")
     for split, path, count, own_seed in (
             ("train", settings.solutions, settings.questions, seed),
             ("test", settings.test_solutions, settings.test_questions, seed + 1)):

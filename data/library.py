@@ -14,7 +14,7 @@ import random
 import zlib
 from itertools import combinations
 
-from data.rollouts import write_rollouts
+from engine.rollouts import write_rollouts
 from engine.common import whole_file
 
 # Two everyday words, then three technical terms. Lines 1 and 2, 3 and 4 ... are easily confused.

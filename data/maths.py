@@ -27,7 +27,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find data/
 from data.grade import combine, last_boxed, read_answer, same_maths, same_number
-from data.rollouts import write_rollouts
+from engine.rollouts import write_rollouts
 from engine.common import Problem, parse, run_main, say, setting
 
 # Name -> split -> address, SHA-256, questions. The MATH checksums are those of the Git LFS pointers
@@ -292,7 +292,7 @@ Question: What is the midpoint of the segment from $(1, 4)$ to $(5, -2)$?
 Answer: Its coordinates are the means $\\frac{1 + 5}{2} = 3$ and $\\frac{4 - 2}{2} = 1$. \
 The answer is $(3, 1)$.""",
 }
-TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}  # data/tasks.py makes the prompts
+TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}  # engine/tasks.py makes the prompts
 
 
 def task(name):
@@ -300,9 +300,9 @@ def task(name):
     parts = types.SimpleNamespace(**TASKS[name], STOP=[STOP])
     parts.questions = functools.partial(load_questions, name)
 
-    def grade(question, completion, marker="The answer is"):
+    def grade(question, completion):
         """(answer or None, reward +1 or -1)"""
-        answer = read_answer(completion.partition(STOP)[0], marker)
+        answer = read_answer(completion.partition(STOP)[0])
         return answer, 1.0 if parts.same_answer(answer, question["gold"]) else -1.0
 
     parts.grade = grade

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import topr
-from data.rollouts import MOST_FAULTS, check_file, file_fingerprint, read_batches, short_hash
-from data.tokens import all_token_ids, end_token_of, foreign_tokens
+from engine.rollouts import MOST_FAULTS, check_file, file_fingerprint, read_batches, short_hash
+from engine.tokens import all_token_ids, end_token_of, foreign_tokens
 from engine.common import Problem, first_line, progress, say, whole_file
 from engine.parallel import barrier, from_first, rank, sum_over_ranks, world
 

@@ -15,7 +15,7 @@ from array import array
 
 import numpy as np
 
-from data.rollouts import file_fingerprint, read_lines
+from engine.rollouts import file_fingerprint, read_lines
 from engine.common import Problem, read_json, say, whole_file, write_json
 
 ANALYSERS = {"simple": "[a-z0-9]+", "unicode": r"\w+"}  # what a word is; unicode: beyond English

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data.rollouts import read_rollouts, short_hash, to_line
-from data.tasks import one_line
-from data.tokens import end_tokens, prompt_tokens, until_stop
+from engine.rollouts import read_rollouts, short_hash, to_line
+from engine.tasks import one_line
+from engine.tokens import end_tokens, prompt_tokens, until_stop
 from engine import server
 from engine.batches import can_pack, completions_per_row, pack
 from engine.common import Problem, free_memory, progress, say, setting, whole_file, writing
@@ -45,7 +45,6 @@ class Sampling:
                            "small ones count", ("auto", "float32", "bfloat16"))
     precision: str = setting("float32", "compute dtype (for the weights see --weights)",
                              ("float32", "bfloat16"))
-    system: str = setting("", "system message of every chat prompt; precedes a plain prompt")
     template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
                                       '{"enable_thinking": false}')
     plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one")

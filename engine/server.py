@@ -17,8 +17,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from data.rollouts import short_hash
-from data.tokens import end_token_of, stop_position, until_stop
+from engine.rollouts import short_hash
+from engine.tokens import end_token_of, stop_position, until_stop
 from engine.common import Problem
 
 LARGEST = 64 * 2**20  # bytes; a longer answer is not read to its end

@@ -20,8 +20,10 @@ import torch
 
 import eval as evaluation
 import train
-from data import apples, long_apples, tasks
-from data.rollouts import read_rollouts, write_rollouts
+from data import apples, load_task
+from engine import tasks
+from experiments import long_apples
+from engine.rollouts import read_rollouts, write_rollouts
 from engine import sampler
 from engine.common import Problem, Stopped, progress, read_json, setting, table, write_json
 from engine.measures import measure
@@ -268,7 +270,7 @@ def run_again(each, run, arm, what):
 def sample_answers(model, tokenizer, seed, split, base="small", samples=SAMPLES):
     """Rollout rows: graded answers to the questions of a split."""
     settings = train.Settings(**JOBS[base], samples=samples, seed=seed + 1)
-    task = tasks.load_task(settings.task)
+    task = load_task(settings.task)
     count = QUESTIONS["validation"].stop
     questions = tasks.load_questions(task, "test", count, settings.seed, tokenizer, settings)
     return sampler.sample_rollouts(model, tokenizer, questions[QUESTIONS[split]], task.grade,

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 import train
-from data import tasks
-from data.rollouts import write_rollouts
+from data import load_task
+from engine import tasks
+from engine.rollouts import write_rollouts
 from engine import sampler
 from engine.common import Problem, first_line, table
 from engine.measures import interval_text, paired_interval
@@ -145,7 +146,7 @@ def convert(wheel, folder):
 
 def read_questions(settings, part):
     """SVAMP is the test set; the other parts are slices of the shuffled training set."""
-    rows = list(tasks.load_task("svamp").questions("test" if part == "SVAMP" else "train"))
+    rows = list(load_task("svamp").questions("test" if part == "SVAMP" else "train"))
     random.Random(0).shuffle(rows)
     rows = rows[QUESTIONS[part]]
     if settings.quick and part != "demonstrations":  # with fewer the base policy is no use
@@ -187,7 +188,7 @@ def sample(settings, policy, part, out, **changes):
     questions = read_questions(settings, part)
     sampling = train.Settings(max_new_tokens=64, batch_size=128, precision=PRECISION)
     return sampler.sample_once(sampling, policy, lambda tokenizer: questions,
-                               tasks.load_task("svamp").grade, out, **changes)
+                               load_task("svamp").grade, out, **changes)
 
 
 def sample_rollouts(settings, policy, seed, number=0):

@@ -15,7 +15,7 @@ import numpy as np
 
 import search
 import train
-from data.rollouts import read_rollouts
+from engine.rollouts import read_rollouts
 from engine.bm25 import analyse, is_common, read_texts, row_of, search as look_for, text_at
 from engine.common import Problem, part_of, table
 from engine.measures import interval, interval_text, paired_interval

@@ -56,17 +56,18 @@ def eval_settings(**changes):
 
 
 def apples_questions(tokenizer, settings, count, split="test"):
-    from data import tasks
+    from data import load_task
+    from engine import tasks
 
-    return tasks.load_questions(tasks.load_task("apples"), split, count, settings.seed, tokenizer, settings)
+    return tasks.load_questions(load_task("apples"), split, count, settings.seed, tokenizer, settings)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A directory with the embedded task's tokenizer and a two-layer model that has seen a few demonstrations."""
     import train
-    from data import apples
-    from data.rollouts import write_rollouts
+    from data import apples, load_task
+    from engine.rollouts import write_rollouts
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = apples.make_tokenizer(apples.vocabulary())
@@ -81,7 +82,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rollouts(tiny, tmp_path_factory):
     """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, some rewards set to +1."""
-    from data.rollouts import write_rollouts
+    from engine.rollouts import write_rollouts
     from engine import sampler
 
     path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"

@@ -16,8 +16,8 @@ from conftest import ROOT, eval_settings, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import topr
-from data import apples
-from data.rollouts import read_rollouts, write_rollouts
+from data import apples, load_task
+from engine.rollouts import read_rollouts, write_rollouts
 
 sys.path.insert(0, str(ROOT / "docs/recipes"))
 RATE, STEP = 0.3, 8  # learning rate, and sequences of an optimizer step
@@ -221,7 +221,8 @@ def test_lora_trains_above_its_base(tmp_path):
     """Guards against an adapter that learns nothing, or is not in the model that is saved."""
     peft_lora = recipe("peft_lora", "peft")
     import train
-    from data import tasks
+    from data import load_task
+    from engine import tasks
     from engine import measures, sampler
 
     base = train.base_policy(str(tmp_path), seed=0, steps=500, width=64, layers=2)
@@ -229,7 +230,7 @@ def test_lora_trains_above_its_base(tmp_path):
     def measure(name, split, count, out=""):
         settings = eval_settings(model=name, samples=16, max_new_tokens=40)
         model, tokenizer = sampler.load_model(name, settings, "cpu")
-        task = tasks.load_task("apples")
+        task = load_task("apples")
         questions = tasks.load_questions(task, split, count, 0, tokenizer, settings)
         rows = sampler.sample_rollouts(model, tokenizer, questions, apples.grade, settings, out)
         return measures.measure(rows)["pass@1"]

@@ -13,9 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 import eval as evaluation
 import train
 from conftest import ROOT, in_process
-from data import maths, tasks
-from data.rollouts import read_rollouts
-from data.tokens import all_token_ids
+from data import maths, load_task
+from engine import tasks
+from engine.rollouts import read_rollouts
+from engine.tokens import all_token_ids
 from engine import sampler
 from engine.measures import measure
 
@@ -67,7 +68,7 @@ def chat(tmp_path_factory):
 
 
 def gsm8k_questions(tokenizer, settings):
-    return tasks.load_questions(tasks.load_task("gsm8k"), settings.split, 0, 0, tokenizer, settings)
+    return tasks.load_questions(load_task("gsm8k"), settings.split, 0, 0, tokenizer, settings)
 
 
 def test_both_end_tokens_are_known(chat):
@@ -78,7 +79,7 @@ def test_both_end_tokens_are_known(chat):
 def test_prompts_go_through_the_template_once(chat):
     _, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     row = {"id": "q", "question": "How many? <|im_end|>"}
-    prompt = tasks.make_prompt(tasks.load_task("gsm8k"), row, tokenizer, evaluation.Settings())
+    prompt = tasks.make_prompt(load_task("gsm8k"), row, tokenizer, evaluation.Settings())
     ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer, 0)[0]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert (
@@ -105,7 +106,7 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
         model,
         tokenizer,
         gsm8k_questions(tokenizer, settings),
-        tasks.load_task("gsm8k").grade,
+        load_task("gsm8k").grade,
         settings,
         out,
     )
@@ -140,7 +141,7 @@ def test_sample_grade_train_sample(chat, tmp_path, monkeypatch):
             trained,
             tokenizer,
             gsm8k_questions(tokenizer, settings),
-            tasks.load_task("gsm8k").grade,
+            load_task("gsm8k").grade,
             settings,
         )
     )

@@ -8,8 +8,8 @@ import pytest
 
 from conftest import ROOT, in_process
 from data import apples
-from data.rollouts import as_labels, read_batches, read_rollouts, write_rollouts
-from data.tokens import all_token_ids, prompt_tokens
+from engine.rollouts import as_labels, read_batches, read_rollouts, write_rollouts
+from engine.tokens import all_token_ids, prompt_tokens
 from engine.common import Problem, table, whole_file
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as evaluation
 from conftest import ROOT, apples_questions, shell, torchrun
-from data import tasks
-from data.rollouts import read_rollouts, write_rollouts
+from data import load_task
+from engine import tasks
+from engine.rollouts import read_rollouts, write_rollouts
 from engine import sampler
 from engine import measures
 from engine.measures import measure
@@ -158,7 +159,8 @@ def test_several_end_tokens_and_cut_completions():
 ROWS = """
 import sys
 import train
-from data import tasks
+from data import load_task
+from engine import tasks
 from engine import parallel, sampler
 from engine.common import run_main
 model, out, samples, seed = sys.argv[1:]
@@ -166,7 +168,7 @@ model, out, samples, seed = sys.argv[1:]
 def main():
     parallel.start_ranks()
     settings = train.Settings(samples=int(samples), seed=int(seed), max_new_tokens=8)
-    task = tasks.load_task("apples")
+    task = load_task("apples")
     questions = lambda tokenizer: tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
     rows = sampler.sample_once(settings, model, questions, task.grade, out)
     print("rows", parallel.gather((len(rows), len(set(row["id"] for row in rows)))), flush=True)
@@ -241,7 +243,7 @@ def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
         model,
         tokenizer,
         questions,
-        tasks.load_task("apples").grade,
+        load_task("apples").grade,
         settings,
         str(tmp_path / "r.jsonl"),
     )
@@ -266,7 +268,7 @@ def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
     )
     questions, grade, graded = (
         apples_questions(tokenizer, settings, settings.questions),
-        tasks.load_task("apples").grade,
+        load_task("apples").grade,
         [],
     )
 
@@ -421,7 +423,7 @@ def test_grading_an_existing_file(tmp_path):
     del rows[1]["gold"]
     write_rollouts(tmp_path / "old.jsonl", rows)
     with pytest.raises(Problem, match='old.jsonl: rollout 2 .* has no "gold"'):
-        evaluation.regrade(str(tmp_path / "old.jsonl"), tasks.load_task("apples"))
+        evaluation.regrade(str(tmp_path / "old.jsonl"), load_task("apples"))
 
 
 def test_a_prompt_without_room_is_named(tiny):
@@ -444,7 +446,7 @@ def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys)
     wish = evaluation.Settings(model=tiny, questions=3, samples=2, max_new_tokens=8)
     questions, grade = (
         apples_questions(tokenizer, wish, wish.questions),
-        tasks.load_task("apples").grade,
+        load_task("apples").grade,
     )
     out = str(tmp_path / "rollouts.jsonl")
     first = sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out)

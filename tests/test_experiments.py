@@ -14,8 +14,10 @@ import search
 import train
 import verifier
 from conftest import ROOT, in_process, shell
-from data import apples, library, long_apples, tasks
-from data.rollouts import read_rollouts, write_rollouts
+from data import apples, library, load_task
+from engine import tasks
+from experiments import long_apples
+from engine.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem, read_json
 from experiments import collapse, common, importance, long, negatives, pretrained, queries, rates
 from experiments import rounds, run, scifact, shares, verdicts
@@ -248,7 +250,7 @@ def test_test_and_validation_and_training_questions_are_different():
     """What was trained on must not be measured."""
 
     def questions(split, count, seed):
-        apples = tasks.load_task("apples")
+        apples = load_task("apples")
         rows = tasks.load_questions(apples, split, count, seed, None, train.Settings())
         return [row["question"] for row in rows]
 

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing quiet: wrong input, hostile content, ranks that are lost. The long tallies are in tests/faults.py."""
+"""Nothing lost, nothing quiet: wrong input, hostile content, ranks that are lost. The long tallies are in tools/faults.py."""
 
 import errno
 import gzip
@@ -15,8 +15,8 @@ import torch
 import train
 from conftest import ROOT, shell, torchrun
 from data import apples
-from data.rollouts import write_rollouts
-from data.tokens import foreign_tokens
+from engine.rollouts import write_rollouts
+from engine.tokens import foreign_tokens
 from engine import batches, common, sampler
 from engine.common import Problem, visible, whole_file
 
@@ -196,7 +196,7 @@ def flipped_files(model, rollouts, folder, times, seed=0):
 
 
 def test_flipped_bytes(policy, good, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["data.rollouts"], "progress", lambda *_, **__: common.tqdm(disable=True))
+    monkeypatch.setattr(sys.modules["engine.rollouts"], "progress", lambda *_, **__: common.tqdm(disable=True))
     path = in_a_file(tmp_path, *[{**good, "id": str(number)} for number in range(4)])
     refused, read_well = flipped_files(policy[0], path, tmp_path, 2000)
     assert refused + read_well == 2000 and refused > 50 and read_well > 50

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import apples, maths, tasks  # noqa: E402
+from data import apples, maths
+from engine import tasks  # noqa: E402
 from engine.common import Problem  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"

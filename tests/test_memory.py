@@ -78,7 +78,7 @@ def test_further_rounds_start_with_the_memory_of_the_first(tmp_path):
 
 def test_the_table_of_the_documents():
     """The table in the documents was predicted by a formula that no longer exists."""
-    result = shell(sys.executable, ROOT / "tests/gpu.py", "count")
+    result = shell(sys.executable, ROOT / "tools/gpu.py", "count")
     assert result.returncode == 0, result.stdout
     text = (ROOT / "docs/performance.md").read_text()
     written = [line.strip() for line in text.splitlines()]
@@ -88,7 +88,7 @@ def test_the_table_of_the_documents():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure this GPU")
 def test_the_gpu_script_without_a_gpu_says_so():
-    result = shell(sys.executable, ROOT / "tests/gpu.py")
+    result = shell(sys.executable, ROOT / "tools/gpu.py")
     assert result.returncode == 0 and result.stdout == (
         "no GPU on this machine: nothing was measured\n")
 
@@ -96,7 +96,7 @@ def test_the_gpu_script_without_a_gpu_says_so():
 @pytest.mark.slow
 def test_the_gpu_script_runs_at_tiny_size():
     """Its parts had never run anywhere: a GPU is lent for minutes, too few to correct names."""
-    result = subprocess.run([sys.executable, ROOT / "tests/gpu.py", "--tiny"], cwd=ROOT, text=True,
+    result = subprocess.run([sys.executable, ROOT / "tools/gpu.py", "--tiny"], cwd=ROOT, text=True,
                             capture_output=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     for part in ("step-8b", "packed", "sampling", "checkpoint", "resume", "embedded", "suite"):

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import eval as evaluation
 from conftest import ROOT, apples_questions, shell
-from data import tasks, tokens
-from data.rollouts import read_rollouts
+from data import load_task
+from engine import tasks, tokens
+from engine.rollouts import read_rollouts
 from engine import sampler
 from engine.common import Problem, run_main
 
@@ -333,7 +334,7 @@ def test_a_finished_file_is_extended(tiny, tmp_path):
     """More samples on a finished file were refused; a refusal did not say what differs."""
     few, many = (evaluation.Settings(model=tiny, samples=n, max_new_tokens=20) for n in (3, 5))
     model, tokenizer = sampler.load_model(tiny, few, "cpu")
-    questions, grade = apples_questions(tokenizer, few, 6), tasks.load_task("apples").grade
+    questions, grade = apples_questions(tokenizer, few, 6), load_task("apples").grade
     out, whole = str(tmp_path / "r.jsonl"), str(tmp_path / "whole.jsonl")
     first = sampler.sample_rollouts(model, tokenizer, questions, grade, few, out)
     calls = []

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT, in_process
-from data import tasks
+from data import load_task
+from engine import tasks
 from engine.common import Problem
 
 TASK = '''
@@ -82,7 +83,7 @@ def test_test_questions_are_not_trained_on(tiny, task, tmp_path):
 def test_a_broken_task_is_one_line(task, broken, words):
     task.write_text(broken)
     with pytest.raises(Problem) as error:
-        ours = tasks.load_task(str(task))
+        ours = load_task(str(task))
         settings = SimpleNamespace(plain_prompt=True, system="", template_arguments="{}")
         for question in tasks.load_questions(ours, "test", 0, 0, None, settings):
             ours.grade(question, "The answer is 5 .")

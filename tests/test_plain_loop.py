@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, in_process, torchrun
-from data.rollouts import read_rollouts, write_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine import batches, run_folder, sampler
 
 OPTIONS = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 64, "--mu", "start"]

@@ -23,7 +23,8 @@ import topr
 import train
 import verifier
 from conftest import ROOT, shell
-from data import maths, rollouts, tasks
+from data import maths, load_task
+from engine import rollouts, tasks
 from engine.common import parse
 from experiments import run as experiments
 
@@ -40,7 +41,7 @@ WORDS = {"experiments/run.py": set(experiments.ALL), "data/maths.py": set(maths.
 MODULES = [importlib.import_module(name) for name in (
     "topr", "train", "eval", "verifier", "search", "experiments.run", "experiments.common",
     "experiments.shares", "engine.batches", "engine.optim", "engine.bm25", "data.maths",
-    "data.tasks", "data.rollouts")]
+    "engine.tasks", "engine.rollouts")]
 OF_OTHERS = {"json.loads", "generate", "--max-restarts 3", "--nproc-per-node 8", "chosen",
              "rejected", "label", "features", "detach", "model.train()",
              'datasets.load_dataset("json", data_files=...)',
@@ -199,7 +200,7 @@ def my_task(tmp_path):
 def test_the_task_is_one(my_task):
     """Its questions get prompts, no question is in both splits, and its grader tells right from
     wrong from invalid."""
-    task, settings = tasks.load_task(str(my_task)), evaluation.Settings()
+    task, settings = load_task(str(my_task)), evaluation.Settings()
     splits = [tasks.load_questions(task, split, 0, 0, None, settings)
               for split in ("train", "test")]
     assert [len(split) for split in splits] == [1000, 250]
@@ -326,7 +327,7 @@ def test_the_claims_are_those_of_the_results():
 DIFFS = re.findall(r"```diff\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.DOTALL)
 CHECKS = (
     "import train; print(train.make_taper(train.Settings(loss='half')).neg == (0, 0.5))",
-    "from data import tasks; task = tasks.load_task('mine'); "
+    "from data import tasks; task = load_task('mine'); "
     "print(task.grade(next(iter(task.questions('test'))), 'The answer is 7.') == ('7', 1.0))")
 
 

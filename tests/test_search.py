@@ -18,7 +18,7 @@ import search
 import train
 from conftest import shell, torchrun
 from data import library
-from data.rollouts import read_rollouts
+from engine.rollouts import read_rollouts
 from engine import measures
 from engine.common import Problem, run_main
 

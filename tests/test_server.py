@@ -22,9 +22,10 @@ import pytest
 import eval as evaluation
 import train
 from conftest import ROOT, apples_questions
-from data import tasks
-from data.rollouts import read_rollouts
-from data.tokens import prompt_tokens
+from data import load_task
+from engine import tasks
+from engine.rollouts import read_rollouts
+from engine.tokens import prompt_tokens
 from engine import sampler, server
 from engine.common import Problem, run_main
 
@@ -351,7 +352,7 @@ def test_the_file_trains(tiny, tmp_path):
             lambda question, text: (text, 1.0 if "3" in text else -1.0),
         )
         measures = evaluation.evaluate(
-            None, sampler.load_tokenizer(tiny), tasks.load_task("apples"), settings, "test", 6
+            None, sampler.load_tokenizer(tiny), load_task("apples"), settings, "test", 6
         )
         assert measures["greedy"] and {body["temperature"] for body in fake.asked} == {0.0, 1.0}
     train.train(

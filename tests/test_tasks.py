@@ -8,8 +8,9 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT, in_process
-from data import tasks, tokens
-from data.rollouts import read_rollouts
+from data import load_task
+from engine import tasks, tokens
+from engine.rollouts import read_rollouts
 from engine.common import Problem
 
 SQUARES = """
@@ -127,7 +128,7 @@ def test_a_task_of_ones_own_is_sampled_and_measured(tiny, tmp_path):
 def test_a_broken_task_is_one_line(tmp_path, text, said):
     path = own_task(tmp_path, text)
     with pytest.raises(Problem) as problem:
-        prompts(tasks.load_task(path), PLAIN)
+        prompts(load_task(path), PLAIN)
     assert (
         path in str(problem.value) and said in str(problem.value) and "\n" not in str(problem.value)
     )
@@ -152,30 +153,30 @@ def test_a_grade_that_is_none_is_one_line(tmp_path, returned):
         f"def questions(split): return []\ndef grade(question, completion): return {returned}",
     )
     with pytest.raises(Problem, match=f"{path}: grade of question 'q7'"):
-        tasks.load_task(path).grade({"id": "q7"}, "text")
+        load_task(path).grade({"id": "q7"}, "text")
     fine = own_task(
         tmp_path, "def questions(split): return []\ndef grade(question, completion): return None, 0"
     )
-    assert tasks.load_task(fine).grade({"id": "q7"}, "text") == (None, 0.0)
+    assert load_task(fine).grade({"id": "q7"}, "text") == (None, 0.0)
 
 
 def test_another_marker():
     """eval.py --answer-marker."""
     question = {"id": "a", "gold": "5"}
-    assert tasks.load_task("gsm8k", marker="A:").grade(question, "A: 5") == ("5", 1.0)
-    assert tasks.load_task("gsm8k").grade(question, "A: 5") == (None, -1.0)
+    assert load_task("gsm8k", marker="A:").grade(question, "A: 5") == ("5", 1.0)
+    assert load_task("gsm8k").grade(question, "A: 5") == (None, -1.0)
 
 
 def test_unknown_names_are_one_line(tmp_path):
     with pytest.raises(Problem, match="--task gsm9k.*apples, gsm8k"):
-        tasks.load_task("gsm9k")
+        load_task("gsm9k")
     with pytest.raises(Problem, match="missing.py: cannot be imported"):
-        tasks.load_task(str(tmp_path / "missing.py"))
+        load_task(str(tmp_path / "missing.py"))
 
 
 def test_how_many_questions(tmp_path):
     """0 is all, or 250 of a generated task, which may go on for ever."""
-    listed = tasks.load_task(own_task(tmp_path, SQUARES))
+    listed = load_task(own_task(tmp_path, SQUARES))
     endless = types.SimpleNamespace(
         **{
             **vars(listed),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import topr
 import train
 from conftest import ROOT, in_process, shell, torchrun
-from data.rollouts import read_rollouts, write_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine import batches, optim, run_folder, sampler
 from engine.common import Problem
 

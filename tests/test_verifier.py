@@ -14,7 +14,7 @@ import train
 import verifier
 from conftest import ROOT, shell, torchrun
 from data import maths
-from data.rollouts import read_rollouts, write_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine import measures
 from engine.common import Problem
 

@@ -1,8 +1,8 @@
 """Each case beside its peers in one run, as a ratio: above 1 we are the quicker, or the smaller. It measures, and tests nothing.
 
-    python tests/bench.py setup            an environment of its own for TRL and bm25s, in runs/bench-venv
-    python tests/bench.py                  every case; the tables are printed, and kept in runs/bench.json
-    python tests/bench.py train ranks --prompts 64 --pairs 3        some of: train sampling search reading ranks growth
+    python tools/bench.py setup            an environment of its own for TRL and bm25s, in runs/bench-venv
+    python tools/bench.py                  every case; the tables are printed, and kept in runs/bench.json
+    python tools/bench.py train ranks --prompts 64 --pairs 3        some of: train sampling search reading ranks growth
 
 Every contestant is a process of its own that is started once, and does one turn (a training step, all completions) when it is
 told to. They take turns, so that a machine which slows down slows all; a ratio is taken between turns of one round, and the
@@ -31,7 +31,7 @@ from engine.parallel import gather, rank  # noqa: E402
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs"
 PEERS = RUNS / "bench-venv" / "bin" / "python"
-MISSING = "not installed: python tests/bench.py setup"
+MISSING = "not installed: python tools/bench.py setup"
 VOCABULARY = 32_000
 
 
@@ -42,8 +42,8 @@ class Settings:
     prompts: str = setting("64,256,512,1024", "tokens of the prompt, in the training case")
     trl_memory: str = setting("plain", "TRL's gradient checkpointing: off, as ours is, or on, as it comes",
                               ("plain", "checkpointing"))
-    documents: int = setting(0, "made-up documents in the search case (see tests/bench_search.py)")
-    data: str = setting("", "SciFact's folder, for the search case (default: that of tests/bench_search.py)")
+    documents: int = setting(0, "made-up documents in the search case (see tools/bench_search.py)")
+    data: str = setting("", "SciFact's folder, for the search case (default: that of tools/bench_search.py)")
 
 
 # ---- contestants ----
@@ -199,7 +199,7 @@ def case_sampling(settings):
 
 
 def case_search(settings):
-    """BM25 beside bm25s, by tests/bench_search.py in the environment that has bm25s."""
+    """BM25 beside bm25s, by tools/bench_search.py in the environment that has bm25s."""
     if not PEERS.exists():
         return [{"contestant": f"bm25s: {MISSING}"}]
     path = RUNS / "bench" / "search.json"
@@ -361,7 +361,7 @@ def work_generate(folder, rows=256):
 
 
 def work_reading(path, how):
-    from data.rollouts import read_rollouts
+    from engine.rollouts import read_rollouts
 
     while my_turn():
         if how == "read_rollouts":

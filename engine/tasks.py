@@ -3,9 +3,11 @@
     questions(split) -> dicts with "id" and one of "question", "messages", "prompt"
     grade(question, completion) -> (the answer or None, the reward)
 
-A task that generates its questions takes questions(split, seed). Optional names: STOP (strings that
-end a completion), same_answer(a, b) (which answers vote together), ASK (an instruction below the
-question in a chat), EXAMPLES (solved questions above it in a plain prompt).
+A task that generates its questions takes questions(split, seed). `question` in grade is the dict
+with the fields of its completion added ("finish" is "length" where it was cut off). Optional names:
+STOP (strings that end a completion), same_answer(a, b) (which answers vote together), ASK (an
+instruction below the question in a chat), EXAMPLES (solved questions above it in a plain prompt),
+measure(rows) -> {name: [a value for each question]} (what to report in place of pass@k).
 """
 
 import contextlib
@@ -24,31 +26,26 @@ import types
 
 from engine.common import Problem, first_line
 
-OURS = ("apples", "gsm8k", "math", "svamp")
-OPTIONAL = {"STOP": [], "same_answer": operator.eq, "ASK": "", "EXAMPLES": ""}
+OPTIONAL = {"STOP": [], "same_answer": operator.eq, "ASK": "", "EXAMPLES": "", "measure": None}
+A_DAY = datetime.date(2024, 7, 26)  # what chat templates call today: prompts stay overnight
 
 
-def load_task(name, **grade_options):
-    """One of ours by its name, or the user's own by the path of its .py file."""
-    if name == "apples":
-        from data import apples as task
-    elif name in OURS:
-        from data import maths
-
-        task = maths.task(name)
-    elif name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(f"task {name}", name)
-        task = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        with one_line(f"{name}: cannot be imported"):
-            spec.loader.exec_module(task)
-    else:
-        raise Problem(f"--task {name}: it is none of {', '.join(OURS)} and no path of a .py file")
+def make_task(name, source):
+    """The parts of a task from a module, or from any object that has them."""
     for function in ("questions", "grade"):
-        if not callable(getattr(task, function, None)):
+        if not callable(getattr(source, function, None)):
             raise Problem(f"{name}: has no function {function}; a task needs questions and grade")
-    optional = {key: getattr(task, key, default) for key, default in OPTIONAL.items()}
-    grade = functools.partial(grade_checked, name, functools.partial(task.grade, **grade_options))
-    return types.SimpleNamespace(name=name, questions=task.questions, grade=grade, **optional)
+    optional = {key: getattr(source, key, default) for key, default in OPTIONAL.items()}
+    grade = functools.partial(grade_checked, name, source.grade)
+    return types.SimpleNamespace(name=name, questions=source.questions, grade=grade, **optional)
+
+
+def import_file(path):
+    spec = importlib.util.spec_from_file_location(f"task {path}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with one_line(f"{path}: cannot be imported"):
+        spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager
@@ -98,37 +95,26 @@ def load_questions(task, split, count, seed, tokenizer, settings):
 
 
 def make_prompt(task, row, tokenizer, settings):
-    if "prompt" in row:
-        return row["prompt"]
-    if "messages" in row:
-        return render_prompt(row["messages"], None, tokenizer, settings)
-    question = without_marks(row["question"], tokenizer)
-    one_paragraph = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
-    plain = f"{task.EXAMPLES}\n\nQuestion: {one_paragraph}\nAnswer:".lstrip()
-    return render_prompt(f"{question}\n\n{task.ASK}".rstrip(), plain, tokenizer, settings)
+    """A row's "prompt" as it is; or its "messages", or else its "question", in the chat template.
 
-
-def render_prompt(message, plain, tokenizer, settings):
-    """A message, or a list of them, in the chat template; `plain` when there is no template.
-
-    A chat prompt already holds its begin token, so it is tokenized with add_special_tokens=False.
+    A row with both prompt and messages has a form for either kind of model: the messages for one
+    with a chat template, the prompt for one without.
     """
+    messages, plain = row.get("messages"), row.get("prompt")
+    if messages is None and plain is not None:
+        return plain
+    if messages is None:
+        messages = f"{row['question']}\n\n{task.ASK}".rstrip()
+        one_paragraph = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", row["question"])
+        plain = f"{task.EXAMPLES}\n\nQuestion: {one_paragraph}\nAnswer:".lstrip()
     if settings.plain_prompt or not getattr(tokenizer, "chat_template", None):
-        return f"{settings.system}\n\n{plain}" if plain and settings.system else plain
-    messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
-    if settings.system:
-        messages = [{"role": "system", "content": settings.system}, *messages]
-    dated = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
+        return plain and without_marks(plain, tokenizer)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": without_marks(messages, tokenizer)}]
     with one_line("--template-arguments needs a JSON object, or does not suit the chat template"):
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True,
-            chat_template=dated.sub(same_date, tokenizer.get_chat_template()),
+            messages, tokenize=False, add_generation_prompt=True, strftime_now=A_DAY.strftime,
             **json.loads(settings.template_arguments))
-
-
-def same_date(match):
-    """Instead of today's date in a template: a prompt must not change overnight."""
-    return repr(datetime.date(2024, 7, 26).strftime(match[2]))
 
 
 def without_marks(text, tokenizer):
@@ -141,15 +127,10 @@ def without_marks(text, tokenizer):
     return text
 
 
-latest_marks = {}  # {id of the tokenizer: (it, so that the id stays its own; its marks)}
-
-
+@functools.lru_cache(maxsize=1)
 def marks_of(tokenizer):
     """Its special tokens, the longest first; collected once, because there may be thousands."""
-    if id(tokenizer) not in latest_marks:
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
-        marks = [m for m in marks if len(m) > 1 and not m.isspace() and not m.isalnum()]
-        latest_marks.clear()
-        latest_marks[id(tokenizer)] = tokenizer, sorted(marks, key=len, reverse=True)
-    return latest_marks[id(tokenizer)][1]
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    marks = {str(token) for token in [*added, *getattr(tokenizer, "all_special_tokens", [])]}
+    marks = [m for m in marks if len(m) > 1 and not m.isspace() and not m.isalnum()]
+    return sorted(marks, key=len, reverse=True)

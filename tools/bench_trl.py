@@ -1,6 +1,6 @@
 """TRL's trainers as contestants of bench.py, and how a contestant takes turns. Needs TRL alone, none of our code.
 
-    python tests/bench_trl.py kto|dpo MODEL ROLLOUTS.jsonl checkpointing|plain
+    python tools/bench_trl.py kto|dpo MODEL ROLLOUTS.jsonl checkpointing|plain
 """
 
 import json

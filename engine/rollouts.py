@@ -2,23 +2,15 @@
 
     {"id": "q7", "prompt": "2 + 2 ?", "completion": "The answer is 4.", "reward": 1.0}
 
-id, prompt, completion and reward are required; README.md in this folder has the optional fields.
-
-    python data/rollouts.py export FILE OUT            prompt, completion, label: TRL's KTO trainer
-    python data/rollouts.py export FILE OUT --pairs    prompt, chosen, rejected: its DPO trainer
+id, prompt, completion and reward are required; data/README.md has the optional fields.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
-import sys
-from pathlib import Path
 
-if not __package__:  # started as a script: find the packages data and engine
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.common import Problem, parse, progress, run_main, say, setting, whole_file
+from engine.common import Problem, progress, whole_file
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer one is a damaged file, not a completion
 LARGEST = 3e38  # float32, in which the loss is computed, holds no more
@@ -197,45 +189,3 @@ def check_optional(row, place):
         if type(value) not in (int, float) or not -LARGEST < value <= 1e-6:
             raise Problem(f"{place}: logprob {position} is {value!r:.40}: a finite number, "
                           "0 or less, is required")
-
-
-# ---- for other tools ----
-
-
-@dataclasses.dataclass
-class ExportSettings:
-    pairs: bool = setting(False, "prompt, chosen, rejected instead of prompt, completion, label")
-    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance -1,1")
-
-
-def main():
-    options = [word for word in sys.argv[1:] if word.startswith("-")]
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    settings = parse(ExportSettings, options, "python data/rollouts.py export FILE OUT [options]")
-    if len(words) != 3 or words[0] != "export":
-        raise Problem("usage: python data/rollouts.py export FILE OUT [--pairs]")
-    _, path, out = words
-    rows = read_rollouts(path, settings.map_rewards)
-    exported = as_pairs(path, rows) if settings.pairs else as_labels(rows)
-    write_rollouts(out, exported)
-    say(f"{out}: {len(exported):,} rows")
-
-
-def as_labels(rows):
-    return [{"prompt": row["prompt"], "completion": row["completion"], "label": row["reward"] > 0}
-            for row in rows]
-
-
-def as_pairs(path, rows):
-    """Each question's correct and wrong completions of one prompt, each used once at most."""
-    from topr import preference_pairs
-
-    pairs = preference_pairs([{**row, "id": (row["id"], row["prompt"])} for row in rows])
-    if not pairs:
-        raise Problem(f"{path}: no question has both a correct and a wrong completion")
-    return [{"prompt": rows[better]["prompt"], "chosen": rows[better]["completion"],
-             "rejected": rows[worse]["completion"]} for better, worse in pairs]
-
-
-if __name__ == "__main__":
-    run_main(main)

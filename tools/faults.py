@@ -1,7 +1,7 @@
 """Breaks runs in every way we know, and counts how many came out right. Not a part of the test suite: it takes an hour.
 
-    python tests/faults.py               everything
-    python tests/faults.py kill disk     some of it: kill, kill-ranks, kill-eval, kill-tasks, disk, flip, ranks, nodes, million
+    python tools/faults.py               everything
+    python tools/faults.py kill disk     some of it: kill, kill-ranks, kill-eval, kill-tasks, disk, flip, ranks, nodes, million
 """
 
 import glob
@@ -26,7 +26,7 @@ from safetensors.torch import load_file  # noqa: E402
 import eval as evaluation  # noqa: E402
 from conftest import apples_questions  # noqa: E402
 from data import apples  # noqa: E402
-from data.rollouts import write_rollouts  # noqa: E402
+from engine.rollouts import write_rollouts  # noqa: E402
 from engine import sampler  # noqa: E402
 
 RANDOM = random.Random(0)

@@ -1,10 +1,10 @@
 """What only a GPU can show, in one command of less than nine minutes: does it run, how fast, how
 much memory. Prints a table, and writes it with all numbers to runs/gpu.json.
 
-    python tests/gpu.py                on a machine with a GPU; elsewhere it says so and ends
-    python tests/gpu.py --tiny         the same parts at tiny size, on any machine
-    python tests/gpu.py step-8b        one part: prints its numbers
-    python tests/gpu.py count          bytes of weights, gradients and optimizer state, anywhere
+    python tools/gpu.py                on a machine with a GPU; elsewhere it says so and ends
+    python tools/gpu.py --tiny         the same parts at tiny size, on any machine
+    python tools/gpu.py step-8b        one part: prints its numbers
+    python tools/gpu.py count          bytes of weights, gradients and optimizer state, anywhere
 
 The models are Llamas of a named shape with random weights, made on the card. Each part is a process
 of its own with a time limit (not at tiny size), so that one that fails leaves the others alone.
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data import apples  # noqa: E402
-from data.rollouts import write_rollouts  # noqa: E402
+from engine.rollouts import write_rollouts  # noqa: E402
 from engine import optim, run_folder, sampler  # noqa: E402
 from engine.common import progress, say, table, write_json  # noqa: E402
 from engine.parallel import start_ranks  # noqa: E402

@@ -1,6 +1,6 @@
 """The search engine beside bm25s on SciFact, then a corpus of a million made-up documents.
 
-    python tests/bench_search.py [--data DIR] [--documents 1000000] [--pairs 7]
+    python tools/bench_search.py [--data DIR] [--documents 1000000] [--pairs 7]
 
 Both engines get the same lists of words and run one after the other, in pairs: the ratio of each pair is taken
 before the median, so that a machine which slows down slows both. Above 1 this engine is the quicker one.

@@ -5,7 +5,7 @@
     11 * 2 = 22 . Tom has 22 apples . The answer is 22 .
 
 With 6 to 8 events an answer has 60 to 130 tokens. The first policy is right more often than in
-apples.py. The experiments use it; --task data/long_apples.py does so for any policy.
+apples.py. The experiments use it; --task experiments/long_apples.py does so for any policy.
 """
 
 import random
