@@ -15,11 +15,10 @@ For sequence i with completion tokens t = 1..T_i:
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -35,7 +34,7 @@ class Taper:
             if not 0 <= a <= b:  # also false for NaN
                 raise ValueError(f"{name} limits ({a}, {b}): 0 <= a <= b is required")
 
-    @cached_property
+    @property
     def needs_mu(self):
         return self.pos[0] != self.pos[1] or self.neg[0] != self.neg[1]
 
@@ -49,12 +48,6 @@ TAPERS = {
 }
 
 
-def taper_named(name):
-    if name not in TAPERS:
-        raise ValueError(f"unknown taper {name!r}: choose one of {', '.join(TAPERS)}, or a Taper")
-    return TAPERS[name]
-
-
 def taper_weights(log_ratio, advantage, taper):
     """How much each sequence counts.
 
@@ -63,7 +56,7 @@ def taper_weights(log_ratio, advantage, taper):
     Clipped in log space, so that exp(d) does not overflow first.
     log_ratio, advantage: [batch] -> weights: [batch], constants for autograd; 0 where A_i = 0.
     """
-    taper = taper_named(taper) if isinstance(taper, str) else taper
+    taper = TAPERS[taper] if isinstance(taper, str) else taper
     limits = torch.tensor([taper.pos, taper.neg], dtype=torch.float64)
     log_pos, log_neg = limits.log().tolist()  # each (log a, log b)
     log_ratio = log_ratio.detach()
@@ -81,24 +74,20 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     mu_logp may hold anything, NaN too. reward: [batch]. taper: a name in TAPERS, or a Taper.
     count: N, the sequences of the optimizer step over all micro-batches and ranks, if this batch
     is a part of it. mu_logp may be None if the taper does not use it (reinforce, sft).
-    Returns the loss and stats: weight, log_ratio and advantage of each sequence, [batch].
+    Returns the loss and stats: weight, log_ratio (log pi without mu_logp) and advantage of each
+    sequence, [batch].
     """
-    taper = taper_named(taper) if isinstance(taper, str) else taper
+    taper = TAPERS[taper] if isinstance(taper, str) else taper
     if mu_logp is None and taper.needs_mu:
         raise ValueError("mu_logp is None, but the weights of this taper depend on it")
-    logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
     advantage = reward - baseline  # [batch]
+    logp, mu_logp, advantage, mask = checked(logp, mu_logp, advantage, mask)
     length = mask.sum(-1)  # [batch]
-    # d_i: differences first, then the sum; NaN without mu, which the weights then do not use
+    # d_i: differences first, then the sum
     log_ratio = torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)  # [batch]
-    ratio_or_zero = log_ratio if taper.needs_mu else torch.zeros_like(log_ratio)  # [batch]
-    weight = taper_weights(ratio_or_zero, advantage, taper)  # [batch]
+    weight = taper_weights(log_ratio, advantage, taper)  # [batch]
 
-    # pi = 0 on a negative: there is nothing left to push down. On a positive it is an error.
-    vanished = (mask & (logp == -math.inf)).any(-1)  # [batch]
-    lost = vanished & (advantage > 0)  # [batch]
-    if lost.any():
-        raise ValueError(f"{place_of(lost)}: a positive has a token with log pi = -inf")
+    vanished = (mask & (logp == -math.inf)).any(-1)  # pi = 0: nothing left to push down  [batch]
     logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # not a product: 0 * inf is NaN
     no_gradient = vanished | (advantage == 0)  # [batch]
     coefficient = torch.where(no_gradient, 0.0, advantage * weight)  # A_i w_i  [batch]
@@ -120,11 +109,11 @@ def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
     advantage = reward[:, None]  # [batch, 1]
     token_log_ratio = torch.where(mask, logp - mu_logp, 0.0)  # [batch, time]
     ratio = token_log_ratio.clamp(max=20).exp()  # 20: no overflow  [batch, time]
-    clipped = ratio.clamp(1 - clip, 1 + clip)  # [batch, time]
-    objective = torch.minimum(ratio * advantage, clipped * advantage)  # [batch, time]
+    unclipped = ratio * advantage  # [batch, time]
+    objective = torch.minimum(unclipped, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    has_gradient = mask & (objective == unclipped)  # [batch, time]
     objective = objective.masked_fill(~mask, 0.0)
     loss = -(objective.sum(-1) / length).sum() / (count or len(reward))
-    has_gradient = mask & torch.where(advantage > 0, ratio < 1 + clip, ratio > 1 - clip)
     weight = torch.where(has_gradient, ratio.detach(), 0.0).sum(-1) / length  # [batch]
     log_ratio = token_log_ratio.detach().sum(-1)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": reward}
@@ -148,25 +137,26 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
     return loss, {"weight": weight, "log_ratio": log_ratio.detach(), "advantage": reward}
 
 
-def checked(logp, mu_logp, reward, mask):
+def checked(logp, mu_logp, advantage, mask):
     """The inputs in float32 or better, or an error that names the sequence and the token."""
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
-    reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
-    has_mu = mu_logp is not None
-    mu_logp = mu_logp.to(logp.dtype).detach() if has_mu else torch.full_like(logp, math.nan)
-    if not logp.shape == mask.shape == mu_logp.shape or reward.shape != logp.shape[:1]:
-        raise ValueError(f"shapes differ: logp {list(logp.shape)}, mu_logp {list(mu_logp.shape)}, "
-                         f"mask {list(mask.shape)}, reward {list(reward.shape)}")
-    for bad, message in (
-            (mask.sum(-1) == 0, "it has no completion tokens"),
-            (~reward.isfinite(), "its reward is not finite"),
-            (mask & (logp.isnan() | (logp == math.inf)), "log pi is NaN or +inf"),
-            (mask & (logp > 1e-3), "log pi is above 0: pass log-probabilities, not logits"),
-            (mask & ~mu_logp.isfinite() & has_mu, "log mu is missing, NaN or infinite")):
-        if bad.any():
-            raise ValueError(f"{place_of(bad)}: {message}")
-    return logp, mu_logp, reward, mask
+    advantage = advantage.to(torch.promote_types(advantage.dtype, torch.float32))
+    mu_logp = torch.zeros_like(logp) if mu_logp is None else mu_logp.to(logp.dtype).detach()
+    if not logp.shape == mask.shape == mu_logp.shape or advantage.shape != logp.shape[:1]:
+        raise ValueError("logp, mu_logp and mask must be [batch, time], reward [batch]")
+    positive = advantage[:, None] > 0  # [batch, 1]
+    faults = {  # what is wrong: where, [batch] or [batch, time]
+        "it has no completion tokens": mask.sum(-1) == 0,
+        "its reward is not finite": ~advantage.isfinite(),
+        "log pi is NaN or +inf": mask & (logp.isnan() | (logp == math.inf)),
+        "log pi is above 0: pass log-probabilities, not logits": mask & (logp > 1e-3),
+        "log pi = -inf, on a positive": mask & (logp == -math.inf) & positive,
+        "log mu is missing, NaN or infinite": mask & ~mu_logp.isfinite()}
+    if torch.stack([where.any() for where in faults.values()]).any():  # one wait for the device
+        message, where = next(fault for fault in faults.items() if fault[1].any())
+        raise ValueError(f"{place_of(where)}: {message}")
+    return logp, mu_logp, advantage, mask
 
 
 def place_of(flags):
@@ -185,10 +175,7 @@ def effective_positive_share(p, c):
     """
     if not 0 <= p <= 1 or not -1 <= c <= 1:
         raise ValueError(f"share {p} must be in [0, 1], baseline {c} in [-1, 1]")
-    total = 1 + c * (1 - 2 * p)  # mean |A| over the data
-    if total == 0:
-        raise ValueError(f"share {p}, baseline {c}: every advantage is 0")
-    return p * (1 - c) / total
+    return p * (1 - c) / (1 + c * (1 - 2 * p))
 
 
 def baseline_for_share(p, share):
@@ -208,11 +195,10 @@ def anna_karenina(rollouts):
     wrong one. rollouts: dicts with "id" and "reward" -> a list of those kept, in their order."""
     happy, kept = set(), []
     for rollout in rollouts:
-        if rollout["reward"] > 0 and rollout["id"] in happy:
-            continue
+        if rollout["reward"] <= 0 or rollout["id"] not in happy:
+            kept.append(rollout)
         if rollout["reward"] > 0:
             happy.add(rollout["id"])
-        kept.append(rollout)
     return kept
 
 
@@ -239,84 +225,52 @@ def token_logprobs(logits, ids):
     return F.pad(chosen, (1, 0))  # [batch, time]
 
 
-def completion_logprobs(model, ids, mask, *, attention_mask=None, position_ids=None, previous=None,
-                        chunk_tokens=None):
+def completion_logprobs(model, ids, mask, *, previous=None, **layout):
     """log pi of the completion tokens (0 elsewhere) under a causal language model of transformers,
     without ever holding [batch, time, vocab].
 
     ids, mask: [batch, time] -> [batch, time], float32, with gradient
-    Right padding needs no attention_mask, for attention is causal; left padding needs one.
     previous: [batch, time], the position that predicts each token, if it is not the one before
     (several completions packed behind one prompt).
-    The head runs on chunks of completion positions, and again in the backward pass, so that the
-    largest tensor is [chunk_tokens, vocab]. A single chunk runs once.
+    layout: attention_mask and position_ids, for padding on the left and for packed rows. Padding on
+    the right needs neither, for attention is causal.
+
+    The head runs on chunks of completion positions; if their logits are too many to be kept, it
+    runs again in the backward pass. `head` knows most families: for another one use token_logprobs.
     """
     mask = mask.bool()
     if mask[:, 0].any():
         raise ValueError(f"{place_of(mask[:, 0])}: the first token has nothing before it")
-    if attention_mask is not None and attention_mask.dim() == 2 and position_ids is None:
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # [batch, time]
-    layout = {"attention_mask": attention_mask, "position_ids": position_ids}
-    layout = {name: value for name, value in layout.items() if value is not None}
-    decoder = model.get_decoder()
-    decoder = model.model if decoder is model else decoder  # Llama 4's is itself
-    outputs = decoder(input_ids=ids, use_cache=False, **layout)
     row, position = mask.nonzero(as_tuple=True)  # [tokens], [tokens]
     position = position - 1 if previous is None else previous[mask]  # [tokens]
+    outputs = model.base_model(input_ids=ids, use_cache=False, **layout)
     hidden = outputs.last_hidden_state[row, position]  # [tokens, width]
-    targets = ids[mask]  # [tokens]
-
-    # 2**26 logits in float32 are 256 MiB
-    chunk_tokens = chunk_tokens or max(1, 2**26 // model.config.get_text_config().vocab_size)
-    recompute = len(hidden) > chunk_tokens and torch.is_grad_enabled()
-    logprobs = []
-    for chunk in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
-        arguments = (model, decoder, outputs, *chunk)
-        if recompute:
-            logprobs.append(checkpoint(head_logprobs, *arguments, use_reentrant=False))
-        else:
-            logprobs.append(head_logprobs(*arguments))
+    vocabulary = model.config.get_text_config().vocab_size
+    run_head = partial(head_logprobs, model)
+    if len(hidden) * vocabulary > MOST_LOGITS and torch.is_grad_enabled():
+        run_head = partial(checkpoint, run_head, use_reentrant=False)
+    chunk = max(1, CHUNK_LOGITS // vocabulary)  # tokens
+    logprobs = list(map(run_head, hidden.split(chunk), ids[mask].split(chunk)))
     empty = torch.zeros(ids.shape, device=ids.device)
     return empty.masked_scatter(mask, torch.cat(logprobs))  # [batch, time]
 
 
-def head_logprobs(model, decoder, outputs, hidden, targets):
-    """Log-softmax, in float32, of the model's head at the targets.
-
-    hidden: [tokens, width], targets: [tokens] -> [tokens]
-
-    Runs the head alone, through the model's own forward: its decoder is replaced for the moment by
-    a function that returns `hidden`. So whatever a model does to its logits is done here too
-    (Cohere scales them, Gemma caps them).
-    """
-    own_forward = vars(decoder).get("forward")
-    outputs.last_hidden_state = hidden[None]  # [1, tokens, width]
-    decoder.forward = lambda *_, **__: outputs
-    try:
-        logits = model.forward(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
-    finally:
-        del decoder.forward
-        if own_forward is not None:
-            decoder.forward = own_forward
-    return TokenLogProbs.apply(logits, targets)  # logits: [tokens, vocab]
+CHUNK_LOGITS, MOST_LOGITS = 2**24, 2**26  # at once, and kept for the backward pass: 256 MiB
 
 
-class TokenLogProbs(torch.autograd.Function):
-    """Negative cross-entropy whose backward pass allocates one tensor of [tokens, vocab], where
-    torch's allocates two: with a large vocabulary these are the peak memory.
-    [tokens, vocab], [tokens] -> [tokens]
-    """
+def head_logprobs(model, hidden, targets):
+    """Log-softmax, in float32, of the head at the targets. [tokens, width], [tokens] -> [tokens]"""
+    return -F.cross_entropy(head(model, hidden).float(), targets, reduction="none")
 
-    @staticmethod
-    def forward(context, logits, targets):
-        logprobs = logits.log_softmax(-1)  # [tokens, vocab]
-        context.save_for_backward(logprobs, targets)
-        return logprobs.gather(1, targets[:, None])[:, 0]
 
-    @staticmethod
-    @once_differentiable
-    def backward(context, gradient):
-        logprobs, targets = context.saved_tensors
-        # g (onehot - softmax)
-        logits_gradient = logprobs.exp().mul_(-gradient[:, None])  # [tokens, vocab]
-        return logits_gradient.scatter_add_(1, targets[:, None], gradient[:, None]), None
+def head(model, hidden):
+    """The model's head alone: Cohere scales its logits, Granite divides them, Gemma caps them."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)  # [tokens, vocab]
+    if factor := getattr(config, "logit_scale", None):
+        logits = logits * factor
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits

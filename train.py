@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,103 +22,75 @@ import torch
 
 import eval as evaluation
 import topr
-from data import apples
-from engine.rollouts import file_fingerprint, write_rollouts
-from engine import batches, optim, run_folder
-from engine.common import (Problem, Stopped, free_memory, parse, progress,
-                           read_json, run_main, say, seed_everything, setting, write_json,
-                           writing)
+from data import apples, load_task
+from engine import batches, mu, optim, packing, run_folder
+from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say,
+                           seed_everything, setting, write_json, writing)
 from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, replicate,
                              shard, start_ranks, world)
+from engine.rollouts import file_fingerprint, write_rollouts
 from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer
 
 
 @dataclass
-class Optimisation:
-    """How a policy learns: a part of the settings of train.py, verifier.py and search.py."""
+class Job(Sampling):
+    """A policy and how it learns: the settings that train.py, verifier.py and search.py share."""
 
+    model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded "
+                         "one, made here)", main=True)
+    out: str = setting("", "folder of the trained policy (default: runs/MODEL-LOSS)", main=True,
+                       free=True)
+    rounds: int = setting(1, "rounds of sample-then-train, each from the policy of the last",
+                          least=1, main=True)
+    questions: int = setting(0, "training questions (0: all; 250 of generated ones)", free=True)
+    test_questions: int = setting(0, "questions to measure on (0: all; 250 of generated ones)",
+                                  free=True)
+    eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
+                              free=True)
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"), main=True)
     learning_rate: float = setting(5e-7, "step size; the default is the paper's for Adafactor",
                                    main=True)
     optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"), main=True)
     sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
                              main=True)
-    epochs: int = setting(1, "passes over the file", least=1, main=True)
+    epochs: int = setting(1, "passes over the rollouts", least=1, main=True)
     positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", most=1, main=True)
-    baseline: float = setting(0.0, "c in A = R - c", least=-math.inf)
-    pos_limits: str = setting("", "own range a,b of a positive's weight, for instance 1,1")
-    neg_limits: str = setting("", "own range a,b of a negative's weight, for instance 0,1")
+    baseline: float = setting(0.0, "c in A = R - c", least=-sys.float_info.max)
     anna_karenina: bool = setting(
         False, "of each question keep the first correct completion and every wrong one")
-    ppo_clip: float = setting(0.2, "epsilon of ppo")
-    dpo_beta: float = setting(0.1, "beta of dpo")
     mu: str = setting(
         "checked", "source of log mu: the file, 64 lines of which are checked against the starting "
         "weights (checked); the file, whoever wrote it (file); the starting weights, once (start)",
         ("checked", "file", "start"))
-    mu_tolerance: float | None = setting(
-        None, "largest |log pi/mu| before the first step with --mu checked (default: 0.1 in "
-        "float32, 2 in bfloat16)")
     schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
     warmup: int = setting(0, "steps in which the rate rises from 0")
-    weight_decay: float = setting(0.0, "decay of the weights towards 0")
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
-    pack_prompts: bool = setting(
-        True, "read a prompt once for its completions in a step, if the model can")
-    prompt_group: int = setting(
-        4, "completions of a prompt that stay adjacent in the random order", least=1)
-    micro_batch: int = setting(0, "completions in a forward pass (0: by --tokens-per-pass)")
     tokens_per_pass: int = setting(
-        0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)")
+        0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True)
     gradient_checkpointing: bool = setting(
-        False, "compute activations again in the backward pass: slower, less memory")
+        False, "compute activations again in the backward pass: slower, less memory", free=True)
     shard: bool = setting(False, "a part of every weight, gradient and optimizer state on each "
-                          "rank (FSDP2), for a model that does not fit one card")
-    checkpoint_every: int = setting(100, "steps between checkpoints (0: none)")
+                          "rank (FSDP2), for a model that does not fit one card", free=True)
+    checkpoint_every: int = setting(100, "steps between checkpoints (0: none)", free=True)
+    rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy)",
+                            main=True, free=True)
+    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance "
+                               "--map-rewards=-1,1")
 
 
 @dataclass
-class Settings(Optimisation, Sampling):
-    model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded "
-                         "one, made here)", main=True)
-    rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy, with "
-                            "--task)", main=True)
-    out: str = setting("", "folder of the trained policy (default: runs/MODEL-LOSS)", main=True)
+class Settings(Job):
     task: str = setting("", "task to sample from and to measure on, before and after: apples, "
-                        "gsm8k, math, svamp, or the path of your own .py file", main=True)
-    rounds: int = setting(1, "rounds of sample-then-train, each from the policy of the last",
-                          least=1, main=True)
-    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance "
-                               "--map-rewards=-1,1")
-    questions: int = setting(0, "training questions (0: all; 250 of the generated ones)")
-    test_questions: int = setting(0, "questions to measure on (0: all; 250 of the generated ones)")
-    eval_every: int = setting(0, "steps between measurements (0: before and after alone)")
+                        "gsm8k, math, svamp, or the path of your own .py file", main=True,
+                        free=True)
 
 
 # The embedded job: a model of 0.14 million weights needs a larger rate than one of 8 billion.
 EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, schedule="cosine", epochs=2,
                 eval_every=32, questions=512, test_questions=250, max_new_tokens=40,
                 tokens_per_pass=4096, batch_size=512)
-
-
-class LogProbs(torch.nn.Module):
-    """The policy as a module, because DDP and FSDP hook forward(): log pi of the completions.
-
-    packed: arguments of completion_logprobs, often with several completions behind one prompt.
-    mask: [batch, time] -> [batch, time], a row for each completion
-    """
-
-    def __init__(self, model, precision):
-        super().__init__()
-        self.model = model
-        self.bfloat16 = precision == "bfloat16"
-
-    def forward(self, packed, mask):
-        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.bfloat16):
-            logp = topr.completion_logprobs(self.model, **packed)[packed["mask"]]  # [tokens]
-        empty = torch.zeros(mask.shape, device=mask.device)
-        return empty.masked_scatter(mask, logp)  # [batch, time]
+OTHER_LOSSES = {"ppo": topr.ppo_loss, "dpo": topr.dpo_loss}
 
 
 def train(settings, evaluate=None):
@@ -128,124 +101,148 @@ def train(settings, evaluate=None):
     """
     device = start_ranks()
     lock = run_folder.lock_folder(settings)
-    model, tokenizer, data, policy, run = set_up(settings, device)
-    loss_function = make_loss(settings, data)
+    model, tokenizer, data, policy, loss_function, run = set_up(settings, device)
     optimizer = optim.make_optimizer(settings, model)
     log, first = run_folder.resume(settings, model, optimizer, run)
     steps = batches.steps_per_epoch(data) * settings.epochs
     bar = progress(range(first, steps), steps, f"training ({settings.loss})", initial=first)
     log_file = run_folder.open_log(settings.out)
-    with writing(log_file.name), run_folder.catch_signals() as signals:
+    with log_file, writing(log_file.name), run_folder.catch_signals() as signals:
         for step in bar:
             # Now and then a point of the learning curve; sampling turns checkpointing off.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
                 write_log(log, log_file, {"step": step, "measured": evaluate(model)})
                 optim.checkpoint_layers(settings, model)
 
-            # The rows of the file for this step, the same for any number of ranks; N of them.
-            start = time.time()
-            units = batches.step_units(settings, data, step)  # [rows, 1]; for DPO [pairs, 2]
-            micro_batches = batches.micro_batches(settings, data, units, device)
-
             # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
-            parts = backward(policy, micro_batches, loss_function, units.size / data.ranks)
+            start = time.time()
+            units, parts = backward(settings, policy, data, step, loss_function, device)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
                                                   settings.grad_clip or math.inf)
             norm = float(norm.full_tensor() if settings.shard else norm)
-            metrics = step_metrics(gather(parts))
-            if not math.isfinite(metrics["loss"] + norm):
-                raise not_finite(settings, data, units, step, metrics["loss"], norm)
+            if not math.isfinite(norm):
+                raise not_finite(settings, data, units, step, norm)
 
             # The update.
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step, steps)
+            optim.set_learning_rate(settings, optimizer, step, steps)
             optim.update(settings, optimizer, step)
-            metrics["peak_memory_gib"] = optim.peak_memory()
             optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
+            everyone = gather((parts, signals))  # of all ranks: all stop together
+            metrics = step_metrics([theirs for theirs, _ in everyone], data.mu is not None)
+            stop = [number for _, numbers in everyone for number in numbers]
             seconds = time.time() - start
             write_log(log, log_file, {
                 "step": step, "epoch": step * settings.epochs // steps, "sequences": units.size,
-                **metrics, "gradient_norm": norm, "learning_rate": group["lr"], "seconds": seconds,
+                **metrics, "gradient_norm": norm,
+                "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}, norm {norm:.2f}", refresh=False)
-            stop = sum(gather(signals), [])  # one list of all ranks' signals: all stop together
             if stop or (step + 1) % (settings.checkpoint_every or math.inf) == 0:
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
             if stop:
                 raise Stopped(f"stopped by a signal after step {step}: rerun to go on", stop[0])
-    if evaluate and settings.eval_every:
-        write_log(log, log_file, {"step": steps, "measured": evaluate(model)})
+        if evaluate and settings.eval_every:
+            write_log(log, log_file, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
     lock.release()
     return log
 
 
-def not_finite(settings, data, units, step, loss, norm):
-    return Problem(f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing was "
-                   f"updated. {run_folder.last_checkpoint(settings.out)}. The rollouts: "
+def backward(settings, policy, data, step, loss_function, device):
+    """Adds the gradient of the rows of this step, which are the same for any number of ranks.
+
+    Returns the rows, [rows, 1], or for DPO [pairs, 2], and the numbers of each forward pass.
+    """
+    units, parts = batches.step_units(settings, data, step), []
+    micro_batches = batches.micro_batches(settings, data, units, device)
+    for number, batch in enumerate(micro_batches, 1):
+        # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
+        policy.require_backward_grad_sync = number == len(micro_batches)
+        logp = policy(batch.packed, batch.mask)  # [batch, time]
+        # N / ranks: each rank's loss comes out `ranks` times too large, and the mean over ranks
+        # that DDP and FSDP take undoes that.
+        loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask,
+                                    count=units.size / data.ranks)
+        loss.backward()
+        stats["loss"] = loss  # one number; the others are [batch]
+        parts.append({name: value.tolist() for name, value in stats.items()})
+    return units, parts
+
+
+def step_metrics(ranks, has_mu):
+    """The statistics of the sequences of a step, of every rank; docs/log.md explains each."""
+    parts = sum(ranks, [])
+    d, weight, advantage = (np.concatenate([part[name] for part in parts])  # each [sequences]
+                            for name in ("log_ratio", "weight", "advantage"))
+    positive, negative = advantage > 0, advantage < 0
+    negatives, total = max(1, negative.sum()), np.abs(advantage).sum()
+    metrics = {
+        "loss": sum(part["loss"] for part in parts) / len(ranks),  # see backward
+        "negative_weight": weight[negative].sum() / negatives,
+        "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
+        "positive_share": advantage[positive].sum() / total if total else None}
+    if has_mu and len(d):
+        quantiles = np.quantile(d, (0, 0.1, 0.5, 0.9, 1))
+        metrics |= {"negatives_liked": (d[negative] > 0).sum() / negatives, "d_mean": d.mean(),
+                    "d_positive": d[positive].mean() if positive.any() else None,
+                    **dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), quantiles))}
+    return metrics
+
+
+def write_log(log, log_file, entry):
+    line = json.dumps(entry, default=float)
+    log.append(json.loads(line))
+    log_file.write(line + "\n")
+
+
+def not_finite(settings, data, units, step, norm):
+    return Problem(f"step {step}: the gradient norm is {norm}; nothing was updated. "
+                   f"{run_folder.last_checkpoint(settings.out)}. The rollouts: "
                    f"{batches.line_numbers(data, units.ravel())}")
+
+
+# ---- before the first step: the model, the data, log mu, the loss ----
 
 
 def set_up(settings, device):
     """The model on one card, whole on each of many (DDP), or in shards (FSDP2); and the data."""
     seed_everything(settings.seed)
-    model, tokenizer = load_start(settings, device)
+    if settings.shard:
+        model = load_on_first_rank(lambda: load_model(settings.model, settings, "cpu")[0])
+        tokenizer = load_tokenizer(settings.model)
+    else:
+        model, tokenizer = load_model(settings.model, settings, device)
     data = batches.read_data(settings, model, tokenizer, device)
     weights = from_first(fingerprint(model) if rank() == 0 else None)
     run = run_folder.describe_run(settings, data.fingerprint, weights)
     run_folder.check_same_run(settings, run)
-    make_loss(settings, data)  # a mistake in its options is reported before any work
+    loss_function, needs_mu, silent = make_loss(settings, data)
     optim.prepare_model(settings, model)
-    if settings.pack_prompts:
-        data.pack = from_first(rank() == 0 and batches.can_pack(
-            model, data.lengths.max(), data.mask_dtype))
-    policy = LogProbs(model, settings.precision)
+    known = from_first(rank() == 0 and packing.head_is_known(model))
+    data.pack = from_first(rank() == 0 and known and packing.can_pack(
+        model, data.lengths.max(), settings.precision, data.mask_dtype))
+    policy = packing.LogProbs(model, settings.precision, known)
     if settings.shard:
         shard(policy, device, settings.precision)
-    taper = make_taper(settings)
-    mu = batches.make_mu(settings, policy, data, device, taper is None or taper.needs_mu, weights)
+    source = mu.make_mu(settings, policy, data, device, needs_mu, weights)
+    data.silent = silent
     if world() > 1 and not settings.shard:
-        policy = replicate(policy, batches.make_batch(data, [data.units[0]], device, filler=True))
+        policy = replicate(policy, batches.filler_batch(data, device))
     positive = (data.rewards[data.units] > 0).mean()
     say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
-        f"{settings.loss}, {settings.sequences} completions a step, log mu {mu}")
-    return model, tokenizer, data, policy, run
-
-
-def load_start(settings, device):
-    if not settings.shard:
-        return load_model(settings.model, settings, device)
-    tokenizer = load_tokenizer(settings.model)
-    return load_on_first_rank(lambda: load_model(settings.model, settings, "cpu")[0]), tokenizer
-
-
-def backward(policy, micro_batches, loss_function, count):
-    """Adds the gradient of every micro-batch; returns the numbers of each, for the log.
-
-    count = N / ranks: each rank's loss comes out `ranks` times too large, and the mean over ranks
-    that DDP and FSDP take undoes that.
-    """
-    parts = []
-    for number, batch in enumerate(micro_batches, 1):
-        # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
-        policy.require_backward_grad_sync = number == len(micro_batches)
-        logp = policy(batch.packed, batch.mask)  # [batch, time]
-        loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask, count=count)
-        loss.backward()
-        stats["loss"] = loss  # one number; the others are [batch]
-        parts.append({name: value.tolist() for name, value in stats.items()})
-    return parts
+        f"{settings.loss}, {settings.sequences} completions a step, log mu {source}")
+    return model, tokenizer, data, policy, loss_function, run
 
 
 def make_loss(settings, data):
-    """loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), from the settings."""
-    if settings.loss == "ppo":
-        return partial(topr.ppo_loss, clip=settings.ppo_clip)
-    if settings.loss == "dpo":
-        return partial(topr.dpo_loss, beta=settings.dpo_beta)
-    rewards, baseline = data.rewards[data.units], settings.baseline
+    """(loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), whether it needs mu,
+    for which rows it is silent: it gives them no gradient, whatever pi is)"""
+    silent = np.zeros(len(data.rows), bool)  # [rows]
+    if settings.loss in OTHER_LOSSES:
+        return OTHER_LOSSES[settings.loss], True, silent
+    rewards, baseline, taper = data.rewards[data.units], settings.baseline, topr.TAPERS[settings.loss]
     is_binary = (np.abs(rewards) == 1).all()
     if settings.positive_share is not None:
         if settings.baseline or not is_binary:
@@ -256,106 +253,59 @@ def make_loss(settings, data):
             raise Problem(f"--positive-share {settings.positive_share}: {error}")
     if is_binary and abs(baseline) > 1:
         raise Problem(f"--baseline {baseline}: above 1 or below -1 the sign of a reward would turn")
-    return partial(topr.topr_loss, taper=make_taper(settings), baseline=baseline)
-
-
-def make_taper(settings):
-    """The loss's limits on the weights, or the user's own; None for ppo and dpo."""
-    own = settings.pos_limits or settings.neg_limits
-    if settings.loss not in topr.TAPERS:
-        if own or settings.baseline or settings.positive_share is not None:
-            raise Problem("--baseline, --positive-share, --pos-limits and --neg-limits have no "
-                          f"place in --loss {settings.loss}")
-        return None
-    named = topr.TAPERS[settings.loss]
-    if not own:
-        return named
-    try:
-        pos, neg = (tuple(map(float, text.split(","))) if text else default for text, default in
-                    ((settings.pos_limits, named.pos), (settings.neg_limits, named.neg)))
-        return topr.Taper(pos, neg)
-    except ValueError as error:
-        raise Problem(f"--pos-limits, --neg-limits: {error}; two numbers are required, such as 0,1")
-
-
-def learning_rate(settings, step, steps):
-    rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
-    if settings.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
-    return rate
-
-
-def step_metrics(parts):
-    """The statistics of all sequences of the step, of every rank; docs/log.md explains each."""
-    ranks, parts = len(parts), sum(parts, [])
-    d, weight, advantage = (np.concatenate([part[name] for part in parts])  # each [sequences]
-                            for name in ("log_ratio", "weight", "advantage"))
-    positive, negative = advantage > 0, advantage < 0
-    negatives = max(1, negative.sum())
-    total = np.abs(advantage).sum()
-    metrics = {
-        "loss": sum(part["loss"] for part in parts) / ranks,  # see backward
-        "negative_weight": weight[negative].sum() / negatives,
-        "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
-        "positive_share": advantage[positive].sum() / total if total else None}
-    if np.isnan(d).any():  # undefined without log mu
-        return metrics
-    quantiles = np.quantile(d, (0, 0.1, 0.5, 0.9, 1))
-    return {**metrics, "negatives_liked": (d[negative] > 0).sum() / negatives, "d_mean": d.mean(),
-            "d_positive": d[positive].mean() if positive.any() else None,
-            **dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), quantiles))}
-
-
-def write_log(log, log_file, entry):
-    line = json.dumps(entry, default=float)
-    log.append(json.loads(line))
-    log_file.write(line + "\n")
+    advantage = data.rewards - baseline  # [rows]
+    silent |= (advantage == 0) | np.where(advantage > 0, taper.pos[1] == 0, taper.neg[1] == 0)
+    return partial(topr.topr_loss, taper=taper, baseline=baseline), taper.needs_mu, silent
 
 
 # ---- the whole job: a policy, its rollouts, training, and what came of it ----
 
 
 def main():
-    settings = parse(Settings, description=__doc__)
+    settings = parse(Settings, __doc__, EMBEDDED)
     start_ranks()
     if not settings.model:
-        if settings.rollouts:
-            raise Problem("--rollouts needs --model: the policy to train on them")
-        settings = parse(Settings, description=__doc__, **EMBEDDED)
-        if settings.task != "apples":
-            raise Problem(f"--task {settings.task} needs --model: the embedded policy knows apples")
-        check_settings(settings)
-        folder = f"runs/apples-seed{settings.seed}"
-        settings.model = base_policy(folder, settings.seed)
-        settings.out = settings.out or f"{folder}/{settings.loss}"
-        name = f"rollouts-{settings.questions}x{settings.samples}-{settings.weights}.jsonl"
-        settings.rollouts = f"{folder}/{name}".replace("-auto", "")  # the losses share it
-        evaluation.sample_rollout_file(settings, settings.model, settings.rollouts)
-    if not settings.rollouts and not settings.task:
+        use_embedded(settings)
+    elif not settings.rollouts and not settings.task:
         raise Problem("nothing to learn from: --rollouts FILE.jsonl, or --task to sample from")
     name = os.path.basename(os.path.normpath(settings.model))
     settings.out = settings.out or f"runs/{name}-{settings.loss}"
-    job(settings)
+    job(settings, load_task(settings.task) if settings.task else None)
 
 
-def job(settings):
+def use_embedded(settings):
+    """Makes the embedded policy and samples its rollouts, which all losses share."""
+    if settings.rollouts or settings.task != "apples":
+        raise Problem("--rollouts and another --task need --model: the policy to train; the "
+                      "embedded one knows apples alone")
+    task, folder = load_task(settings.task), f"runs/apples-seed{settings.seed}"
+    check_settings(settings, task)
+    settings.model = base_policy(folder, settings.seed)
+    settings.out = settings.out or f"{folder}/{settings.loss}"
+    name = f"rollouts-{settings.questions}x{settings.samples}-{settings.weights}.jsonl"
+    settings.rollouts = f"{folder}/{name}".replace("-auto", "")
+    evaluation.sample_rollout_file(settings, task, settings.model, settings.rollouts)
+
+
+def job(settings, task=None):
     """Rounds of sample-then-train, measured before and after if there is a task."""
     start = time.time()
-    check_settings(settings)
-    if not settings.task:
-        rounds(settings)
+    check_settings(settings, task)
+    if task is None:
+        train_once(settings)
         return say(f"the trained policy is in {settings.out}")
     if settings.rollouts:
-        evaluation.check_overlap(settings)
-    before = evaluation.measure_once(settings, settings.model, "before")
-    points = curve([log for _, log in rounds(settings, evaluation.curve_point(settings))])
-    after = evaluation.measure_once(settings, settings.out, "after")
+        evaluation.check_overlap(settings, task)
+    before = evaluation.measure_once(settings, task, settings.model, "before")
+    point = evaluation.curve_point(settings, task)
+    points = curve([log for _, log in rounds(settings, task, point)])
+    after = evaluation.measure_once(settings, task, settings.out, "after")
     evaluation.report_change(settings, before, after, points)
     say(f"the trained policy, results.json and the log are in {settings.out}")
     if rank() == 0:
         write_json(f"{settings.out}/results.json", {
-            "settings": dataclasses.asdict(settings), "before": before, "after": after,
-            "curve": points, "seconds": time.time() - start})
+            "settings": dataclasses.asdict(settings), "before": evaluation.summary(before),
+            "after": evaluation.summary(after), "curve": points, "seconds": time.time() - start})
 
 
 def curve(logs):
@@ -369,7 +319,7 @@ def curve(logs):
     return points
 
 
-def rounds(settings, evaluate=None):
+def rounds(settings, task, evaluate=None):
     """Rounds of sample-then-train. Returns (folder of the policy, log) of each."""
     policy, trained = settings.model, []
     for number in range(1, settings.rounds + 1):
@@ -377,7 +327,7 @@ def rounds(settings, evaluate=None):
         this = dataclasses.replace(settings, model=policy, out=out)
         if number > 1 or not settings.rollouts:
             this.rollouts = f"{settings.out}/rollouts-{number}.jsonl"
-            evaluation.sample_rollout_file(settings, policy, this.rollouts, number)
+            evaluation.sample_rollout_file(settings, task, policy, this.rollouts, number)
         policy = out
         trained.append((policy, train_once(this, evaluate)))
     return trained
@@ -395,23 +345,18 @@ def train_once(settings, evaluate=None):
     return from_first(run_folder.read_log(settings.out))
 
 
-def check_settings(settings):
+def check_settings(settings, task):
     """What would only fail, or do nothing, after hours of work."""
-    make_taper(settings)
+    if settings.loss in OTHER_LOSSES and (settings.baseline or settings.positive_share is not None):
+        raise Problem(f"--baseline and --positive-share have no place in --loss {settings.loss}")
     if settings.rollouts and not os.path.isfile(settings.rollouts):
         raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")
-    if settings.rounds > 1 and not settings.task:
-        raise Problem("--rounds needs --task: what to sample from in the second round")
-    if settings.eval_every and not settings.task:
-        raise Problem("--eval-every needs --task: what to measure on")
-    if settings.out and run_folder.finished(settings.out):
-        done = read_json(os.path.join(settings.out, "run.json"))["settings"]["rounds"]
-        if done != settings.rounds:
-            raise Problem(f"{settings.out} holds {done} round(s): use another --out; --model "
-                          f"{settings.out} goes on from there")
+    if task is None and (settings.rounds > 1 or settings.eval_every):
+        raise Problem("--rounds and --eval-every need --task: what to sample from, and to measure "
+                      "on")
     if settings.shard and world() == 1:
         raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py")
-    if settings.shard and settings.task and settings.eval_every:
+    if settings.shard and settings.eval_every:
         raise Problem("--shard draws no curve, for no card holds the whole model: --eval-every 0")
 
 

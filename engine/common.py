@@ -2,17 +2,16 @@
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import gc
+import inspect
 import json
 import os
 import random
 import re
-import signal
 import socket
 import sys
-import traceback
+import time
 import typing
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from engine.parallel import barrier, leave_ranks, lost_rank, rank, watched, world
+from engine.parallel import barrier, leave_ranks, rank, world
 
 
 class Problem(Exception):
@@ -40,54 +39,52 @@ class Stopped(Problem):
 # ---- settings: a dataclass per script, each field with its sentence ----
 
 
-def setting(default, help, choices=None, least=0, most=sys.float_info.max, main=False):
-    """A field of a settings class: a number from `least` to `most`; `main` ones lead --help."""
-    metadata = {"help": help, "choices": choices, "limits": (least, most), "main": main}
-    return dataclasses.field(default=default, metadata=metadata)
+def setting(default, help, choices=None, least=0, most=sys.float_info.max, main=False, free=False):
+    """A field of a settings class: a number from `least` to `most`; `main` ones lead --help; a
+    `free` one may be another when a run is resumed, for it changes no result."""
+    return dataclasses.field(default=default, metadata={
+        "help": help, "choices": choices, "limits": (least, most), "main": main, "free": free})
 
 
-def parse(settings_class, argv=None, description=None, **defaults):
-    """Reads the command line into the dataclass; an unknown or mistyped option is an error."""
+def parse(settings_class, description=None, embedded=None):
+    """Reads the command line into the dataclass; an unknown or mistyped option is an error.
+
+    embedded: other defaults, which hold when --model is not given.
+    """
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     more = parser.add_argument_group("more options")
-    fields = dataclasses.fields(settings_class)
-    own = vars(settings_class)["__annotations__"]
+    fields, own = dataclasses.fields(settings_class), inspect.get_annotations(settings_class)
     for field in sorted(fields, key=lambda field: field.name not in own):  # own ones first
-        add_option(parser if field.metadata["main"] else more, field,
-                   defaults.get(field.name, field.default))
-    settings = settings_class(**vars(parser.parse_args(argv)))
+        add_option(parser if field.metadata["main"] else more, field)
+    arguments = parser.parse_args()
+    if embedded and not arguments.model:
+        parser.set_defaults(**embedded)
+        arguments = parser.parse_args()
     for field in fields:
-        value, (least, most) = getattr(settings, field.name), field.metadata["limits"]
+        value, (least, most) = getattr(arguments, field.name), field.metadata["limits"]
         if type(value) in (int, float) and not least <= value <= most:
             limits = f"{least} to {most}" if most < sys.float_info.max else f"{least} or more"
-            raise Problem(f"{option_name(field.name)} {value}: {limits} is required")
-    return settings
+            raise Problem(f"{option_name(field)} {value}: {limits} is required")
+    return settings_class(**vars(arguments))
 
 
-def add_option(group, field, default):
-    help = field.metadata["help"] + ("" if default in ("", None) else f" (default: {default})")
-    option = {"default": default, "help": help.replace("%", "%%")}
+def add_option(group, field):
+    shown = "" if field.default in ("", None) else f" (default: {field.default})"
+    option = {"default": field.default, "help": (field.metadata["help"] + shown).replace("%", "%%")}
     if field.type is bool:
         option["action"] = argparse.BooleanOptionalAction
     else:
-        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
-        kind = kinds[0] if kinds else field.type  # Optional[int] -> int
+        kind, *_ = typing.get_args(field.type) or [field.type]  # int | None -> int
         choices = field.metadata["choices"]
         option |= {"type": kind, "choices": choices}
         option["metavar"] = None if choices else kind.__name__.upper()
-    group.add_argument(option_name(field.name), **option)
+    group.add_argument(option_name(field), **option)
 
 
-def option_name(name):
-    return "--" + name.replace("_", "-")
-
-
-def part_of(settings_class, settings, **changes):
-    """A settings_class with the values of the fields that both have, and the changes."""
-    names = {field.name for field in dataclasses.fields(settings_class)} & vars(settings).keys()
-    return settings_class(**{name: getattr(settings, name) for name in names} | changes)
+def option_name(field):
+    return "--" + field.name.replace("_", "-")
 
 
 # ---- the end of a script: one line, and an exit code that tells ----
@@ -97,7 +94,7 @@ def run_main(main):
     """Runs a script's main(): a Problem is one line and its exit code, Ctrl-C is exit code 130."""
     try:
         main()
-        barrier()  # a rank that leaves early would look like one that died
+        barrier()
         leave_ranks()
     except Problem as problem:
         prefix = "" if isinstance(problem, Stopped) else "error: "
@@ -107,14 +104,9 @@ def run_main(main):
     except Exception as error:
         if is_out_of_memory(error):
             fail(f"error: out of memory: {first_line(error)}. {LESS_MEMORY}", 2)
-        if world() == 1:
-            leave_ranks()
-            raise
-        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
-            traceback.print_exc()  # a bug on this rank: the others only lose the connection to it
-            fail(f"failed: {type(error).__name__}: {error}", 1)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it: first say why
-        fail(lost_rank() or f"the connection between the ranks broke: {first_line(error)}", 1)
+        if isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
+            fail(f"another rank has died or hangs, and the run ends: {first_line(error)}", 1)
+        raise
 
 
 LESS_MEMORY = ("What takes less: --tokens-per-pass 1024, --gradient-checkpointing, --weights "
@@ -130,26 +122,19 @@ def is_out_of_memory(error):
 def free_memory():
     """Models sit in reference cycles: without a collection an earlier one stays in memory."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # systems without glibc
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what glibc keeps of freed memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def fail(message, exit_code):
-    """One line, and the end of this process; of ranks with the same message the first says it."""
-    name = os.path.basename(sys.argv[0])
-    if world() == 1:
-        leave_ranks()
-        tqdm.write(visible(f"{name}: {message}"), file=sys.stderr)  # not behind a progress bar
-        sys.exit(exit_code)
-    try:
-        is_first = watched["store"].add(f"{watched['number']} {message}", 1) == 1
-    except RuntimeError:  # the store is gone with its machine
-        is_first = True
-    if is_first:
-        tqdm.write(visible(f"{name} (rank {rank()}): {message}"), file=sys.stderr)
-    os._exit(exit_code)  # at once: the other ranks may be waiting for this one
+    """One line, and the end of this process."""
+    if rank() > 0:
+        time.sleep(3)  # the first rank says the same, most often, and torchrun then ends this one
+    tqdm.write(visible(f"{os.path.basename(sys.argv[0])}: {message}"), file=sys.stderr)
+    if world() > 1:
+        os._exit(exit_code)  # at once: the other ranks may be waiting for this one
+    leave_ranks()
+    sys.exit(exit_code)
 
 
 def first_line(error):
@@ -170,7 +155,7 @@ def visible(text):
 def say(*words):
     """Prints from the first rank alone."""
     if rank() == 0:
-        tqdm.write(visible(" ".join(str(word) for word in words)), file=sys.stdout)
+        tqdm.write(visible(" ".join(map(str, words))), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -197,9 +182,9 @@ def writing(path, errors=OSError):
     try:
         yield
     except errors as error:
-        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
-        raise Problem(f"{path}: cannot be written: {why or first_line(error)}. What was finished "
-                      "before is kept: fix that, then rerun the same command")
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: fix "
+                      "that, then rerun the same command")
 
 
 @contextlib.contextmanager
@@ -242,10 +227,9 @@ def table(header, rows):
              for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
-    for row in cells:
-        first, *rest = zip(row, widths)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        lines.append("  ".join(padded).rstrip())
+    for first, *rest in cells:
+        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

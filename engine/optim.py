@@ -1,6 +1,6 @@
 """The optimizers, bfloat16 weights that are rounded at random, and what a card holds."""
 
-import sys
+import math
 
 import torch
 
@@ -29,7 +29,10 @@ def prepare_model(settings, model):
 def checkpoint_layers(settings, model):
     """Switches gradient checkpointing on; eval() switches it off again."""
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True  # transformers checkpoints layers only in training mode
@@ -39,8 +42,7 @@ def make_optimizer(settings, model):
     """The optimizer with all of its state: a checkpoint is then loaded in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
-        optimizer = torch.optim.AdamW(weights, settings.learning_rate, fused=True,
-                                      weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(weights, settings.learning_rate, fused=True, weight_decay=0)
         for p in weights:
             optimizer.state[p] = {"step": torch.zeros((), device=p.device),  # fused: on the device
                                   "exp_avg": torch.zeros_like(p, dtype=torch.float32),
@@ -54,7 +56,7 @@ def make_optimizer(settings, model):
 def make_adafactor(settings, weights):
     from transformers.optimization import Adafactor
 
-    optimizer = Adafactor(weights, settings.learning_rate, weight_decay=settings.weight_decay,
+    optimizer = Adafactor(weights, settings.learning_rate,
                           scale_parameter=False, relative_step=False, warmup_init=False)
     for p in weights:
         zeros = torch.zeros_like(p, dtype=torch.float32)
@@ -77,6 +79,15 @@ def mean_over(tensor, axis):
 
     placements = [Replicate() if part.is_partial() else part for part in mean.placements]
     return mean.redistribute(placements=placements)
+
+
+def set_learning_rate(settings, optimizer, step, steps):
+    """The rate rises over the first --warmup steps, and falls as a cosine if that is asked for."""
+    rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
+    if settings.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 @torch.no_grad()
@@ -129,19 +140,4 @@ def say_memory(model, optimizer):
     size = count_memory(model, optimizer)
     if sum(size.values()) > 2**30:
         parts = ", ".join(f"{name} {bytes_ / 2**30:.1f}" for name, bytes_ in size.items())
-        card = ""
-        if torch.cuda.is_available():
-            card = f" of the card's {torch.cuda.mem_get_info()[1] / 2**30:.1f}"
-        say(f"memory of a rank in GiB, before activations: {parts}{card}")
-
-
-def peak_memory():
-    """GiB: of the card, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # only Unix has it
-    except ImportError:
-        return None
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        say(f"memory of a rank in GiB, before activations: {parts}")

@@ -1,24 +1,17 @@
-"""Many processes as one: the process group, what ranks tell each other, the rank that died, shards.
+"""Many processes as one: the process group, what ranks tell each other, DDP, shards (FSDP2).
 
-Everything here also works in one plain process, without torchrun.
+Everything here also works in one plain process, without torchrun. A rank that dies is torchrun's
+matter: it ends the other ranks of its machine. A rank that hangs is ended by the group's timeout.
 """
 
-import contextlib
 import datetime
 import os
-import signal
-import socket
-import sys
-import threading
-import time
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-SILENCE = 22  # seconds without a heartbeat after which a rank counts as dead
-watched = {}  # set by watch_ranks: what its threads and lost_rank share
+LONGEST_WAIT = datetime.timedelta(minutes=30)  # of one rank for another, which may still sample
 
 
 # ---- the process group ----
@@ -31,41 +24,13 @@ def start_ranks():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, this_rank, ranks = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(name_of_start(store, this_rank, ranks), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), store=store,
-                                rank=this_rank, world_size=ranks)
-        watch_ranks()
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return device
-
-
-def name_of_start(store, this_rank, ranks):
-    """A name shared by the processes that were started together, and by none before them.
-
-    With --max-restarts torchrun keeps its store, and in it the addresses of dead processes;
-    connecting to such an address fails. So rank 0 names each start and tells those who ask now.
-    """
-    me = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-    if this_rank > 0:
-        store.set(f"asks-{this_rank}", me)
-        name = store.get(f"start of {me}").decode()  # waits for rank 0
-        store.add(f"{name} arrived", 1)
-        return name
-    while store.add(f"{me} arrived", 0) < ranks - 1:
-        for other in range(1, ranks):
-            if store.check([f"asks-{other}"]):
-                asking = store.get(f"asks-{other}").decode()
-                store.set(f"start of {asking}", me)
-        time.sleep(0.05)
-    return me
 
 
 def leave_ranks():
     if dist.is_initialized():
-        watched["ended"].set()
-        for thread in watched["threads"]:
-            thread.join(5)
         dist.destroy_process_group()
 
 
@@ -109,80 +74,20 @@ def from_first(value):
     return message[0]
 
 
-def sum_over_ranks(tensor):
-    """A tensor on the CPU, summed in place: no pickling, so many numbers are quick."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-# ---- the rank that died ----
-
-
-def watch_ranks():
-    """Ends this process, with a line that says which, if another rank shows no sign of life.
-
-    Collectives cannot tell: a rank may keep them waiting for long, while it samples or reads. So
-    one thread of each rank counts up its own number in torchrun's store and reads the others';
-    another, which no network call can block, counts the seconds without change. A paused process
-    counts none.
-    """
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, is_master=False)
-    number = gather(time.time_ns())[0]  # the store may outlive this group: torchrun restarts
-    keys = [f"{number}-{other}" for other in range(world())]
-    names = gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})")
-    seen, silent, ended = {}, [0] * world(), threading.Event()
-    store.add(keys[rank()], 1)
-    watched.update(names=names, silent=silent, store=store.clone(), number=number, ended=ended)
-
-    def beat():
-        with contextlib.suppress(RuntimeError):  # the store is gone with its machine: see watch
-            while not ended.wait(1):
-                store.add(keys[rank()], 1)
-                for other, count in enumerate(store.multi_get(keys)):
-                    if seen.get(other) != count:
-                        seen[other] = count
-                        silent[other] = 0
-
-    def tell(lost):
-        script = os.path.basename(sys.argv[0])
-        tqdm.write(f"{script} (rank {rank()}): {lost}", file=sys.stderr)
-        os._exit(1)
-
-    def watch():
-        while not ended.wait(1):
-            silent[:] = [seconds + 1 for seconds in silent]
-            if max(silent) >= SILENCE:
-                tell(lost_rank())
-
-    def terminate(number, _):
-        """torchrun ends the ranks that are left, often before they have missed the lost one."""
-        lost = lost_rank()
-        if lost:
-            tell(lost)
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, terminate)
-    watched["threads"] = [threading.Thread(target=run, daemon=True) for run in (beat, watch)]
-    for thread in watched["threads"]:
-        thread.start()
-
-
-def lost_rank():
-    """Which rank is gone, in words, or None. Waits a little: it may have died a moment ago."""
-    for _ in range(10):
-        deaf = watched["silent"][rank()]  # seconds without news of anybody
-        lost = [name for name, seconds in zip(watched["names"], watched["silent"])
-                if seconds >= deaf + 4]
-        if deaf >= 6:
-            return f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer: the run ends"
-        if lost:
-            return f"{', '.join(lost)} has died or hangs: the run ends"
-        time.sleep(1)
-
-
 # ---- one model on many ranks: DDP, or shards (FSDP2) ----
+
+
+def replicate(policy, batch):
+    """DDP, whose buckets are the only memory of the gradients.
+
+    DDP makes its buckets at the start, and again in the first pass after the first exchange, and
+    only then are gradients views of them. Both happen here, in two passes over a batch without
+    sequences, before the optimizer takes its memory.
+    """
+    policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    for _ in range(2):
+        policy(batch.packed, batch.mask).sum().backward()
+    return policy
 
 
 def load_on_first_rank(load):
@@ -206,11 +111,11 @@ def shard(policy, device, precision):
 
     The first rank holds the weights (see load_on_first_rank) and sends each tensor's parts.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import distribute_tensor
 
-    full = dict(policy.named_parameters()) if rank() == 0 else {}
+    full = policy.state_dict() if rank() == 0 else {}
     mesh = init_device_mesh(device.type, (world(),))
     mixed = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if precision == "bfloat16":  # layers are gathered in bfloat16: half the traffic, no copies
@@ -221,63 +126,24 @@ def shard(policy, device, precision):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=mixed)
     if rank() > 0:
         policy.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if rank() == 0:
-                whole = full.pop(name).to(device)
-            else:
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            parts = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=0)
-            local_shard(parameter).copy_(local_shard(parts))
-        for buffer in policy.buffers():
-            dist.broadcast(buffer, 0)
+    set_model_state_dict(policy, full, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in policy.buffers():  # some are in no state dict
+        dist.broadcast(buffer, 0)
 
 
-def replicate(policy, batch):
-    """DDP, whose buckets are the only memory of the gradients.
+def whole_weights(model):
+    """The state dict in the first rank's memory, for save_pretrained: every rank must call this."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    A pass that exchanges nothing would allocate a second set of gradients, unless the gradients are
-    there already: views of the buckets. DDP makes its buckets at the start, and again in the first
-    pass after the first exchange; both happen here, in two passes over a batch without sequences.
-    """
-    policy = DistributedDataParallel(hold_places(policy), gradient_as_bucket_view=True)
-    for number in range(2):
-        if number > 0:
-            hold_places(policy)
-        policy(batch.packed, batch.mask).sum().backward()
-    return policy
-
-
-def hold_places(policy):
-    """Gradients of zero without memory, in whose place DDP puts views of its buckets."""
-    for p in policy.parameters():
-        if p.requires_grad:
-            p.grad = p.new_zeros(()).expand_as(p)
-    return policy
+    return get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True))
 
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def gather_shards(tensor):
-    """The whole tensor: every rank must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
 def local_shard(tensor):
     """This rank's shard, in place."""
     return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def whole_weights(model):
-    """The state dict in the first rank's memory, for save_pretrained; gathers tensor by tensor."""
-    gathered, weights = {}, {}  # a tied weight has two names and is gathered once
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in gathered:
-            whole = gather_shards(tensor).detach()
-            if is_sharded(tensor):
-                whole = whole.cpu() if rank() == 0 else None
-            gathered[id(tensor)] = whole
-        weights[name] = gathered[id(tensor)]
-    return weights

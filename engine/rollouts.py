@@ -12,9 +12,8 @@ import re
 
 from engine.common import Problem, progress, whole_file
 
-LONGEST_LINE = 64 * 2**20  # bytes; a longer one is a damaged file, not a completion
+LONGEST_LINE = 2**24  # bytes; a longer one is a damaged file, not a completion
 LARGEST = 3e38  # float32, in which the loss is computed, holds no more
-MOST_FAULTS = 10  # reported together
 OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "answer": str,
             "gold": str, "finish": str, "split": str, "sampling": dict}
 
@@ -25,8 +24,7 @@ OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "answe
 def write_rollouts(path, rows):
     """All rows, or no file: it appears under its name only when it is complete."""
     with whole_file(path) as file:
-        for row in rows:
-            file.write(to_line(row))
+        file.writelines(map(to_line, rows))
 
 
 def to_line(row):
@@ -50,34 +48,26 @@ def file_fingerprint(path):
 # ---- reading ----
 
 
-def read_rollouts(path, map_rewards="", zero_is_wrong=False, what="reading"):
+def read_rollouts(path, map_rewards="", need_reward=True):
     """A whole file as a list of rows, for files that fit in memory."""
-    faults, rows = [], []
-    for batch in read_batches(path, faults, map_rewards, what):
-        rows += [row for _, row in batch]
-    check_file(path, faults, {row["reward"] for row in rows}, zero_is_wrong)
-    return rows
+    return [row for _, row in each_rollout(path, map_rewards, need_reward)]
 
 
-def read_batches(path, faults, map_rewards="", what="reading"):
-    """Lists of (line number, row), about a megabyte each: a tokenizer likes many texts at once.
+def each_rollout(path, map_rewards="", need_reward=True):
+    """Yields (line number, row); the first fault is a Problem that says where and what to do.
 
-    What is wrong with a line goes into `faults`; after MOST_FAULTS of them reading ends.
+    need_reward: the rows are for training. Those that are still to be graded may lack a reward.
     """
-    mapping = parse_reward_map(map_rewards) if map_rewards else None
-    batch, size = [], 0
-    for number, line in read_lines(path, what):
-        try:
-            batch.append((number, parse_line(line, f"{path}:{number}", mapping)))
-        except Problem as problem:
-            faults.append(str(problem))
-        size += len(line)
-        if size > 2**20:
-            yield batch
-            batch, size = [], 0
-        if len(faults) >= MOST_FAULTS:
-            break
-    yield batch
+    mapping, rewards = parse_reward_map(map_rewards), set()
+    for number, line in read_lines(path, "reading"):
+        row = parse_line(line, f"{path}:{number}", mapping, need_reward)
+        rewards.add(row.get("reward"))
+        yield number, row
+    if not rewards:
+        raise Problem(f"{path}: no rollouts in it")
+    if need_reward and 0.0 in rewards and rewards <= {0.0, 1.0}:
+        raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong "
+                      "completion: say what they mean, for instance --map-rewards=-1,1")
 
 
 def read_lines(path, what):
@@ -88,45 +78,27 @@ def read_lines(path, what):
             number = 0
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    raise Problem(f"{path}:1: byte order mark: save it as plain UTF-8")
+                if len(line) > LONGEST_LINE:
+                    raise Problem(f"{path}:{number}: longer than {LONGEST_LINE:,} bytes: is this a "
+                                  "JSONL file?")
                 if line.strip():
                     yield number, line
-                if len(line) > LONGEST_LINE:
-                    return  # parse_line reports it; the rest of it is not a line
                 bar.update(len(line))
     except OSError as error:
         raise Problem(f"{path}: cannot be read: {error.strerror}")
 
 
-def check_file(path, faults, rewards, zero_is_wrong=False):
-    """Raises what is wrong with a file as a whole. rewards: the set of those in it."""
-    if faults:
-        raise Problem("\n".join(faults[:MOST_FAULTS]))
-    if not rewards:
-        raise Problem(f"{path}: no rollouts in it")
-    if 0.0 in rewards and rewards <= {0.0, 1.0} and not zero_is_wrong:
-        raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong "
-                      "completion: say what they mean, for instance --map-rewards=-1,1")
-
-
-def parse_line(line, place, mapping=None):
+def parse_line(line, place, mapping=None, need_reward=True):
     """One line of bytes to a row, or a Problem that says where, what is wrong and what to do."""
-    if len(line) > LONGEST_LINE:
-        raise Problem(f"{place}: longer than {LONGEST_LINE:,} bytes: is this a JSONL file?")
     try:
         row = decode_json(line.decode("utf-8"))
-        if b"\\u" in line:
+        if b"\\u" in line:  # it may spell half a surrogate pair, which is no text
             json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Problem(f"{place}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
-    except UnicodeEncodeError:
-        raise Problem(f"{place}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
-                      "character: remove the line")
+    except UnicodeError as error:
+        raise Problem(f"{place}: not UTF-8 ({error.reason}): save the file as plain UTF-8")
     except (ValueError, RecursionError) as error:
-        is_torn = not line.endswith(b"\n")
-        advice = " (the last line is torn: remove it, or write the file again)" if is_torn else ""
-        raise Problem(f"{place}: not a JSON object: {error}{advice}")
+        torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it)"
+        raise Problem(f"{place}: not a JSON object: {error}{torn}")
     if not isinstance(row, dict):
         raise Problem(f"{place}: a {type(row).__name__}, not a JSON object")
     for field in ("id", "prompt", "completion"):
@@ -134,7 +106,8 @@ def parse_line(line, place, mapping=None):
             why = "missing" if field not in row else "not a string"
             raise Problem(f'{place}: "{field}" is {why}')
     check_optional(row, place)
-    row["reward"] = read_reward(row.get("reward"), place, mapping)
+    if need_reward or "reward" in row:
+        row["reward"] = read_reward(row.get("reward"), place, mapping)
     return row
 
 
@@ -147,10 +120,11 @@ decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode
 
 def parse_reward_map(text):
     """"-1,1" as {0: -1.0, 1: 1.0}"""
-    numbers = re.fullmatch(r"([+-]?[0-9.]+),([+-]?[0-9.]+)", text)
-    if not numbers:
+    number = r"([+-]?[0-9]+(?:\.[0-9]+)?)"
+    numbers = re.fullmatch(f"{number},{number}", text)
+    if text and not numbers:
         raise Problem(f"--map-rewards {text}: two numbers are required, for instance -1,1")
-    return {0: float(numbers[1]), 1: float(numbers[2])}
+    return {0: float(numbers[1]), 1: float(numbers[2])} if text else None
 
 
 def read_reward(reward, place, mapping):
@@ -171,20 +145,14 @@ def check_optional(row, place):
             raise Problem(f'{place}: "{field}" is a {found}, not a {kind.__name__}')
     for field in ("prompt_ids", "completion_ids"):
         ids = row.get(field)
-        if ids is not None and not all(type(token) is int and token >= 0 for token in ids):
-            raise Problem(f'{place}: "{field}" must hold whole numbers from 0 on')
-        if ids is not None and not ids:
-            raise Problem(f'{place}: "{field}" is empty: remove the line, or the field')
+        if ids is not None and not (ids and all(type(n) is int and 0 <= n < 2**31 for n in ids)):
+            raise Problem(f'{place}: "{field}" must hold whole numbers from 0 on, at least one')
     if not row["completion"] and not row.get("completion_ids"):
         raise Problem(f"{place}: the completion is empty: remove the line")
-    logprobs = row.get("logprobs")
-    if logprobs is None:
-        return
-    if row.get("completion_ids") is None:
-        raise Problem(f'{place}: "logprobs" without "completion_ids", the tokens they belong to')
-    if len(logprobs) != len(row["completion_ids"]):
-        raise Problem(f"{place}: {len(logprobs)} logprobs for {len(row['completion_ids'])} "
-                      "completion_ids")
+    logprobs = row.get("logprobs") or []
+    if logprobs and len(logprobs) != len(row.get("completion_ids") or []):
+        raise Problem(f'{place}: {len(logprobs)} logprobs, which are not as many as its '
+                      '"completion_ids", the tokens they belong to')
     for position, value in enumerate(logprobs):
         if type(value) not in (int, float) or not -LARGEST < value <= 1e-6:
             raise Problem(f"{place}: logprob {position} is {value!r:.40}: a finite number, "

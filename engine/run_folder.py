@@ -19,14 +19,6 @@ from filelock import FileLock, Timeout  # a requirement of torch
 
 from engine.common import Problem, first_line, read_json, say, whole_file, write_json, writing
 from engine.parallel import barrier, from_first, is_sharded, rank, whole_weights
-from engine.sampler import Sampling
-
-DISK_ERRORS = (OSError, RuntimeError)
-# what changes only memory or speed, or is compared by a fingerprint, may differ at resume
-FREE = {"out", "model", "rollouts", "task", "questions", "test_questions", "rounds", "eval_every",
-        "checkpoint_every", "tokens_per_pass", "micro_batch", "pack_prompts",
-        "gradient_checkpointing", "shard"}
-FREE |= {field.name for field in dataclasses.fields(Sampling)} - {"seed", "weights", "precision"}
 
 
 # ---- one run at a time ----
@@ -39,12 +31,11 @@ def lock_folder(settings):
     lock = FileLock(os.path.join(settings.out, ".lock"))
     if rank() == 0:
         try:
-            os.makedirs(settings.out, exist_ok=True)
-            lock.acquire(timeout=0)
+            with writing(settings.out):
+                os.makedirs(settings.out, exist_ok=True)
+                lock.acquire(timeout=0)
         except Timeout:
             raise Problem(f"{settings.out}: another process is training in this folder")
-        except OSError as error:
-            raise Problem(f"{settings.out}: {error.strerror}")
     barrier()
     if not os.path.exists(lock.lock_file):
         raise Problem(f"{settings.out} is not visible on every machine: --out needs a common disk")
@@ -72,30 +63,22 @@ def catch_signals():
 
 
 def describe_run(settings, file_fingerprint, model_fingerprint=None):
-    return {"settings": dataclasses.asdict(settings), "file": file_fingerprint,
-            "model_weights": model_fingerprint}
+    """What makes a run this one: its settings, but for those that change no result."""
+    fixed = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
+             if not field.metadata["free"]}
+    return {**fixed, "file": file_fingerprint, "weights of the model": model_fingerprint}
 
 
 def check_same_run(settings, run):
     """A folder belongs to one command: another one is refused, naming what differs."""
     path = os.path.join(settings.out, "run.json")
-    if not os.path.exists(path) or not (checkpoints(settings.out) or finished(settings.out)):
-        return
-    before = read_json(path)
-    differ = []
-    for name, now in run["settings"].items():
-        earlier = before["settings"].get(name)
-        if name not in FREE and earlier != now:
-            differ.append(f"{name} was {earlier!r} and is {now!r}")
-    for name in ("file", "model_weights"):
-        if run[name] and before.get(name) != run[name]:
-            differ.append(f"{name} was {before.get(name)!r} and is {run[name]!r}")
-    models = before["settings"]["model"], run["settings"]["model"]
-    if not run["model_weights"] and os.path.realpath(models[0]) != os.path.realpath(models[1]):
-        differ.append(f"model was {models[0]!r} and is {models[1]!r}")
-    if differ:
-        raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another --out, "
-                      "or remove it")
+    if os.path.exists(path) and (checkpoints(settings.out) or finished(settings.out)):
+        before = read_json(path)
+        differ = [f"{name} was {before.get(name)!r} and is {now!r}" for name, now in run.items()
+                  if now is not None and before.get(name) != now]
+        if differ:
+            raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another "
+                          "--out, or remove it")
 
 
 def finished(folder):
@@ -142,7 +125,7 @@ def save_checkpoint(settings, model, optimizer, step):
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()
-    errors = (*DISK_ERRORS, dcp.api.CheckpointException)
+    errors = (OSError, RuntimeError, dcp.api.CheckpointException)
     with writing(path, errors), quiet():  # safetensors: DCP's own format holds pickles
         dcp.save(run_tensors(model, optimizer),
                  storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True))
@@ -155,30 +138,12 @@ def save_checkpoint(settings, model, optimizer, step):
     barrier()
 
 
-def open_log(folder):
-    """The file that takes a line a step; only the first rank's is real."""
-    path = os.path.join(folder, "log.jsonl") if rank() == 0 else os.devnull
-    return open(path, "a", encoding="utf-8", buffering=1)
-
-
 def resume(settings, model, optimizer, run):
     """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
     path = from_first((checkpoints(settings.out) or [None])[-1])
     step, log = 0, []
     if path:
-        import torch.distributed.checkpoint as dcp
-
-        try:
-            step = read_json(os.path.join(path, "step.json"))["step"]
-            with quiet(), torch.no_grad():
-                dcp.load(run_tensors(model, optimizer),
-                         storage_reader=dcp.HuggingFaceStorageReader(path))
-        except (Exception, dcp.api.CheckpointException) as error:  # many kinds; for the user one
-            raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from "
-                          "the beginning")
-        for state in optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(
-                state["step"]) else step
+        step = load_checkpoint(path, model, optimizer)
         log = [entry for entry in read_log(settings.out) if entry["step"] < step]
         say(f"{settings.out}: going on from step {step}")
     if rank() == 0:
@@ -191,6 +156,30 @@ def resume(settings, model, optimizer, run):
     return log, step
 
 
+def load_checkpoint(path, model, optimizer):
+    """Fills model and optimizer; returns the number of steps that are done."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        step = read_json(os.path.join(path, "step.json"))["step"]
+        with quiet(), torch.no_grad():
+            dcp.load(run_tensors(model, optimizer),
+                     storage_reader=dcp.HuggingFaceStorageReader(path))
+    except (Exception, dcp.api.CheckpointException) as error:  # many kinds; for the user one
+        raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from the "
+                      "beginning")
+    for state in optimizer.state.values():
+        is_tensor = torch.is_tensor(state["step"])
+        state["step"] = torch.full_like(state["step"], step) if is_tensor else step
+    return step
+
+
+def open_log(folder):
+    """The file that takes a line a step; only the first rank's is real."""
+    path = os.path.join(folder, "log.jsonl") if rank() == 0 else os.devnull
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
 @contextlib.contextmanager
 def quiet():
     """torch warns that one process saves alone, which is what is meant."""
@@ -201,11 +190,10 @@ def quiet():
 
 def save_policy(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens; the checkpoints are removed."""
-    weights = whole_weights(model)
+    weights = whole_weights(model) if any(map(is_sharded, model.parameters())) else None
     if rank() == 0:
-        with writing(settings.out, DISK_ERRORS):
-            any_shard = any(map(is_sharded, model.parameters()))
-            model.save_pretrained(settings.out, state_dict=weights if any_shard else None)
+        with writing(settings.out, (OSError, RuntimeError)):
+            model.save_pretrained(settings.out, state_dict=weights)
             tokenizer.save_pretrained(settings.out)
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
         for path in checkpoints(settings.out):

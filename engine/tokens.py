@@ -1,7 +1,4 @@
-"""Text to tokens and back, for many texts at once."""
-
-import difflib
-import unicodedata
+"""Text to tokens and back."""
 
 from engine.common import Problem
 
@@ -25,62 +22,20 @@ def all_token_ids(rows, tokenizer, end_token):
 
 def missing_ids(rows, field, tokenizer):
     """{text: tokens} of the prompts or completions whose tokens are not in the file."""
-    texts = {row[field]: None for row in rows if row.get(f"{field}_ids") is None}
-    return dict(zip(texts, encode(list(texts), tokenizer)))
+    texts = list({row[field]: None for row in rows if row.get(f"{field}_ids") is None})
+    if not texts:
+        return {}
+    return dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
 
 
-def encode(texts, tokenizer):
-    """Texts to tokens without special ones; bypasses transformers' wrapper, the slower part."""
-    if len(texts) < 2 or not tokenizer.is_fast:
-        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    tokenizer("")  # turns off the truncation and padding that a tokenizer.json may ask for
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+def is_foreign(row, tokenizer):
+    """Whether its completion_ids clearly say something else than its completion.
 
-
-def decode(ids, tokenizer, skip_special_tokens=True):
-    """Lists of tokens to texts."""
-    if tokenizer.is_fast:
-        tokenizer = tokenizer.backend_tokenizer
-        return tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
-    return tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-def foreign_tokens(rows, tokenizer):
-    """For each row whether its completion_ids clearly say something else than its completion.
-
-    Only clear cases, the tokens of another tokenizer: engines differ in white space, special
-    tokens, stop words that they cut off, and in half a character at the end.
+    Engines differ in white space, special tokens, and in stop words that they cut off.
     """
-    ids = [row.get("completion_ids") or [] for row in rows]
-    ids = [row if max(row, default=0) < 2**31 else [] for row in ids]
-    return [bool(tokens) and text != row["completion"] and not fits(row, text, tokenizer)
-            for row, tokens, text in zip(rows, ids, decode(ids, tokenizer))]
-
-
-def fits(row, text, tokenizer):
-    """Whether completion_ids, decoded to `text`, can still be the tokens of the completion."""
-    ids, completion = row["completion_ids"], row["completion"]
-    with_special, = decode([ids], tokenizer, skip_special_tokens=False)
-    own, = encode([completion], tokenizer)  # words unknown to the tokenizer decode to nothing
-    same_tokens = own and ids[: len(own)] == own
-    return same_tokens or alike(text, completion) or alike(with_special, completion)
-
-
-def alike(a, b):
-    a, b = bare(a), bare(b)
-    if not a or not b:
-        return not b
-    shorter, longer = sorted((a, b), key=len)
-    if longer.startswith(shorter) or longer.endswith(shorter):
-        return True
-    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() > 0.7
-
-
-def bare(text):
-    """Without white space, case and broken characters; enough of it to compare."""
-    text = unicodedata.normalize("NFKC", text).replace("\ufffd", "").casefold()
-    return "".join(text.split())[:2000]
+    text = tokenizer.decode(row.get("completion_ids") or [], skip_special_tokens=True)
+    text, completion = "".join(text.split()), "".join(row["completion"].split())
+    return text not in completion and completion not in text
 
 
 def prompt_tokens(text, tokenizer):

@@ -27,8 +27,8 @@ MUTANTS = {  # what is done wrong: {text: replacement}
     "mean over the micro-batch": {"(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))":
                                   "(coefficient * logp.sum(-1) / length).sum() / len(reward)"},
     "mu re-anchored on the current weights": {"    advantage = reward - baseline": "    mu_logp = logp.detach()\n    advantage = reward - baseline"},
-    "limits by the sign of R": {"taper_weights(ratio_or_zero, advantage, taper)":
-                                "taper_weights(ratio_or_zero, reward, taper)"},
+    "limits by the sign of R": {"weight = taper_weights(log_ratio, advantage, taper)":
+                                "weight = taper_weights(log_ratio, reward, taper)"},
     "multiplied by the mask": {"masked_fill(vanished[:, None] | ~mask, 0.0)": "mul(mask)"},
     "mean over tokens of the batch": {"logp.sum(-1) / length": "logp.sum(-1) * len(length) / length.sum()"},
     "no length normalisation": {"logp.sum(-1) / length": "logp.sum(-1)"},

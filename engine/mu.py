@@ -1,0 +1,79 @@
+"""log mu, the log-probabilities under the policy that wrote the rollouts: fixed for the whole run."""
+
+import collections
+import hashlib
+import os
+
+import numpy as np
+import torch
+
+from engine.batches import CHECKED_ROWS, micro_batches
+from engine.common import Problem, first_line, progress, say, whole_file
+from engine.parallel import barrier, from_first, gather, rank
+
+
+def make_mu(settings, policy, data, device, needs_mu, model_fingerprint):
+    """Sets data.mu, log mu of every completion token, for the whole run. Returns its source.
+
+    Re-anchoring mu on the current weights would make every ratio 1 and turn TOPR into naive
+    REINFORCE unnoticed.
+    """
+    missing = sum(row.logprobs is None for row in data.rows)
+    if not missing:
+        data.mu = [row.logprobs for row in data.rows]
+    if not needs_mu:
+        return "not needed"
+    if settings.mu != "start" and not missing:
+        if settings.mu == "checked":
+            check_fit(settings, policy, data, device)
+        return "from the file"
+    if settings.mu == "file":
+        raise Problem(f"{data.path}: {missing:,} of {len(data.rows):,} rows hold no logprobs, "
+                      "which --mu file needs: --mu start computes them")
+    tokens = hashlib.sha256()
+    for row in data.rows:
+        tokens.update(np.array([*row.prompt, -1, *row.completion]).tobytes())
+    name = f"{model_fingerprint[:8]}-{tokens.hexdigest()[:8]}-{settings.precision}"
+    path = f"{data.path}.mu-{name}.npy"
+    if not from_first(os.path.exists(path)):
+        scores = score_rows(settings, policy, data, range(len(data.rows)), device)
+        if rank() == 0:
+            with whole_file(path, "wb") as file:
+                np.save(file, np.concatenate([scores[row] for row in range(len(data.rows))]))
+        barrier()
+    ends = np.cumsum([len(row.completion) for row in data.rows])
+    try:
+        data.mu = np.split(np.load(path), ends[:-1])
+    except (ValueError, OSError, EOFError) as error:
+        raise Problem(f"{path}: cannot be read: {first_line(error)}. Remove it, and it is computed "
+                      "again")
+    return f"of the starting weights, in {path}"
+
+
+@torch.no_grad()
+def score_rows(settings, policy, data, rows, device):
+    """log pi of the completions of some rows, on every rank: {row: [time]}"""
+    scores, chunk = {}, 64 * data.ranks
+    for start in progress(range(0, len(rows), chunk), what="log mu of the starting weights"):
+        units = np.array(rows[start : start + chunk])[:, None]  # [rows, 1]
+        for batch in micro_batches(settings, data, units, device):
+            logp = policy(batch.packed, batch.mask).cpu()  # [batch, time]
+            for row, values, mask in zip(batch.rows, logp, batch.mask.cpu()):
+                scores[row] = values[mask].numpy()
+    return collections.ChainMap(*gather(scores))
+
+
+def check_fit(settings, policy, data, device):
+    """Refuses logprobs that the starting weights did not write: pi/mu is 1 at the start."""
+    tolerance = 0.1 if data.mask_dtype == torch.float32 else 2.0
+    rows = np.unique(np.linspace(0, len(data.rows) - 1, CHECKED_ROWS).astype(int))  # from all of it
+    scores = score_rows(settings, policy, data, rows, device)
+    largest = max(abs((scores[row] - data.mu[row]).sum()) for row in rows)
+    say(f"{data.path}: before the first step the largest |log pi/mu| of {len(rows)} completions is "
+        f"{largest:.2g}")
+    if not largest <= tolerance:
+        raise Problem(
+            f"{data.path}: its logprobs do not fit {settings.model}: |log pi/mu| is {largest:.3g} "
+            f"before the first step, over the tolerance of {tolerance}. If another policy wrote "
+            "the file on purpose: --mu file. If its logprobs are not those of a plain softmax at "
+            "temperature 1, or you do not know: --mu start computes them with the starting weights")
