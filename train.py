@@ -21,7 +21,7 @@ import torch
 
 import eval as evaluation
 import topr
-from data import apples
+from data import apples, load_task
 from engine.rollouts import file_fingerprint, write_rollouts
 from engine import batches, optim, run_folder
 from engine.common import (Problem, Stopped, free_memory, parse, progress,
@@ -330,7 +330,8 @@ def main():
         settings.out = settings.out or f"{folder}/{settings.loss}"
         name = f"rollouts-{settings.questions}x{settings.samples}-{settings.weights}.jsonl"
         settings.rollouts = f"{folder}/{name}".replace("-auto", "")  # the losses share it
-        evaluation.sample_rollout_file(settings, settings.model, settings.rollouts)
+        evaluation.sample_rollout_file(settings, load_task(settings.task), settings.model,
+                                       settings.rollouts)
     if not settings.rollouts and not settings.task:
         raise Problem("nothing to learn from: --rollouts FILE.jsonl, or --task to sample from")
     name = os.path.basename(os.path.normpath(settings.model))
@@ -345,16 +346,18 @@ def job(settings):
     if not settings.task:
         rounds(settings)
         return say(f"the trained policy is in {settings.out}")
+    task = load_task(settings.task)
     if settings.rollouts:
-        evaluation.check_overlap(settings)
-    before = evaluation.measure_once(settings, settings.model, "before")
-    points = curve([log for _, log in rounds(settings, evaluation.curve_point(settings))])
-    after = evaluation.measure_once(settings, settings.out, "after")
+        evaluation.check_overlap(settings, task)
+    before = evaluation.measure_once(settings, task, settings.model, "before")
+    points = curve([log for _, log in rounds(settings, evaluation.curve_point(settings, task))])
+    after = evaluation.measure_once(settings, task, settings.out, "after")
     evaluation.report_change(settings, before, after, points)
     say(f"the trained policy, results.json and the log are in {settings.out}")
     if rank() == 0:
         write_json(f"{settings.out}/results.json", {
-            "settings": dataclasses.asdict(settings), "before": before, "after": after,
+            "settings": dataclasses.asdict(settings),
+            "before": evaluation.summary(before), "after": evaluation.summary(after),
             "curve": points, "seconds": time.time() - start})
 
 
@@ -377,7 +380,8 @@ def rounds(settings, evaluate=None):
         this = dataclasses.replace(settings, model=policy, out=out)
         if number > 1 or not settings.rollouts:
             this.rollouts = f"{settings.out}/rollouts-{number}.jsonl"
-            evaluation.sample_rollout_file(settings, policy, this.rollouts, number)
+            evaluation.sample_rollout_file(settings, load_task(settings.task), policy,
+                                           this.rollouts, number)
         policy = out
         trained.append((policy, train_once(this, evaluate)))
     return trained
