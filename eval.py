@@ -9,28 +9,40 @@
 
 The randomness of a completion depends on the seed, its question and its number alone: the file is
 the same for any batch size and any number of ranks. (A server treats seeds in its own way.)
+A finished file is reused, and a broken-off call goes on where it was.
 """
 
+import collections
+import contextlib
 import dataclasses
+import functools
+import glob
+import json
+import math
 import os
+import time
 from dataclasses import dataclass
 
-from engine.rollouts import read_rollouts, write_rollouts
+import torch
+
 from data import OURS, load_task
-from engine.tasks import load_questions
-from engine.tokens import stop_position
-from engine.common import (Problem, draw_lines, parse, read_json, run_main, say, setting, table,
-                           write_json)
-from engine.measures import interval, interval_text, measure, report
-from engine.parallel import from_first, rank, start_ranks
-from engine.sampler import (Sampling, fingerprint, load_model, load_policy, load_tokenizer,
-                            sample_once, sample_rollouts)
+from engine import server
+from engine.batches import can_pack
+from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
+                           whole_file, write_json, writing)
+from engine.measures import interval, interval_text, measure, paired_interval, report, summary
+from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
+from engine.rollouts import read_rollouts, short_hash, to_line, write_rollouts
+from engine.sampler import (Sampling, broken_model, check_room, compute_dtype, fingerprint,
+                            generate, load_model, load_tokenizer, score)
+from engine.tasks import load_questions, one_line
+from engine.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 
 
 @dataclass
 class Settings(Sampling):
-    model: str = setting("", "directory or hub name; with --server its name there", main=True)
-    task: str = setting("apples", f"{', '.join(OURS)}, or the path of your own task.py", main=True)
+    model: str = setting("", "directory or hub name; with --server also its name there", main=True)
+    task: str = setting("", f"{', '.join(OURS)}, or the path of your own task.py", main=True)
     # The default is "test": by mistake it makes a file that train.py refuses. By mistake "train"
     # would report figures of questions that the model has seen.
     split: str = setting("test", "which questions: train to train on", ("train", "test"), main=True)
@@ -38,84 +50,105 @@ class Settings(Sampling):
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each question once at temperature 0")
+    server: str = setting("", "sample from a server with OpenAI's completions, such as "
+                          "http://localhost:8000/v1; OPENAI_API_KEY holds its key, if any")
 
 
-def evaluate(model, tokenizer, task, settings, split, questions, out="", what="sampling",
-             greedy=True):
-    """Samples `questions` (their number) of a split and measures; greedy: also at temperature 0."""
-    questions = load_questions(task, split, questions, settings.seed, tokenizer, settings)
-    rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what)
-    measures = {}
-    if rank() == 0:
-        measures = measure(rows, settings.seed, same_answer=task.same_answer)
+# ---- measuring ----
+
+
+def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True, what="sampling",
+             logprobs=True):
+    """{name: [a value for each question]} of `count` questions of a split, on every rank.
+
+    greedy: each question is also answered at temperature 0. The completions are kept in the file
+    `out` (the greedy ones beside it), when it is named.
+    """
+    questions = load_questions(task, split, count, settings.seed, tokenizer, settings)
+    rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what, logprobs)
+    values = measured(task, rows, settings.seed)
+    show_samples(rows)
     if greedy:
         likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
-        rows = sample_rollouts(
-            model, tokenizer, questions, task.grade, likeliest, what=f"{what}, greedy")
-        if rank() == 0:
-            measures["greedy"] = interval([row["reward"] > 0 for row in rows])
-    return from_first(measures)  # who has the rows measures
+        beside = out and f"{out.removesuffix('.jsonl')}-greedy.jsonl"
+        rows = sample_rollouts(model, tokenizer, questions, task.grade, likeliest, beside,
+                               f"{what}, greedy", logprobs=False)
+        values["greedy"] = [float(row["reward"] > 0) for row in rows]
+    return from_first(values)  # who has the rows measures
+
+
+def measured(task, rows, seed):
+    """The task's own measures, or ours; of no rows, which other ranks than the first have, none."""
+    if not rows:
+        return {}
+    if not task.measure:
+        return measure(rows, seed, same_answer=task.same_answer)
+    with one_line(f"{task.name}: measure"):
+        return {name: list(map(float, values)) for name, values in task.measure(rows).items()}
+
+
+def show_samples(rows):
+    """Three completions of different questions, for people to read."""
+    for row in rows[:: math.ceil(len(rows) / 3) or 1]:
+        answer, reward = row["answer"], row["reward"]
+        say(f"--- {row['id']}: answer {answer!r}, reward {reward:g}\n"
+            f"{row['prompt'][-300:]}{row['completion'][:1000]}")
 
 
 def regrade(path, task):
-    """The rows of an existing file, with the task's answers and rewards."""
-    rows = read_rollouts(path, zero_is_wrong=True)
-    for number, row in enumerate(rows, 1):
-        if row.get("gold") is None and task.name in OURS:
-            raise Problem(f'{path}: rollout {number} (id {row["id"]!r}) has no "gold"')
-        text = row["completion"]
-        row["answer"], row["reward"] = task.grade(row, text[: stop_position(text, task.STOP)])
+    """The rows of an existing file, with the task's answers and rewards; it may have none."""
+    rows = []
+    with one_line(f"{path}: cannot be read"), open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            with one_line(f"{path}:{number}: no rollout with id and completion"):
+                row = json.loads(line)
+                text = row["completion"]
+                row["answer"], row["reward"] = task.grade(row, text[: stop_position(text, task.STOP)])
+                if row.get("gold") is None and task.name in OURS:
+                    raise Problem(f'{path}:{number}: id {row["id"]!r} has no "gold"')
+            rows.append(row)
     return rows
 
 
 # ---- what train.py samples and measures ----
 
 
-def sample_rollout_file(settings, policy, path, number=1):
+def sample_rollout_file(settings, task, policy, path, number=1):
     """The rollout file that a policy writes on the training questions in a round; made once."""
-    task = load_task(settings.task)
-    server = settings.server if number == 1 else ""  # it serves the starting policy
-
     def questions(tokenizer):
         return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
 
-    sample_once(settings, policy, questions, task.grade, path, server=server,
+    sample_once(settings, policy, questions, task.grade, path,
                 seed=settings.seed + 1_000_003 * (number - 1))
 
 
-def measure_once(settings, policy, name):
-    """The measures of a policy on the test questions; kept in the run's folder."""
-    path = os.path.join(settings.out, f"{name}.json")
+def measure_once(settings, task, policy, name):
+    """The values of a policy on the test questions; its completions are kept in the run's folder."""
     model, tokenizer = load_model(policy, settings, start_ranks())
-    facts = {"settings": dataclasses.asdict(settings), "weights": fingerprint(model)}
-    kept = from_first(read_json(path) if os.path.exists(path) else {})
-    if {key: kept.get(key) for key in facts} == facts:
-        return kept["measures"]
-    sampling = dataclasses.replace(settings, model=policy, server="", seed=settings.seed + 1)
-    measures = evaluate(model, tokenizer, load_task(settings.task), sampling, "test",
-                        settings.test_questions, what=f"measuring {name}")
-    if rank() == 0:
-        write_json(path, {**facts, "measures": measures})
-    return measures
+    sampling = dataclasses.replace(settings, model=policy, seed=settings.seed + 1)
+    return evaluate(model, tokenizer, task, sampling, "test", settings.test_questions,
+                    f"{settings.out}/{name}.jsonl", what=f"measuring {name}", logprobs=False)
 
 
-def curve_point(settings):
-    """model -> pass@1 and invalid on a few test questions, for the learning curve."""
-    task, tokenizer = load_task(settings.task), load_tokenizer(settings.model)
-    sampling = dataclasses.replace(settings, server="", seed=settings.seed + 1, samples=4)
+def curve_point(settings, task):
+    """model -> the first two measures on a few test questions, for the learning curve."""
+    tokenizer = load_tokenizer(settings.model)
+    sampling = dataclasses.replace(settings, seed=settings.seed + 1, samples=4)
     count = min(100, settings.test_questions or 100)
+    questions = load_questions(task, "test", count, sampling.seed, tokenizer, sampling)
 
     def point(model):
-        measures = evaluate(model.eval(), tokenizer, task, sampling, "test", count,
-                            what="measuring", greedy=False)
-        return {name: measures[name]["mean"] for name in ("pass@1", "invalid")}
+        rows = sample_rollouts(model.eval(), tokenizer, questions, task.grade, sampling,
+                               what="measuring")
+        values = from_first(measured(task, rows, sampling.seed))
+        return {name: interval(values[name])["mean"] for name in list(values)[:2]}
 
     return point
 
 
-def check_overlap(settings):
+def check_overlap(settings, task):
     """Refuses a rollout file with questions that would be measured on."""
-    task, tokenizer = load_task(settings.task), load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     questions = load_questions(task, "test", settings.test_questions, settings.seed + 1, tokenizer,
                                settings)
     measured = {question["prompt"] for question in questions}
@@ -130,37 +163,210 @@ def check_overlap(settings):
 
 def report_change(settings, before, after, points):
     """The tables of the curve and of before and after; the curve also as a picture."""
-    say(table(("step", "pass@1", "invalid"), [tuple(point.values()) for point in points]) + "\n")
-    rows = []
-    for name, value in before.items():
-        if isinstance(value, dict) and name in after:
-            change = after[name]["mean"] - value["mean"]
-            rows.append((name, interval_text(value), interval_text(after[name]), f"{change:+.3f}"))
-    say(table((f"{after['questions']} held-out questions", "before", "after", "change"), rows))
-    if rank() == 0:
-        draw_lines(os.path.join(settings.out, "curve.png"), points, "step", ["pass@1", "invalid"],
-                   title=settings.loss, xlabel="optimizer step", ylabel="share of completions",
+    if points:
+        names = list(points[0])
+        say(table(names, [tuple(point.values()) for point in points]) + "\n")
+    rows = [(name, *map(interval_text, (interval(before[name]), interval(after[name]))),
+             interval_text(paired_interval(before[name], after[name]), "+")) for name in before]
+    title = f"{summary(before)['questions']} held-out questions"
+    say(table((title, "before", "after", "change"), rows))
+    if points and rank() == 0:
+        draw_lines(os.path.join(settings.out, "curve.png"), points, "step", names[1:],
+                   title=settings.loss, xlabel="optimizer step", ylabel="mean over questions",
                    ylim=(0, 1))
+
+
+# ---- sampling into a file ----
+
+
+def sample_once(settings, policy, questions, grade, out="", logprobs=True, **changes):
+    """The rollout rows that a policy (its folder or name) writes; a finished file is reused.
+
+    The rows are on the first rank alone, as those of sample_rollouts.
+    questions: a function tokenizer -> list of question dicts. `changes` replace fields of settings.
+    """
+    settings = dataclasses.replace(settings, model=policy, **changes)
+    model, tokenizer = load_model(policy, settings, start_ranks())
+    what = os.path.basename(out) or "sampling"
+    return sample_rollouts(model, tokenizer, questions(tokenizer), grade, settings, out, what,
+                           logprobs)
+
+
+def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling",
+                    logprobs=True):
+    """Rollout rows for all questions, on the first rank; also as the file `out` when it is named.
+
+    The other ranks get an empty list: the rows of a large file would fill the memory of each.
+    A finished file is reused; other rollouts are never overwritten. The questions are divided among
+    the ranks, and each finished one is kept at once in OUT.part-*: the next call samples the rest.
+    questions: dicts with "id", "prompt" and what grade(row, completion) needs, where row is the
+    question with the fields of its completion. model: None for settings.server.
+    """
+    questions = [{**question, "stop": list(filter(None, question.get("stop") or [])),
+                  "prompt_ids": prompt_tokens(question["prompt"], tokenizer)}
+                 for question in questions]
+    sampling = describe(model, settings)
+    there, rows = finished_rows(out, questions, grade, sampling, settings.samples)
+    if there:
+        say(f"{out}: the rollouts are there, reusing them")
+        return rows
+    complete = functools.partial(complete_here, model, logprobs and bool(out))
+    complete = complete if model else server.complete
+
+    wanted = [sampling, settings.samples, [[one["id"], one["prompt"]] for one in questions]]
+    parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
+    finished = read_parts(parts) if out and rank() == 0 else {}
+    there = from_first(set(finished))
+    if there:
+        say(f"{out}: {len(there)} of {len(questions)} questions were finished before, "
+            "going on with the rest")
+    todo = [number for number in range(len(questions)) if number not in there]
+    todo.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
+    todo, mine = todo[rank() :: world()], {}
+    if out:
+        with writing(out):
+            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    own_part = f"{parts}{rank()}-{time.time_ns()}"
+    with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
+        for number, completions in complete(tokenizer, questions, todo, settings, bar):
+            mine[number] = [grade_row(grade, questions[number], completion, sampling)
+                            for completion in completions]
+            if out:
+                with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([number, mine[number]]) + "\n")
+    finished = collections.ChainMap(finished, *gather_on_first(mine))
+    rows = [row for number in sorted(finished) for row in finished[number]]
+    if out:
+        write_whole(out, rows, parts)
+    return rows
+
+
+def describe(model, settings):
+    """What a row says of its sampling; a finished file must say the same to be reused."""
+    name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
+    fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
+    source = {"weights": fingerprint(model)} if model else {"server": settings.server}
+    return {"model": name, **{field: getattr(settings, field) for field in fields}, **source}
+
+
+def finished_rows(out, questions, grade, sampling, samples):
+    """(whether the file is there, its rows on the first rank); it must be of these settings."""
+    rows, fault = [], None
+    if rank() == 0 and os.path.exists(out):
+        try:
+            rows = read_rollouts(out, zero_is_wrong=True)
+            require_same(out, rows, questions, grade, sampling, samples)
+        except Problem as problem:
+            fault = problem
+    there, fault = from_first((bool(rows), fault))
+    if fault:
+        raise fault  # on every rank
+    return there, rows
+
+
+def require_same(out, rows, questions, grade, sampling, samples):
+    differ = [("the number of completions", len(rows), len(questions) * samples)]
+    for place, row in enumerate(rows[: len(questions) * samples]):
+        question = questions[place // samples]
+        answer, reward = grade({**question, **row}, row["completion"])
+        asked = {**sampling, "id": question["id"], "prompt": question["prompt"], "answer": answer,
+                 "reward": reward}
+        there = {**row, **(row.get("sampling") or {})}
+        differ += [(name, there.get(name), asked[name]) for name in asked]
+    for name, there, asked in differ:
+        if there != asked:
+            raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
+                          f"{asked!r:.60} in these settings; use another --out, or remove the file")
+
+
+def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, bar):
+    """Yields (question number, the fields of its completions), each question when it is done."""
+    mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
+    longest, ends = check_room(model, questions, settings.max_new_tokens), end_tokens(model, tokenizer)
+    share = with_logprobs and can_pack(model, longest, mask_dtype)
+    random = functools.partial(uniforms, settings, questions)
+    for number, completions in generate(model, tokenizer, questions, todo, settings, random, bar):
+        question = questions[number]
+        rows = [until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)
+                for tokens in completions]
+        rows = [{"prompt_ids": question["prompt_ids"], **row} for row in rows]
+        if with_logprobs:
+            ids = [row["completion_ids"] for row in rows]
+            with compute_dtype(model, settings):
+                scores = score(model, question["prompt_ids"], ids, share, mask_dtype)
+            for row, logprobs in zip(rows, scores):
+                row["logprobs"] = logprobs
+                if not math.isfinite(sum(logprobs)):
+                    raise broken_model(question)
+        yield number, rows
+
+
+def uniforms(settings, questions, number):
+    """The random numbers of a question's completions, [samples, max_new_tokens]."""
+    question = questions[number]
+    key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
+    generator = torch.Generator().manual_seed(key)
+    return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
+
+
+def grade_row(grade, question, completion, sampling):
+    """A whole row, as it is in the file: all that the question and the completion have."""
+    row = {name: value for name, value in question.items() if name not in ("stop", "messages")}
+    row = {**row, **completion, "sampling": sampling}
+    row["answer"], row["reward"] = grade({**question, **row}, row["completion"])
+    return row
+
+
+def read_parts(parts):
+    """{question number: rows} of an earlier call with the same settings that did not finish."""
+    rows = {}
+    for path in glob.glob(glob.escape(parts) + "*"):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    number, rows_of_it = json.loads(line)
+                    rows[number] = rows_of_it
+                except ValueError:
+                    say(f"{path}: dropped a torn last line")
+    return rows
+
+
+def write_whole(out, rows, parts):
+    """The file appears complete, and then the parts go."""
+    if rank() == 0:
+        write_rollouts(out, rows)
+    barrier()
+    for part in glob.glob(glob.escape(parts) + "*"):
+        with contextlib.suppress(FileNotFoundError):  # all ranks try
+            os.remove(part)
+    barrier()
+
+
+# ---- the command ----
 
 
 def main():
     settings = parse(Settings, description=__doc__)
-    start_ranks()
+    device = start_ranks()
+    if not settings.task:
+        raise Problem(f"--task is needed: {', '.join(OURS)}, or the path of your own task.py")
     task = load_task(settings.task)
     if settings.grade:
         rows = regrade(settings.grade, task)
-        measures = measure(rows, settings.seed, same_answer=task.same_answer)
+        values = measured(task, rows, settings.seed)
         if settings.out and rank() == 0:
             write_rollouts(settings.out, rows)
     elif settings.model:
-        measures = evaluate(*load_policy(settings, settings.model), task, settings, settings.split,
-                            settings.questions, settings.out, greedy=settings.greedy)
+        policy = (None, load_tokenizer(settings.model)) if settings.server else load_model(
+            settings.model, settings, device)
+        values = evaluate(*policy, task, settings, settings.split, settings.questions,
+                          settings.out, settings.greedy)
     else:
         raise Problem("--model is needed: a directory or a hub name (train.py makes one)")
-    say(report(measures, settings.grade or settings.model))
+    say(report(values, settings.grade or settings.model))
     if settings.out and rank() == 0:
         path = settings.out.removesuffix(".jsonl") + ".json"
-        write_json(path, {"settings": dataclasses.asdict(settings), **measures})
+        write_json(path, {"settings": dataclasses.asdict(settings), **summary(values)})
         say(f"wrote {settings.out} and its measures beside it")
 
 

@@ -294,6 +294,7 @@ def job(settings, task=None):
     if task is None:
         train_once(settings)
         return say(f"the trained policy is in {settings.out}")
+    task = load_task(settings.task)
     if settings.rollouts:
         evaluation.check_overlap(settings, task)
     before = evaluation.measure_once(settings, task, settings.model, "before")

@@ -1,4 +1,4 @@
-"""What a rollout file says of its policy: pass@k, maj@k, and how sure that is."""
+"""What completions say of their policy: pass@k, maj@k, and how sure that is."""
 
 import collections
 import math
@@ -13,7 +13,12 @@ Z = 1.96  # standard errors on either side of a 95% interval
 
 
 def measure(rows, seed=0, draws=100, same_answer=operator.eq):
-    """Every measure as {"mean", "low", "high"}: the mean over questions with its 95% interval."""
+    """{name: [a value for each question]}, in the order of the questions.
+
+    A question's value is the mean over its completions, so a mean over questions weighs them alike,
+    however many completions each has. What the rows do not tell (where a completion was cut off,
+    its tokens) is left out.
+    """
     groups, values = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         groups[row["id"]].append(row)
@@ -21,18 +26,17 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     for group in groups.values():
         right = [row["reward"] > 0 for row in group]
         votes = group_answers([row.get("answer") for row in group], same_answer)
-        found = {"pass@1": np.mean(right), "invalid": votes.count(None) / len(group),
-                 "cut off": np.mean([row.get("finish") == "length" for row in group]),
-                 "tokens": np.mean([len(row.get("completion_ids", "")) for row in group])}
+        found = {"pass@1": right, "invalid": [vote is None for vote in votes]}
+        if all("finish" in row for row in rows):
+            found["cut off"] = [row["finish"] == "length" for row in group]
+        if all("completion_ids" in row for row in rows):
+            found["tokens"] = [len(row["completion_ids"]) for row in group]
         for k in (2**e for e in range(1, fewest.bit_length())):
             found[f"pass@{k}"] = pass_at_k(len(right), sum(right), k)
             found[f"maj@{k}"] = majority_at_k(votes, right, k, rng, draws)
         for name, value in found.items():
-            values[name].append(value)
-    if not all("completion_ids" in row for row in rows):
-        del values["tokens"]
-    intervals = {name: interval(values[name]) for name in values}
-    return {"questions": len(groups), "completions": len(rows), **intervals}
+            values[name].append(float(np.mean(value)))
+    return dict(values)
 
 
 def group_answers(answers, same_answer=operator.eq):
@@ -56,10 +60,9 @@ def interval(values):
     questions with a small p underestimate it. Of single completions this is Wilson's own interval.
     """
     values = np.asarray(values, float)  # [questions]
+    if not are_shares(values):
+        return normal_interval(values)
     n, p, variance = len(values), values.mean(), values.var()
-    if values.min() < 0 or values.max() > 1:
-        half = Z * math.sqrt(variance / max(1, n - 1))
-        return {"mean": p, "low": p - half, "high": p + half}
     most = p * (1 - p)
     size = n * (n + 10) * most / (n * variance + 10 * most) if most else n
     center, weight = p + Z**2 / (2 * size), 1 + Z**2 / size
@@ -69,16 +72,27 @@ def interval(values):
 
 
 def paired_interval(before, after):
-    """Mean and 95% interval of the gain in a share over the same questions.
+    """Mean and 95% interval of the gain over the same questions.
 
-    Agresti and Min's: half a question is added for each of the four outcomes (right or wrong,
-    before and after), so that 20 equal pairs are no proof that nothing changed.
+    Of shares Agresti and Min's: half a question is added for each of the four outcomes (right or
+    wrong, before and after), so that 20 equal pairs are no proof that nothing changed.
     """
     gains = np.asarray(after, float) - np.asarray(before, float)  # [questions]
+    if not are_shares([*before, *after]):
+        return normal_interval(gains)
     n = len(gains) + 2
     center = gains.sum() / n
     half = Z * math.sqrt((((gains**2).sum() + 1) / n - center**2) / n)
     return {"mean": gains.mean(), "low": max(-1.0, center - half), "high": min(1.0, center + half)}
+
+
+def are_shares(values):
+    return min(values) >= 0 and max(values) <= 1
+
+
+def normal_interval(values):
+    mean, half = values.mean(), Z * math.sqrt(values.var() / max(1, len(values) - 1))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def pass_at_k(n, right, k):
@@ -109,9 +123,14 @@ def interval_text(interval, sign=""):
     return "{mean:{0}.3f} ({low:{0}.3f} to {high:{0}.3f})".format(sign, **interval)
 
 
-def report(measures, title="all"):
+def summary(values):
+    """{name: [a value for each question]} as what is written: means with their intervals."""
+    questions = len(next(iter(values.values())))
+    return {"questions": questions, **{name: interval(each) for name, each in values.items()}}
+
+
+def report(values, title):
     """The measures as a table, one row each."""
-    rows = [(name, value, "") if type(value) is int else
-            (name, value["mean"], f"{value['low']:.3f} to {value['high']:.3f}")
-            for name, value in measures.items()]
+    rows = [(name, each["mean"], f"{each['low']:.3f} to {each['high']:.3f}")
+            for name, each in summary(values).items() if name != "questions"]
     return table((title, "mean", "95% interval"), rows)

@@ -1,31 +1,27 @@
-"""Completions from a model, graded, into a rollout file that a later call completes or extends."""
+"""Tokens in, tokens out: many completions at once, by a model of any family of transformers.
+
+It knows no text, no rewards and no files: those are eval.py's part.
+"""
 
 import collections
-import contextlib
-import dataclasses
-import functools
-import glob
 import hashlib
-import itertools
-import json
+import inspect
 import math
-import os
 import re
-import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.rollouts import read_rollouts, short_hash, to_line
+from engine.batches import completions_per_row, pack
+from engine.common import Problem, free_memory, setting
+from engine.parallel import world
 from engine.tasks import one_line
-from engine.tokens import end_tokens, prompt_tokens, until_stop
-from engine import server
-from engine.batches import can_pack, completions_per_row, pack
-from engine.common import Problem, free_memory, progress, say, setting, whole_file, writing
-from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
+from engine.tokens import end_tokens
 from topr import completion_logprobs
+
+LARGEST_BATCH = 512
+STOP_EVERY = 8  # tokens: decoding every row at every token would cost more than the model
 
 
 @dataclass
@@ -38,7 +34,7 @@ class Sampling:
     top_p: float = setting(1.0, "sample from the likeliest tokens of this probability", least=0.001,
                            most=1)
     max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True)
-    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 256)")
+    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)")
     seed: int = setting(0, "of the sampling, the data order, generated questions", main=True)
     weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
                            "bfloat16 halves the memory; updates are rounded at random, so that "
@@ -48,12 +44,9 @@ class Sampling:
     template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
                                       '{"enable_thinking": false}')
     plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one")
-    server: str = setting("", "sample from a server such as http://localhost:8000/v1 (vLLM, "
-                          "SGLang, transformers serve); OPENAI_API_KEY holds its key, if any")
-    tokenizer: str = setting("", "with --server: a directory or hub name, if --model is neither")
-    requests: int = setting(16, "with --server: concurrent requests of each rank")
-    timeout: float = setting(600.0, "with --server: seconds to wait for an answer before a retry")
-    patience: float = setting(300.0, "with --server: seconds of retries while it fails")
+
+
+# ---- models ----
 
 
 def load_model(name, settings, device):
@@ -71,84 +64,21 @@ def load_model(name, settings, device):
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name, advice=""):
+def load_tokenizer(name):
     from transformers import AutoTokenizer
 
-    with one_line(f"model {name!r} cannot be loaded{advice}"):
+    with one_line(f"model {name!r} cannot be loaded"):
         return AutoTokenizer.from_pretrained(name)
 
 
-def load_policy(settings, name):
-    """What sample_rollouts takes first: (model, tokenizer), or (None, tokenizer) with a server."""
-    if settings.server:
-        advice = " (--tokenizer can name its tokenizer)"
-        return None, load_tokenizer(settings.tokenizer or name, advice)
-    return load_model(name, settings, start_ranks())
-
-
-# ---- many completions at once, with a cache of keys and values ----
-
-
-@dataclass
-class Row:
-    """A completion that is being written."""
-
-    number: int  # of its question
-    question: dict
-    copy: int  # which of the question's completions it is
-    uniform: collections.abc.Iterator  # a random number for each token
-    tokens: list
-    done: bool = False
-
-
-@dataclass
-class Batch:
-    """Completions that are written at the same time, padded on the left."""
-
-    rows: list
-    attention: torch.Tensor  # [rows, time]
-    logits: torch.Tensor  # [rows, vocab], of each row's next token
-    cache: object  # keys and values, [rows, heads, time, width] in each layer
-    chosen: torch.Tensor = None  # [rows, 1], each row's last token
-
-
-@torch.no_grad()
-def generate(model, tokenizer, questions, todo, settings, first, bar):
-    """Yields (number of a question in todo, its completions first .. samples as lists of tokens).
-
-    A prompt is read once for all its completions. Finished rows leave the batch, and the rows of
-    the next questions replace them.
-    """
-    ends, size = end_tokens(model, tokenizer), settings.batch_size
-    waiting = collections.deque()
-    for number in todo:
-        for start in range(first, settings.samples, size):
-            waiting.append((number, range(start, min(start + size, settings.samples))))
-    finished, batch = collections.defaultdict(dict), None
-    while waiting or batch:
-        newcomers, count = [], len(batch.rows) if batch else 0
-        while waiting and count + len(waiting[0][1]) <= size:
-            newcomers.append(waiting.popleft())
-            count += len(newcomers[-1][1])
-        if newcomers:
-            batch = join(batch, read_prompts(model, questions, newcomers, settings))
-        write_token(batch, ends, tokenizer, settings, bar)
-        done = [row for row in batch.rows if row.done]
-        if len(done) * 8 >= len(batch.rows):  # an eighth is free: worth the copy that makes room
-            for row in done:
-                copies = finished[row.number]
-                copies[row.copy] = row.tokens
-                if len(copies) == settings.samples - first:
-                    yield row.number, [copies[copy] for copy in sorted(copies)]
-            batch = keep(batch, [i for i, row in enumerate(batch.rows) if not row.done])
-        if batch:
-            step(model, batch, settings)
-
-
-def next_logits(model, settings, **inputs):
-    """[rows, vocab]: of the token after the last, as the trainer computes them."""
-    with compute_dtype(model, settings):
-        return model(use_cache=True, logits_to_keep=1, **inputs).logits[:, -1].float()
+def fingerprint(model):
+    """16 letters that change with the weights: names, shapes, 4,096 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def compute_dtype(model, settings):
@@ -156,65 +86,106 @@ def compute_dtype(model, settings):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
-def uniforms(settings, question):
-    """The random numbers of a question's completions, [samples, max_new_tokens]."""
-    key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
-    generator = torch.Generator().manual_seed(key)
-    return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
+# ---- sampling ----
 
 
-def read_prompts(model, questions, newcomers, settings):
-    """A batch of new rows; newcomers: (number of a question, which of its completions)."""
+@torch.no_grad()
+def generate(model, tokenizer, questions, todo, settings, uniforms, bar):
+    """Yields (number of a question, its completions as lists of tokens) for the numbers in todo.
+
+    questions: dicts with "id", "prompt_ids" and "stop" (strings that end a completion, see
+    until_stop). todo: alike lengths together, the longest first. uniforms(number): the random
+    numbers of a question's completions, [samples, max_new_tokens].
+    """
+    check_family(model, settings)
+    size, finished = settings.batch_size, collections.defaultdict(list)
+    if todo and not size:
+        size = batch_that_fits(model, len(questions[todo[0]]["prompt_ids"]), settings)
+    rows = [(number, copy) for number in todo for copy in range(settings.samples)]
+    for start in range(0, len(rows), size or 1):
+        batch = rows[start : start + size]
+        written = write(model, tokenizer, questions, batch, settings, uniforms, bar)
+        for (number, _), tokens in zip(batch, written):
+            finished[number].append(tokens)
+            if len(finished[number]) == settings.samples:
+                yield number, finished.pop(number)
+
+
+def write(model, tokenizer, questions, batch, settings, uniforms, bar):
+    """The tokens of a batch; batch: (number of a question, which of its completions) of each row.
+
+    A prompt is read once for all its rows. Rows that are done leave when an eighth of the batch
+    is, for that costs a copy of the cache.
+    """
+    device, ends = model.device, end_tokens(model, tokenizer)
+    ends = torch.tensor(ends, device=device)
+    tables = {number: uniforms(number) for number, _ in batch}
+    uniform = torch.stack([tables[number][copy] for number, copy in batch])  # [batch, time]
+    uniform = uniform.to(device)
+    prompts = [questions[number]["prompt_ids"] for number in tables]
+    logits, attention, cache = read_prompts(model, settings, prompts)
+
+    place = {number: place for place, number in enumerate(tables)}
+    keep = torch.tensor([place[number] for number, _ in batch], device=device)  # [rows]
+    logits, attention = logits[keep], attention[keep]
+    cache.reorder_cache(keep)
+    tokens = torch.zeros_like(uniform, dtype=torch.long)  # [batch, time]
+    lengths = torch.full_like(tokens[:, 0], settings.max_new_tokens)  # [batch]
+    rows = torch.arange(len(batch), device=device)  # [rows], places in the batch
+    live = torch.ones_like(rows, dtype=torch.bool)  # [rows]
+    for now in range(settings.max_new_tokens):
+        if now > 0:  # rows that are done hide their token, or their position would go on
+            attention = torch.cat([attention, live[:, None]], 1)  # [rows, time + 1]
+            logits = next_logits(model, settings, chosen, attention, cache)
+        broken = live & ~logits.amax(-1).isfinite()  # [rows]
+        if broken.any():
+            raise broken_model(questions[batch[rows[broken][0]][0]])
+        chosen = draw(logits, uniform[rows, now : now + 1], settings)  # [rows, 1]
+        tokens[rows, now] = chosen[:, 0]
+        done = live & torch.isin(chosen[:, 0], ends)  # [rows]
+        if now % STOP_EVERY == STOP_EVERY - 1:
+            for row in (live & ~done).nonzero()[:, 0].tolist():
+                stop = questions[batch[rows[row]][0]]["stop"]
+                done[row] = has_stopped(tokenizer, tokens[rows[row], : now + 1], stop)
+        lengths[rows[done]] = now + 1
+        live = live & ~done
+        bar.update(int(done.sum()))
+        left = int(live.sum())
+        if left == 0:
+            break
+        if left * 8 <= len(live) * 7:
+            keep = live.nonzero()[:, 0]
+            cache.reorder_cache(keep)
+            rows, attention, chosen, live = rows[keep], attention[keep], chosen[keep], live[keep]
+    bar.update(left)
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+
+
+def read_prompts(model, settings, prompts):
+    """(logits of the next token [prompts, vocab], attention [prompts, time], the cache)."""
     from transformers import DynamicCache
 
-    cache, prompts = DynamicCache(), []
-    for number, _ in newcomers:
-        prompts.append(torch.tensor(questions[number]["prompt_ids"], device=model.device))
-    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    attention = pad([torch.ones_like(prompt) for prompt in prompts])  # [prompts, time]
-    logits = next_logits(
-        model, settings, input_ids=pad(prompts), attention_mask=attention,
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
-    rows, source = [], []
-    for place, (number, copies) in enumerate(newcomers):
-        table = uniforms(settings, questions[number])
-        for copy in copies:
-            rows.append(Row(number, questions[number], copy, iter(table[copy].tolist()), []))
-            source.append(place)
-    source = torch.tensor(source, device=model.device)  # [rows]
-    cache.batch_select_indices(source)
-    return Batch(rows, attention[source], logits[source], cache)
+    prompts = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    attention = pad_left([torch.ones_like(prompt) for prompt in prompts])  # [prompts, time]
+    cache = DynamicCache(config=model.config)
+    return next_logits(model, settings, pad_left(prompts), attention, cache), attention, cache
 
 
-def write_token(batch, ends, tokenizer, settings, bar):
-    """Draws the next token of every row; those of rows that are done mean nothing."""
-    broken = ~batch.logits.amax(-1).isfinite()  # [rows]
-    uniform = torch.tensor([[next(row.uniform, 0.0)] for row in batch.rows], device=broken.device)
-    batch.chosen = draw(batch.logits, uniform, settings)  # [rows, 1]
-    for row, token, is_broken in zip(batch.rows, batch.chosen[:, 0].tolist(), broken.tolist()):
-        if row.done:
-            continue
-        if is_broken:
-            raise broken_model(row.question)
-        row.tokens.append(token)
-        is_last = token in ends or len(row.tokens) == settings.max_new_tokens
-        row.done = is_last or has_stopped(row, tokenizer)
-        bar.update(row.done)
+def pad_left(rows):
+    return pad_sequence(rows, batch_first=True, padding_side="left")
 
 
-def has_stopped(row, tokenizer):
-    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
-    stop = row.question["stop"]
-    if not stop:
-        return False
-    longest = max(len(mark.encode()) for mark in stop) + 4
-    text = tokenizer.decode(row.tokens[-longest:], skip_special_tokens=True)
-    return any(mark in text for mark in stop)
-
-
-def broken_model(question):
-    return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
-                   "weights damaged, or does it need --weights float32 --precision float32?")
+def next_logits(model, settings, ids, attention=None, cache=None):
+    """[rows, vocab]: of the token after ids [rows, new], as the trainer computes them."""
+    inputs = {"use_cache": False}
+    if cache is not None:
+        # The older name warns in newer versions, the newer one is ignored in older versions.
+        names = inspect.signature(model.forward).parameters
+        position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
+        inputs = {"use_cache": True, "attention_mask": attention, "position_ids": position,
+                  "cache" if "cache" in names else "past_key_values": cache}
+    with compute_dtype(model, settings):
+        return model(input_ids=ids, logits_to_keep=1, **inputs).logits[:, -1].float()
 
 
 def draw(logits, uniform, settings):
@@ -238,118 +209,18 @@ def draw(logits, uniform, settings):
     return chosen if order is None else order.gather(1, chosen)
 
 
-def step(model, batch, settings):
-    """Feeds the tokens just drawn through the model, for the logits of the next.
-
-    Rows that are done hide theirs, or their positions would pass the last one of the model.
-    """
-    live = torch.tensor([[not row.done] for row in batch.rows]).to(batch.attention)
-    batch.attention = torch.cat([batch.attention, live], 1)  # [rows, time + 1]
-    batch.logits = next_logits(
-        model, settings, input_ids=batch.chosen, attention_mask=batch.attention,
-        position_ids=batch.attention.sum(1, True) - 1, past_key_values=batch.cache)
+def has_stopped(tokenizer, tokens, stop):
+    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
+    if not stop:
+        return False
+    longest = max(len(mark.encode()) for mark in stop) + 4 + STOP_EVERY
+    text = tokenizer.decode(tokens[-longest:].tolist(), skip_special_tokens=True)
+    return any(mark in text for mark in stop)
 
 
-def keep(batch, places):
-    """The batch with these rows alone, without columns of padding alone; None without rows."""
-    if not places:
-        return None
-    attention = batch.attention[places]
-    spare = (attention.cumsum(1) == 0).all(0).sum()  # columns of padding on the left
-    for layer in batch.cache.layers:
-        layer.keys = layer.keys[places, :, spare:]
-        layer.values = layer.values[places, :, spare:]
-    rows = [batch.rows[place] for place in places]
-    return Batch(rows, attention[:, spare:], batch.logits[places], batch.cache,
-                 batch.chosen[places])
-
-
-def join(old, new):
-    """Both batches as one."""
-    if old is None:
-        return new
-    for mine, theirs in zip(old.cache.layers, new.cache.layers):
-        mine.keys = stack(mine.keys, theirs.keys)
-        mine.values = stack(mine.values, theirs.values)
-    attention = stack(old.attention[..., None], new.attention[..., None])[..., 0]
-    logits = torch.cat([old.logits, new.logits])
-    return Batch(old.rows + new.rows, attention, logits, old.cache)
-
-
-def stack(*parts):
-    """Tensors of [rows, .., time, width] as one, the shorter padded on the left of time."""
-    longest = max(part.shape[-2] for part in parts)
-    return torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
-
-
-# ---- models whose state is no such cache ----
-
-
-@torch.no_grad()
-def cache_bytes(model, settings):
-    """Bytes of a token in the cache; 0 when our batches give other logits than a plain pass.
-
-    State-space and hybrid models keep a state in their own way. Two prompts of different lengths go
-    through all that a batch goes through.
-    """
-    ids = [list(range(1, 8)), [8, 9, 4]]
-    questions = [{"id": "", "prompt": "", "prompt_ids": row[:-1]} for row in ids]
-    try:
-        one, other = (read_prompts(model, questions, [(n, [0])], settings) for n in (0, 1))
-        batch = join(one, other)
-        batch.chosen = torch.tensor([row[-1:] for row in ids], device=model.device)
-        batch = keep(batch, [1, 0])
-        step(model, batch, settings)
-        for row, found in zip(ids, batch.logits.flip(0)):
-            ids_alone = torch.tensor([row], device=model.device)
-            alone = next_logits(model, settings, input_ids=ids_alone)[0]  # [vocab]
-            if not (found - alone).abs().max() < 0.1 * alone.std():
-                return 0
-    except Exception:  # a model may fail in any way at what it does not know
-        return 0
-    return sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes
-               for layer in batch.cache.layers)
-
-
-@torch.no_grad()
-def generate_alone(model, tokenizer, questions, todo, settings, first, bar):
-    """As generate, by transformers' own loop, one prompt at a time; the draws are ours.
-
-    Rows are not stopped at a stop string: what follows it is cut off later.
-    """
-    from transformers import GenerationConfig
-
-    ends, own = end_tokens(model, tokenizer), model.generation_config
-    neutral = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=False,
-                               max_new_tokens=settings.max_new_tokens)
-    for number in todo:
-        question, completions = questions[number], []
-        prompt = question["prompt_ids"]
-        table = uniforms(settings, question)[first:].to(model.device)
-        for uniform in table.split(settings.batch_size):  # [rows, max_new_tokens]
-            ids = torch.tensor([prompt] * len(uniform), device=model.device)
-            chooser = functools.partial(only_the_drawn, question, uniform, settings)
-            model.generation_config = neutral
-            try:
-                with compute_dtype(model, settings):
-                    ids = model.generate(ids, attention_mask=torch.ones_like(ids),
-                                         logits_processor=[chooser])
-            finally:
-                model.generation_config = own
-            for row in ids[:, len(prompt) :].tolist():
-                length = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
-                completions.append(row[:length])
-            bar.update(len(uniform))
-        yield number, completions
-
-
-def only_the_drawn(question, uniform, settings, ids, logits):
-    """Logits [rows, vocab] that leave generate no choice but the token that we draw."""
-    if not logits.amax(-1).isfinite().all():
-        raise broken_model(question)
-    now = ids.shape[1] - len(question["prompt_ids"])
-    chosen = draw(logits.float(), uniform[:, now : now + 1], settings)
-    return torch.full_like(logits, -math.inf).scatter(1, chosen, 0.0)
+def broken_model(question):
+    return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
+                   "weights damaged, or does it need --weights float32 --precision float32?")
 
 
 @torch.no_grad()
@@ -369,113 +240,30 @@ def score(model, prompt, completions, share, mask_dtype=None):
     return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
 
-# ---- the rollouts of a list of questions ----
+# ---- what a model can do ----
 
 
-def sample_once(settings, policy, questions, grade, out="", logprobs=True, **changes):
-    """The rollout rows that a policy (its folder or name) writes; a finished file is reused.
+def check_family(model, settings):
+    """Refuses a model whose step in a batch is not its plain forward pass.
 
-    The rows are on the first rank alone, as those of sample_rollouts.
-    questions: a function tokenizer -> list of question dicts. `changes` replace fields of settings.
+    Two prompts of different lengths go through all that a batch goes through.
     """
-    settings = dataclasses.replace(settings, model=policy, **changes)
-    model, tokenizer = load_policy(settings, policy)
-    what = os.path.basename(out) or "sampling"
-    questions = questions(tokenizer)
-    return sample_rollouts(model, tokenizer, questions, grade, settings, out, what, logprobs)
-
-
-def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling",
-                    logprobs=True):
-    """Rollout rows for all questions, on the first rank; also as the file `out` when it is named.
-
-    The other ranks get an empty list: the rows of a large file would fill the memory of each.
-    A finished file is reused, or extended when more samples are asked for; other rollouts are never
-    overwritten. With settings.server `model` is None.
-    questions: dicts with "id", "prompt" and what grade(question, completion) needs.
-    """
-    questions = [{**question, "stop": list(filter(None, question.get("stop") or [])),
-                  "prompt_ids": prompt_tokens(question["prompt"], tokenizer)}
-                 for question in questions]
-    name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
-    fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
-    sampling = {"model": name, **{field: getattr(settings, field) for field in fields}}
-    sampling |= {"server": settings.server} if settings.server else {"weights": fingerprint(model)}
-    rows, fault = [[] for _ in questions], None
-    if out and rank() == 0 and os.path.exists(out):
-        try:
-            rows = finished_rows(out, questions, grade, sampling, settings.samples)
-        except Problem as problem:
-            fault = problem
-    first, fault = from_first((len(rows[0]), fault))
-    if fault:
-        raise fault
-    if first == settings.samples:
-        say(f"{out}: the rollouts are there, reusing them")
-        return list(itertools.chain(*rows))
-    if settings.server:
-        complete = functools.partial(
-            server.complete, tokenizer, questions, settings, first, bool(out))
-    else:
-        with_logprobs = logprobs and bool(out)
-        longest = check_room(model, questions, settings.max_new_tokens)
-        complete = functools.partial(
-            complete_here, model, tokenizer, questions, settings, first, longest, with_logprobs)
-    copies = range(first, settings.samples)
-    return collect(complete, questions, grade, sampling, copies, rows, out, what)
-
-
-def finished_rows(out, questions, grade, sampling, samples):
-    """The rows of each question in a finished file, which must be those of these settings."""
-    rows = read_rollouts(out, zero_is_wrong=True)
-    each = max(1, len(rows) // len(questions))
-    require_equal(out, "the number of completions", len(rows), len(questions) * min(each, samples))
-    for place, row in enumerate(rows):
-        question = questions[place // each]
-        answer, reward = grade(question, row["completion"])
-        there = {**row, **(row.get("sampling") or {})}
-        asked = {**sampling, "id": question["id"], "prompt": question["prompt"], "answer": answer,
-                 "reward": reward}
-        for name in asked:
-            require_equal(out, name, there.get(name), asked[name])
-    return [rows[i : i + each] for i in range(0, len(rows), each)]
-
-
-def require_equal(out, name, there, asked):
-    if there != asked:
-        raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
-                      f"{asked!r:.60} in these settings; use another --out, or remove the file")
-
-
-def complete_here(model, tokenizer, questions, settings, first, longest, with_logprobs, todo, bar):
-    """Yields (question number, its new completions), each question of todo when it is finished."""
-    mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
-    share = with_logprobs and can_pack(model, longest, mask_dtype)
-    token_bytes, sample = cache_bytes(model, settings), generate
-    if not token_bytes:
-        sample = generate_alone
-        say("this model keeps its state in its own way: transformers' generate samples, "
-            "one question at a time")
-    if not settings.batch_size:
-        row_bytes = longest * token_bytes + 16 * model.config.get_text_config().vocab_size
-        fit = int(memory_left(model.device) / 2 // row_bytes)
-        settings = dataclasses.replace(settings, batch_size=min(256, max(1, fit)))
-    ends = end_tokens(model, tokenizer)
-    for number, completions in sample(model, tokenizer, questions, todo, settings, first, bar):
-        question = questions[number]
-        prompt = question["prompt_ids"]
-        rows = [{"prompt_ids": prompt,
-                 **until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)}
-                for tokens in completions]
-        if with_logprobs:
-            with compute_dtype(model, settings):
-                ids = [row["completion_ids"] for row in rows]
-                scores = score(model, prompt, ids, share, mask_dtype)
-            for row, logprobs in zip(rows, scores):
-                row["logprobs"] = logprobs
-                if not math.isfinite(sum(logprobs)):
-                    raise broken_model(question)
-        yield number, rows
+    shorter = torch.tensor([[8, 9, 4]], device=model.device)
+    longer = torch.tensor([[3, 5, 6, 1, 2, 7]], device=model.device)
+    last, swap = torch.cat([shorter, longer[:, -3:]])[:, -1:], torch.tensor([1, 0])
+    try:
+        prompts = [longer[0, :-1].tolist(), shorter[0, :-1].tolist()]
+        _, attention, cache = read_prompts(model, settings, prompts)
+        cache.reorder_cache(swap.to(model.device))
+        attention = torch.cat([attention[swap], torch.ones_like(last)], 1)
+        batched = next_logits(model, settings, last, attention, cache)  # [2, vocab]
+        alone = torch.cat([next_logits(model, settings, ids) for ids in (shorter, longer)])
+        fits = (batched - alone).abs().max() < 0.1 * alone.std() or alone.isnan().any()
+    except Exception:  # a model may fail in any way at what it does not know
+        fits = False
+    if not fits:
+        raise Problem(f"models of type {model.config.model_type!r} do not work in batches with "
+                      "this version of transformers: sample from a server (eval.py --server)")
 
 
 def check_room(model, questions, new_tokens):
@@ -490,6 +278,17 @@ def check_room(model, questions, new_tokens):
     return size + new_tokens
 
 
+def batch_that_fits(model, prompt, settings):
+    """How many rows half of the free memory holds: keys, values and logits."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    token_bytes = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
+    row_bytes = (prompt + settings.max_new_tokens) * token_bytes + 16 * config.vocab_size
+    return int(min(LARGEST_BATCH, max(1, memory_left(model.device) // 2 // row_bytes)))
+
+
 def memory_left(device):
     """Bytes that the device still has."""
     if device.type == "cuda":
@@ -500,77 +299,3 @@ def memory_left(device):
             return int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024 // world()
     except (OSError, TypeError):
         return 4 * 2**30  # another system: a cautious guess
-
-
-def collect(complete, questions, grade, sampling, copies, rows, out, what):
-    """Divides the questions among the ranks, grades what complete(todo, bar) yields, joins all.
-
-    copies: which completions of each question are new; they follow its rows. Each finished question
-    is kept at once in OUT.part-*, and the next call samples only the rest.
-    """
-    wanted = [sampling, list(copies), [[one["id"], one["prompt"]] for one in questions]]
-    parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    finished = read_parts(parts) if out and rank() == 0 else {}
-    there = from_first(set(finished))
-    if there:
-        say(f"{out}: {len(there)} of {len(questions)} questions were finished before, "
-            "going on with the rest")
-    numbers = [number for number in range(len(questions)) if number not in there]
-    numbers.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
-    todo = numbers[rank() :: world()]
-    if out:
-        with writing(out):
-            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    mine, own_part = {}, f"{parts}{rank()}-{time.time_ns()}"
-    with progress(total=len(todo) * len(copies), what=what, unit="completion") as bar:
-        for number, completions in complete(todo, bar):
-            mine[number] = [grade_row(grade, questions[number], row, sampling)
-                            for row in completions]
-            if out:
-                with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([number, mine[number]]) + "\n")
-    finished = collections.ChainMap(finished, *gather_on_first(mine))
-    if rank() == 0:
-        rows = [row for number, before in enumerate(rows) for row in before + finished[number]]
-    if out:
-        if rank() == 0:
-            with whole_file(out) as file:
-                file.writelines(map(to_line, rows))
-        barrier()
-        for part in glob.glob(glob.escape(parts) + "*"):
-            with contextlib.suppress(FileNotFoundError):  # all ranks try
-                os.remove(part)
-        barrier()
-    return rows if rank() == 0 else []
-
-
-def grade_row(grade, question, completion, sampling):
-    """A whole row, as it is in the file."""
-    answer, reward = grade(question, completion["completion"])
-    about = {name: question.get(name) for name in ("id", "question", "prompt", "gold", "split")}
-    about |= {"completion": completion["completion"], "reward": reward, "answer": answer}
-    return {**about, **completion, "sampling": sampling}
-
-
-def read_parts(parts):
-    """{question number: rows} of an earlier call with the same settings that did not finish."""
-    rows = {}
-    for path in glob.glob(glob.escape(parts) + "*"):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    number, rows_of_it = json.loads(line)
-                    rows[number] = rows_of_it
-                except ValueError:
-                    say(f"{path}: dropped a torn last line")
-    return rows
-
-
-def fingerprint(model):
-    """16 letters that change with the weights: names, shapes, 4,096 values of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -36,6 +36,8 @@ def make_task(name, source):
         if not callable(getattr(source, function, None)):
             raise Problem(f"{name}: has no function {function}; a task needs questions and grade")
     optional = {key: getattr(source, key, default) for key, default in OPTIONAL.items()}
+    if isinstance(optional["STOP"], str):
+        optional["STOP"] = [optional["STOP"]]
     grade = functools.partial(grade_checked, name, source.grade)
     return types.SimpleNamespace(name=name, questions=source.questions, grade=grade, **optional)
 

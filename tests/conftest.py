@@ -83,12 +83,12 @@ def tiny(tmp_path_factory):
 def rollouts(tiny, tmp_path_factory):
     """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, some rewards set to +1."""
     from engine.rollouts import write_rollouts
-    from engine import sampler
+    import eval as evaluation
 
     path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
     settings = eval_settings(model=tiny, samples=5, max_new_tokens=30)
-    model, tokenizer = sampler.load_model(tiny, settings, "cpu")
-    rows = sampler.sample_rollouts(model, tokenizer, apples_questions(tokenizer, settings, 10, "train"),
+    model, tokenizer = evaluation.load_model(tiny, settings, "cpu")
+    rows = evaluation.sample_rollouts(model, tokenizer, apples_questions(tokenizer, settings, 10, "train"),
                                    lambda question, text: (text[-3:], -1.0), settings, str(path))
     for number, row in enumerate(rows):
         row["reward"] = 1.0 if number % 3 == 0 else -1.0
