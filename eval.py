@@ -26,15 +26,14 @@ from dataclasses import dataclass
 import torch
 
 from data import OURS, load_task
-from engine import server
-from engine.batches import can_pack
+from engine import mu, packing, server
 from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
                            whole_file, write_json, writing)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
 from engine.rollouts import read_rollouts, short_hash, to_line, write_rollouts
-from engine.sampler import (Sampling, broken_model, check_room, compute_dtype, fingerprint,
-                            generate, load_model, load_tokenizer, score)
+from engine.sampler import (Sampling, broken_model, check_room, fingerprint, generate, load_model,
+                            load_tokenizer)
 from engine.tasks import load_questions, one_line
 from engine.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 
@@ -161,19 +160,35 @@ def check_overlap(settings, task):
                       "measured on them is worth nothing: sample with eval.py --split train")
 
 
-def report_change(settings, before, after, points):
-    """The tables of the curve and of before and after; the curve also as a picture."""
+def report_change(settings, before, after, logs, seconds):
+    """The tables of the curve and of before and after, the picture, and results.json."""
+    points = curve(logs)
     if points:
-        names = list(points[0])
-        say(table(names, [tuple(point.values()) for point in points]) + "\n")
+        say(table(list(points[0]), [tuple(point.values()) for point in points]) + "\n")
     rows = [(name, *map(interval_text, (interval(before[name]), interval(after[name]))),
              interval_text(paired_interval(before[name], after[name]), "+")) for name in before]
-    title = f"{summary(before)['questions']} held-out questions"
+    results = {"settings": dataclasses.asdict(settings), "before": summary(before),
+               "after": summary(after), "curve": points, "seconds": seconds}
+    title = f"{results['before']['questions']} held-out questions"
     say(table((title, "before", "after", "change"), rows))
-    if points and rank() == 0:
-        draw_lines(os.path.join(settings.out, "curve.png"), points, "step", names[1:],
-                   title=settings.loss, xlabel="optimizer step", ylabel="mean over questions",
-                   ylim=(0, 1))
+    say(f"the trained policy, results.json and the log are in {settings.out}")
+    if rank() == 0:
+        write_json(f"{settings.out}/results.json", results)
+        if points:
+            draw_lines(f"{settings.out}/curve.png", points, "step", list(points[0])[1:],
+                       title=settings.loss, xlabel="optimizer step", ylabel="mean over questions",
+                       ylim=(0, 1))
+
+
+def curve(logs):
+    """The measurements along all rounds, one dict each, with the steps counted through."""
+    points, done = [], 0
+    for log in logs:
+        for entry in log:
+            if "measured" in entry:
+                points.append({"step": done + entry["step"], **entry["measured"]})
+        done += sum("loss" in entry for entry in log)
+    return points
 
 
 # ---- sampling into a file ----
@@ -254,7 +269,7 @@ def finished_rows(out, questions, grade, sampling, samples):
     rows, fault = [], None
     if rank() == 0 and os.path.exists(out):
         try:
-            rows = read_rollouts(out, zero_is_wrong=True)
+            rows = read_rollouts(out, need_reward=False)
             require_same(out, rows, questions, grade, sampling, samples)
         except Problem as problem:
             fault = problem
@@ -283,7 +298,8 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, ba
     """Yields (question number, the fields of its completions), each question when it is done."""
     mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
     longest, ends = check_room(model, questions, settings.max_new_tokens), end_tokens(model, tokenizer)
-    share = with_logprobs and can_pack(model, longest, mask_dtype)
+    known, share = packing.abilities(model, longest, settings.precision, mask_dtype)
+    policy = packing.LogProbs(model, settings.precision, known)
     random = functools.partial(uniforms, settings, questions)
     for number, completions in generate(model, tokenizer, questions, todo, settings, random, bar):
         question = questions[number]
@@ -292,8 +308,7 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, ba
         rows = [{"prompt_ids": question["prompt_ids"], **row} for row in rows]
         if with_logprobs:
             ids = [row["completion_ids"] for row in rows]
-            with compute_dtype(model, settings):
-                scores = score(model, question["prompt_ids"], ids, share, mask_dtype)
+            scores = mu.score(policy, question["prompt_ids"], ids, share, mask_dtype)
             for row, logprobs in zip(rows, scores):
                 row["logprobs"] = logprobs
                 if not math.isfinite(sum(logprobs)):

@@ -30,9 +30,9 @@ class Taper:
     neg: tuple[float, float]
 
     def __post_init__(self):
-        for name, (a, b) in (("pos", self.pos), ("neg", self.neg)):
+        for a, b in (self.pos, self.neg):
             if not 0 <= a <= b:  # also false for NaN
-                raise ValueError(f"{name} limits ({a}, {b}): 0 <= a <= b is required")
+                raise ValueError(f"limits ({a}, {b}): 0 <= a <= b is required")
 
     @property
     def needs_mu(self):
@@ -235,36 +235,30 @@ def completion_logprobs(model, ids, mask, *, previous=None, **layout):
     layout: attention_mask and position_ids, for padding on the left and for packed rows. Padding on
     the right needs neither, for attention is causal.
 
-    The head runs on chunks of completion positions; if their logits are too many to be kept, it
-    runs again in the backward pass. `head` knows most families: for another one use token_logprobs.
+    The head runs on chunks of completion positions, and again in the backward pass if there are
+    several. head_logprobs knows most families of models; for another one use token_logprobs.
     """
     mask = mask.bool()
     if mask[:, 0].any():
         raise ValueError(f"{place_of(mask[:, 0])}: the first token has nothing before it")
     row, position = mask.nonzero(as_tuple=True)  # [tokens], [tokens]
     position = position - 1 if previous is None else previous[mask]  # [tokens]
-    outputs = model.base_model(input_ids=ids, use_cache=False, **layout)
+    outputs = model.get_decoder()(input_ids=ids, use_cache=False, **layout)
     hidden = outputs.last_hidden_state[row, position]  # [tokens, width]
-    vocabulary = model.config.get_text_config().vocab_size
+    chunk = max(1, 2**26 // model.config.get_text_config().vocab_size)  # 256 MiB of logits
     run_head = partial(head_logprobs, model)
-    if len(hidden) * vocabulary > MOST_LOGITS and torch.is_grad_enabled():
+    if len(hidden) > chunk and torch.is_grad_enabled():
         run_head = partial(checkpoint, run_head, use_reentrant=False)
-    chunk = max(1, CHUNK_LOGITS // vocabulary)  # tokens
     logprobs = list(map(run_head, hidden.split(chunk), ids[mask].split(chunk)))
     empty = torch.zeros(ids.shape, device=ids.device)
     return empty.masked_scatter(mask, torch.cat(logprobs))  # [batch, time]
 
 
-CHUNK_LOGITS, MOST_LOGITS = 2**24, 2**26  # at once, and kept for the backward pass: 256 MiB
-
-
 def head_logprobs(model, hidden, targets):
-    """Log-softmax, in float32, of the head at the targets. [tokens, width], [tokens] -> [tokens]"""
-    return -F.cross_entropy(head(model, hidden).float(), targets, reduction="none")
+    """log pi of the targets, by the model's head alone. [tokens, width], [tokens] -> [tokens]
 
-
-def head(model, hidden):
-    """The model's head alone: Cohere scales its logits, Granite divides them, Gemma caps them."""
+    Three families change its logits: Cohere scales them, Granite divides them, Gemma caps them.
+    """
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # [tokens, vocab]
     if factor := getattr(config, "logit_scale", None):
@@ -273,4 +267,23 @@ def head(model, hidden):
         logits = logits / divisor
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
-    return logits
+    return TokenLogProbs.apply(logits.float(), targets)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Negative cross-entropy, in float32, whose backward pass allocates one tensor of
+    [tokens, vocab], where torch's allocates two: with a large vocabulary these are the peak memory.
+    """
+
+    @staticmethod
+    def forward(context, logits, targets):
+        logprobs = logits.log_softmax(-1)  # [tokens, vocab]
+        context.save_for_backward(logprobs, targets)
+        return logprobs.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(context, gradient):
+        logprobs, targets = context.saved_tensors
+        # g (onehot - softmax)
+        logits_gradient = logprobs.exp().mul_(-gradient[:, None])  # [tokens, vocab]
+        return logits_gradient.scatter_add_(1, targets[:, None], gradient[:, None]), None

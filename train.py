@@ -25,7 +25,7 @@ import topr
 from data import apples, load_task
 from engine import batches, mu, optim, packing, run_folder
 from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say,
-                           seed_everything, setting, write_json, writing)
+                           seed_everything, setting, writing)
 from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, replicate,
                              shard, start_ranks, world)
 from engine.rollouts import file_fingerprint, write_rollouts
@@ -184,10 +184,8 @@ def step_metrics(ranks, has_mu):
         "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
         "positive_share": advantage[positive].sum() / total if total else None}
     if has_mu and len(d):
-        quantiles = np.quantile(d, (0, 0.1, 0.5, 0.9, 1))
-        metrics |= {"negatives_liked": (d[negative] > 0).sum() / negatives, "d_mean": d.mean(),
-                    "d_positive": d[positive].mean() if positive.any() else None,
-                    **dict(zip(("d_min", "d_10", "d_50", "d_90", "d_max"), quantiles))}
+        metrics |= {"d_min": d.min(), "d_mean": d.mean(), "d_max": d.max(),
+                    "d_positive": d[positive].mean() if positive.any() else None}
     return metrics
 
 
@@ -220,8 +218,7 @@ def set_up(settings, device):
     run_folder.check_same_run(settings, run)
     loss_function, needs_mu, silent = make_loss(settings, data)
     optim.prepare_model(settings, model)
-    known = from_first(rank() == 0 and packing.head_is_known(model))
-    data.pack = from_first(rank() == 0 and known and packing.can_pack(
+    known, data.pack = from_first(rank() == 0 and packing.abilities(
         model, data.lengths.max(), settings.precision, data.mask_dtype))
     policy = packing.LogProbs(model, settings.precision, known)
     if settings.shard:
@@ -293,31 +290,14 @@ def job(settings, task=None):
     check_settings(settings, task)
     if task is None:
         train_once(settings)
-        return say(f"the trained policy is in {settings.out}")
-    task = load_task(settings.task)
+        return say(f"the trained policy and the log are in {settings.out}")
     if settings.rollouts:
         evaluation.check_overlap(settings, task)
     before = evaluation.measure_once(settings, task, settings.model, "before")
     point = evaluation.curve_point(settings, task)
-    points = curve([log for _, log in rounds(settings, task, point)])
+    logs = [log for _, log in rounds(settings, task, point)]
     after = evaluation.measure_once(settings, task, settings.out, "after")
-    evaluation.report_change(settings, before, after, points)
-    say(f"the trained policy, results.json and the log are in {settings.out}")
-    if rank() == 0:
-        write_json(f"{settings.out}/results.json", {
-            "settings": dataclasses.asdict(settings), "before": evaluation.summary(before),
-            "after": evaluation.summary(after), "curve": points, "seconds": time.time() - start})
-
-
-def curve(logs):
-    """The measurements along all rounds, one dict each, with the steps counted through."""
-    points, done = [], 0
-    for log in logs:
-        for entry in log:
-            if "measured" in entry:
-                points.append({"step": done + entry["step"], **entry["measured"]})
-        done += sum("loss" in entry for entry in log)
-    return points
+    evaluation.report_change(settings, before, after, logs, time.time() - start)
 
 
 def rounds(settings, task, evaluate=None):
@@ -368,9 +348,7 @@ def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
                         warmup=50, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
     if rank() == 0 and not run_folder.finished(settings.out):
         say(f"{settings.out}: making the base policy from flawed demonstrations")
-        tokenizer = apples.make_tokenizer(task.vocabulary())
-        tokenizer.save_pretrained(settings.model)
-        apples.make_model(tokenizer, seed, **size).save_pretrained(settings.model)
+        apples.write_model(settings.model, task.vocabulary(), seed, **size)
         write_rollouts(settings.rollouts, task.demonstrations(steps * 32, seed))
     barrier()
     train_once(settings)

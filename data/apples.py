@@ -195,3 +195,10 @@ def make_model(tokenizer, seed, width=64, layers=3):
         num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=256,
         initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end))
+
+
+def write_model(folder, words, seed, **size):
+    """A folder that from_pretrained opens: a random model and its tokenizer."""
+    tokenizer = make_tokenizer(words)
+    tokenizer.save_pretrained(folder)
+    make_model(tokenizer, seed, **size).save_pretrained(folder)

@@ -7,8 +7,9 @@ import os
 import numpy as np
 import torch
 
-from engine.batches import CHECKED_ROWS, micro_batches
+from engine.batches import CHECKED_ROWS, completions_per_row, micro_batches
 from engine.common import Problem, first_line, progress, say, whole_file
+from engine.packing import pack
 from engine.parallel import barrier, from_first, gather, rank
 
 
@@ -77,3 +78,22 @@ def check_fit(settings, policy, data, device):
             f"before the first step, over the tolerance of {tolerance}. If another policy wrote "
             "the file on purpose: --mu file. If its logprobs are not those of a plain softmax at "
             "temperature 1, or you do not know: --mu start computes them with the starting weights")
+
+
+@torch.no_grad()
+def score(policy, prompt, completions, share, mask_dtype):
+    """log mu of the tokens of one question's completions, for the rollout file: lists of numbers.
+
+    By the trainer's own function, in a shape that depends on the question alone: pi/mu of an
+    untrained policy is 1. share: whether completions can be packed behind one prompt.
+    """
+    device, longest, fit = policy.model.device, max(map(len, completions)), 1
+    if share:
+        mean, width = sum(map(len, completions)) / len(completions), policy.model.config
+        width = width.get_text_config().hidden_size
+        fit = completions_per_row(len(prompt), mean, len(completions), width)
+    rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
+    lengths = torch.tensor(list(map(len, completions)), device=device)  # [batch]
+    mask = torch.arange(longest, device=device) < lengths[:, None]  # [batch, time]
+    logp = policy(pack(rows, device, mask_dtype), mask).tolist()  # [batch, time]
+    return [values[: len(tokens)] for values, tokens in zip(logp, completions)]

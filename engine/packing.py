@@ -70,24 +70,29 @@ class LogProbs(torch.nn.Module):
 
 @torch.no_grad()
 def head_is_known(model):
-    """Tries whether topr.head gives the model's own logits from what its decoder returns."""
-    ids = torch.tensor([[0, 1]], device=model.device)
-    own = model(input_ids=ids, use_cache=False).logits
-    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    return hidden is not None and torch.allclose(topr.head(model, hidden), own, 1e-3, 1e-3)
+    """Tries whether topr.completion_logprobs gives what the model's own logits give."""
+    ids = torch.tensor([[0, 1, 2]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits  # [1, time, vocab]
+    try:
+        logp = topr.completion_logprobs(model, ids, ids > 0)  # [1, time]
+    except AttributeError:  # a decoder of another kind
+        return False
+    return torch.allclose(logp, topr.token_logprobs(logits, ids), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
-def can_pack(model, longest, precision, mask_dtype):
-    """Tries whether this model gives packed completions the log-probs that they have alone.
+def abilities(model, longest, precision, mask_dtype):
+    """(whether its head is known, whether completions can be packed behind one prompt).
 
-    A model that keeps a state, or counts positions its own way, does not, and our mask would hide
+    The second is tried, too: are log-probs of packed completions those that they have alone? A
+    model that keeps a state, or counts positions its own way, gives others, and our mask would hide
     a sliding window that is shorter than the longest sequence.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or longest
-    if longest > window or model.config._attn_implementation != "sdpa" or not head_is_known(model):
-        return False
+    known = head_is_known(model)
+    if not known or longest > window or model.config._attn_implementation != "sdpa":
+        return known, False
     random = torch.Generator().manual_seed(0)
     prompt, *completions = torch.randint(config.vocab_size, (17, 4), generator=random).tolist()
     layouts = [(prompt, completions)], [(prompt, [completion]) for completion in completions]
@@ -97,5 +102,6 @@ def can_pack(model, longest, precision, mask_dtype):
         packed, alone = (policy(pack(layout, model.device, mask_dtype), mask)
                          for layout in layouts)  # [16, 4]
     except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
-        return False
-    return (packed - alone).abs().mean().item() < (1e-4 if mask_dtype == torch.float32 else 0.1)
+        return known, False
+    tolerance = 1e-4 if mask_dtype == torch.float32 else 0.1
+    return known, (packed - alone).abs().mean().item() < tolerance

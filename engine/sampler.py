@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.batches import completions_per_row, pack
 from engine.common import Problem, free_memory, setting
 from engine.parallel import world
 from engine.tasks import one_line
 from engine.tokens import end_tokens
-from topr import completion_logprobs
 
 LARGEST_BATCH = 512
 STOP_EVERY = 8  # tokens: decoding every row at every token would cost more than the model
@@ -28,13 +26,13 @@ STOP_EVERY = 8  # tokens: decoding every row at every token would cost more than
 class Sampling:
     """How completions are sampled: a part of the settings of every script."""
 
-    samples: int = setting(16, "completions of each question", least=1, main=True)
-    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
-    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)")
+    samples: int = setting(16, "completions of each question", least=1, main=True, free=True)
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token", free=True)
+    top_k: int = setting(0, "sample from the k likeliest tokens (0: all)", free=True)
     top_p: float = setting(1.0, "sample from the likeliest tokens of this probability", least=0.001,
-                           most=1)
-    max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True)
-    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)")
+                           most=1, free=True)
+    max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True, free=True)
+    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)", free=True)
     seed: int = setting(0, "of the sampling, the data order, generated questions", main=True)
     weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
                            "bfloat16 halves the memory; updates are rounded at random, so that "
@@ -42,8 +40,8 @@ class Sampling:
     precision: str = setting("float32", "compute dtype (for the weights see --weights)",
                              ("float32", "bfloat16"))
     template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
-                                      '{"enable_thinking": false}')
-    plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one")
+                                      '{"enable_thinking": false}', free=True)
+    plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one", free=True)
 
 
 # ---- models ----
@@ -221,23 +219,6 @@ def has_stopped(tokenizer, tokens, stop):
 def broken_model(question):
     return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
                    "weights damaged, or does it need --weights float32 --precision float32?")
-
-
-@torch.no_grad()
-def score(model, prompt, completions, share, mask_dtype=None):
-    """log mu of every completion token, by the trainer's own function, one question at a time.
-
-    Its shape depends on the question alone, and pi/mu of an untrained policy is 1.
-    """
-    fit = 1
-    if share:
-        mean = sum(map(len, completions)) / len(completions)
-        width = model.config.get_text_config().hidden_size
-        fit = completions_per_row(len(prompt), mean, len(completions), width)
-    rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
-    packed = pack(rows, model.device, mask_dtype)
-    logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
-    return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
 
 
 # ---- what a model can do ----
