@@ -36,8 +36,8 @@ def read_texts(path):
             if id in known:
                 raise ValueError("this _id occurs on an earlier line")
         except (ValueError, KeyError, TypeError) as error:
-            raise Problem(f"{path}, line {number}: {error!r}: a JSON object is required, with "
-                          'strings for a new "_id", "text" and perhaps "title"')
+            raise Problem(f"{path}, line {number}: {type(error).__name__}: {error}: a JSON object is "
+                          'required, with strings for "_id", "text" and perhaps "title"')
         known.add(id)
         yield id, text
 
@@ -125,8 +125,8 @@ def index_corpus(corpus, folder, k1=0.9, b=0.4):
 
 def open_index(folder):
     """A saved index: the postings are mapped into memory, only what a search touches is read."""
-    postings = np.asarray(np.load(f"{folder}/postings.npy", mmap_mode="r"))
-    return Index(*read_json(f"{folder}/names.json"), postings)
+    return Index(*read_json(f"{folder}/names.json"),
+                 np.asarray(np.load(f"{folder}/postings.npy", mmap_mode="r")))
 
 
 # ---- search ----
