@@ -36,8 +36,8 @@ def read_texts(path):
             if id in known:
                 raise ValueError("this _id occurs on an earlier line")
         except (ValueError, KeyError, TypeError) as error:
-            raise Problem(f"{path}, line {number}: {type(error).__name__}: {error}: a JSON object is "
-                          'required, with strings for "_id", "text" and perhaps "title"')
+            raise Problem(f"{path}, line {number}: {type(error).__name__}: {error}: a JSON object "
+                          'is required, with strings for "_id", "text" and perhaps "title"')
         known.add(id)
         yield id, text
 
