@@ -81,10 +81,9 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     if mu_logp is None and taper.needs_mu:
         raise ValueError("mu_logp is None, but the weights of this taper depend on it")
     advantage = reward - baseline  # [batch]
-    logp, mu_logp, advantage, mask = checked(logp, mu_logp, advantage, mask)
+    logp, differences, advantage, mask = checked(logp, mu_logp, advantage, mask)
     length = mask.sum(-1)  # [batch]
-    # d_i: differences first, then the sum
-    log_ratio = torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)  # [batch]
+    log_ratio = differences.detach().sum(-1)  # d_i = sum_t (l_it - m_it)  [batch]
     weight = taper_weights(log_ratio, advantage, taper)  # [batch]
 
     vanished = (mask & (logp == -math.inf)).any(-1)  # pi = 0: nothing left to push down  [batch]
@@ -104,18 +103,17 @@ def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
     Arguments and stats as in topr_loss; weight is the mean ratio over tokens, in which clipped
     tokens count as 0.
     """
-    logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
+    logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
     length = mask.sum(-1)  # [batch]
     advantage = reward[:, None]  # [batch, 1]
-    token_log_ratio = torch.where(mask, logp - mu_logp, 0.0)  # [batch, time]
-    ratio = token_log_ratio.clamp(max=20).exp()  # 20: no overflow  [batch, time]
+    ratio = differences.clamp(max=20).exp()  # 20: no overflow  [batch, time]
     unclipped = ratio * advantage  # [batch, time]
     objective = torch.minimum(unclipped, ratio.clamp(1 - clip, 1 + clip) * advantage)
     has_gradient = mask & (objective == unclipped)  # [batch, time]
     objective = objective.masked_fill(~mask, 0.0)
     loss = -(objective.sum(-1) / length).sum() / (count or len(reward))
     weight = torch.where(has_gradient, ratio.detach(), 0.0).sum(-1) / length  # [batch]
-    log_ratio = token_log_ratio.detach().sum(-1)  # [batch]
+    log_ratio = differences.detach().sum(-1)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": reward}
 
 
@@ -127,10 +125,10 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
     Arguments and stats as in topr_loss (count is in sequences, two a pair); weight is the slope of
     -log sigmoid.
     """
-    logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
+    logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
     if len(reward) % 2 or not (reward[0::2] > reward[1::2]).all():
         raise ValueError("dpo_loss needs pairs of rows, the better one first: see preference_pairs")
-    log_ratio = torch.where(mask, logp - mu_logp, 0.0).sum(-1)  # d, here with its gradient  [batch]
+    log_ratio = differences.sum(-1)  # d, here with its gradient  [batch]
     margin = beta * (log_ratio[0::2] - log_ratio[1::2])  # [pairs]
     loss = -F.logsigmoid(margin).sum() / ((count or len(reward)) / 2)
     weight = torch.sigmoid(-margin.detach()).repeat_interleave(2)  # [batch]
@@ -138,7 +136,8 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
 
 
 def checked(logp, mu_logp, advantage, mask):
-    """The inputs in float32 or better, or an error that names the sequence and the token."""
+    """(logp, logp - mu_logp or 0, advantage, mask) in float32 or better, or an error that names the
+    sequence and the token. Differences first, then sums: both terms are large."""
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     advantage = advantage.to(torch.promote_types(advantage.dtype, torch.float32))
@@ -156,7 +155,8 @@ def checked(logp, mu_logp, advantage, mask):
     if torch.stack([where.any() for where in faults.values()]).any():  # one wait for the device
         message, where = next(fault for fault in faults.items() if fault[1].any())
         raise ValueError(f"{place_of(where)}: {message}")
-    return logp, mu_logp, advantage, mask
+    differences = torch.where(mask, logp - mu_logp, 0.0)  # never the padding, which may be NaN
+    return logp, differences, advantage, mask
 
 
 def place_of(flags):

@@ -124,8 +124,7 @@ def train(settings, evaluate=None):
                 raise not_finite(settings, data, units, step, norm)
 
             # The update.
-            optim.set_learning_rate(settings, optimizer, step, steps)
-            optim.update(settings, optimizer, step)
+            optim.update(settings, optimizer, step, steps)
             optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
