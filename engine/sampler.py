@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.common import Problem, free_memory, setting
-from engine.parallel import world
+from engine.parallel import load_on_first_rank, world
 from engine.tasks import one_line
 from engine.tokens import end_tokens
 
@@ -60,6 +60,14 @@ def load_model(name, settings, device):
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # for so little work one thread is faster than several
     return model.eval(), tokenizer
+
+
+def load_for_training(settings, device):
+    """The same; in shards the first rank alone holds the weights, until `shard` deals them out."""
+    if not settings.shard:
+        return load_model(settings.model, settings, device)
+    model = load_on_first_rank(lambda: load_model(settings.model, settings, "cpu")[0])
+    return model, load_tokenizer(settings.model)
 
 
 def load_tokenizer(name):
