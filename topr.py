@@ -95,8 +95,9 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
               "token": differences}
     weight = taper_weights(ratios[taper.ratio], advantage[:, None], taper)  # [batch, 1 or time]
 
-    vanished = (mask & (logp == -math.inf)).any(-1)  # pi = 0: nothing left to push down  [batch]
-    logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # not a product: 0 * inf is NaN
+    # pi = 0: nothing is left to push down. Filled, not multiplied away: 0 * inf is NaN.
+    vanished = (mask & (logp == -math.inf)).any(-1, keepdim=True)  # [batch, 1]
+    logp = logp.masked_fill(vanished | ~mask, 0.0)
     coefficient = advantage[:, None] * weight  # A_i w_it  [batch, 1 or time]
     loss = -((coefficient * logp).sum(-1) / length).sum() / (count or len(reward))
     weight = torch.where(mask, weight, 0.0).sum(-1) / length  # its mean over tokens  [batch]
@@ -132,10 +133,10 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
     -log sigmoid.
     """
     logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
-    if len(reward) % 2 or not (reward[0::2] > reward[1::2]).all():
+    if len(reward) % 2 or not (reward[::2] > reward[1::2]).all():
         raise ValueError("dpo_loss needs pairs of rows, the better one first: see preference_pairs")
     log_ratio = differences.sum(-1)  # d, here with its gradient  [batch]
-    margin = beta * (log_ratio[0::2] - log_ratio[1::2])  # [pairs]
+    margin = beta * (log_ratio[::2] - log_ratio[1::2])  # [pairs]
     loss = -2 * F.logsigmoid(margin).sum() / (count or len(reward))
     weight = torch.sigmoid(-margin.detach()).repeat_interleave(2)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio.detach(), "advantage": reward}
@@ -150,12 +151,11 @@ def checked(logp, mu_logp, advantage, mask):
     mu_logp = torch.zeros_like(logp) if mu_logp is None else mu_logp.to(logp.dtype).detach()
     if not logp.shape == mask.shape == mu_logp.shape or advantage.shape != logp.shape[:1]:
         raise ValueError("logp, mu_logp and mask must be [batch, time], reward [batch]")
-    positive = advantage[:, None] > 0  # [batch, 1]
     faults = {  # what is wrong: where, [batch] or [batch, time]
         "it has no completion tokens": mask.sum(-1) == 0,
         "its reward is not finite": ~advantage.isfinite(),
         "log pi is NaN or above 0 (pass log-probabilities, not logits)": mask & ~(logp <= 1e-3),
-        "log pi = -inf, on a positive": mask & (logp == -math.inf) & positive,
+        "log pi = -inf, on a positive": mask & (logp == -math.inf) & (advantage[:, None] > 0),
         "log mu is missing, NaN or infinite": mask & ~mu_logp.isfinite()}
     if torch.stack([where.any() for where in faults.values()]).any():  # one wait for the device
         for message, where in faults.items():
@@ -195,9 +195,10 @@ def anna_karenina(rollouts):
     wrong one. rollouts: dicts with "id" and "reward" -> a list of those kept, in their order."""
     happy, kept = set(), []
     for rollout in rollouts:
-        if rollout["reward"] <= 0 or rollout["id"] not in happy:
+        is_right = rollout["reward"] > 0
+        if not is_right or rollout["id"] not in happy:
             kept.append(rollout)
-        if rollout["reward"] > 0:
+        if is_right:
             happy.add(rollout["id"])
     return kept
 

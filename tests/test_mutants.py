@@ -36,7 +36,7 @@ MUTANTS = {  # what is done wrong: {text: replacement}
                                              "    advantage = reward - baseline"},
     "limits by the sign of R": {"ratios[taper.ratio], advantage[:, None]":
                                 "ratios[taper.ratio], reward[:, None]"},
-    "multiplied by the mask": {"masked_fill(vanished[:, None] | ~mask, 0.0)": "mul(mask)"},
+    "multiplied by the mask": {"masked_fill(vanished | ~mask, 0.0)": "mul(mask)"},
     "mean over tokens of the batch": {"logp).sum(-1) / length":
                                       "logp).sum(-1) * len(length) / length.sum()"},
     "no length normalisation": {"logp).sum(-1) / length": "logp).sum(-1)"},
