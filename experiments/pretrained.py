@@ -14,6 +14,7 @@ On a GPU add --processes 1.
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 import random
 import re
@@ -26,7 +27,6 @@ import torch
 
 import train
 from data import load_task
-from data.grade import combine
 from data.maths import exact, shown
 from engine import tasks
 from engine.rollouts import write_rollouts
@@ -173,13 +173,16 @@ def with_solutions(rows):
     return list(kept.values())
 
 
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
 def work_out(equation):
     """'- 9 * 2 3' -> ['2 * 3 = 6.', '9 - 6 = 3.'], '3': exact, and nothing is evaluated as code."""
     stack, steps = [], []
     for token in reversed(equation.split()):
-        if token in ("+", "-", "*", "/"):
+        if token in OPERATIONS:
             left, right = stack.pop(), stack.pop()
-            stack.append(combine(left, token, right))
+            stack.append(OPERATIONS[token](left, right))
             steps.append(f"{shown(left)} {token} {shown(right)} = {shown(stack[-1])}.")
         else:
             stack.append(exact(token))
