@@ -2,7 +2,7 @@
 
 What a model wrote is never run: no eval, no computer algebra. Every function answers for any input,
 in bounded time and without an exception: a text above LONGEST characters is no answer (the longest
-of MATH has 159), lists nest no deeper than DEEPEST, no number is above 10**150.
+of MATH has 159), lists nest no deeper than DEEPEST, no number is above 10**75.
 """
 
 import math
@@ -83,7 +83,8 @@ SPELLINGS = [re.split("  +", line.strip())[:2] for line in r"""
     \{[pb]matrix\}                             '{matrix}'
     \\[dtc]?frac ?([0-9A-Za-z])                '\\frac{\1}'    \frac12 takes one digit at a time
     \\[dtc]?frac ?\{([^{}]*)\} ?([0-9A-Za-z])  '\\frac{\1}{\2}'
-    \\[dtc]frac                                '\\frac'
+    \\[dtc]?frac ?                             '\\frac'
+    \} \{                                      '}{'
     (\\sqrt|\^) ?\(([^()]*)\)                  '\1{\2}'
     (\\sqrt) ?([0-9A-Za-z])                    '\1{\2}'
     ([_^]) ?([0-9]+|[A-Za-z])                  '\1{\2}'
@@ -135,9 +136,9 @@ def as_text(tokens):
     return re.sub(gap, "", text)
 
 
-# ---- numbers, to 200 digits ----
+# ---- numbers, to 120 digits ----
 
-CONTEXT = Context(prec=200, Emax=150, Emin=-150)
+CONTEXT = Context(prec=120, Emax=75, Emin=-75)
 CONTEXT.traps[Underflow] = True  # a number out of range is an error, not 0
 PI = Decimal("3.1415926535897932384626433832795028841971")  # more digits than anyone writes
 OPERATORS = {"+": (add, 1), "-": (sub, 1), "*": (mul, 2), "/": (truediv, 2), "^": (pow, 3)}
