@@ -85,6 +85,7 @@ SPELLINGS = [re.split("  +", line.strip())[:2] for line in r"""
     \\[dtc]?frac ?\{([^{}]*)\} ?([0-9A-Za-z])  '\\frac{\1}{\2}'
     \\[dtc]?frac ?                             '\\frac'
     \} \{                                      '}{'
+    ([0-9]) \\frac                             '\1\\frac'
     (\\sqrt|\^) ?\(([^()]*)\)                  '\1{\2}'
     (\\sqrt) ?([0-9A-Za-z])                    '\1{\2}'
     ([_^]) ?([0-9]+|[A-Za-z])                  '\1{\2}'
@@ -313,6 +314,7 @@ def reduced(tokens):
     return not fraction or math.gcd(*map(int, fraction.groups())) == 1
 
 
+@cached
 def split(tokens, separators):
     """Parts and separators in turn, brackets kept whole.
 
@@ -343,6 +345,7 @@ def plain(tokens):
     return tokens[1:-1] if enclosed(tokens) and tokens[0] + tokens[-1] == "()" else tokens
 
 
+@cached
 def terms(tokens):
     """The terms of a sum in an order and a spelling of their own: equal for 2x-1 and -1+x*2."""
     parts = split(tokens, ("+", "-"))
