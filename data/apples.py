@@ -132,7 +132,7 @@ def verdict_demonstrations(count, seed, make_prompt):
 
     Half of the solutions are right. make_prompt(question, solution) is what the verifier sees.
     """
-    rng, rows = random.Random(f"{seed} verdicts"), []
+    rng = random.Random(f"{seed} verdicts")
     for problem in islice(questions("train", seed), count):
         wanted, reward = rng.choice((1.0, -1.0)), None
         while reward != wanted:
@@ -140,13 +140,11 @@ def verdict_demonstrations(count, seed, make_prompt):
             answer, reward = grade(problem, solution)
         check = demonstrate(problem, rng, CHECKING)
         _, agrees = grade({"gold": answer}, check)
-        if rng.random() < CHECKING["flipped"]:
-            agrees = -agrees
+        says_correct = (agrees > 0) != (rng.random() < CHECKING["flipped"])
         if rng.random() >= CHECKING["missing"]:
-            check += f" Verdict : {'correct' if agrees > 0 else 'incorrect'}"
+            check += f" Verdict : {'correct' if says_correct else 'incorrect'}"
         prompt = make_prompt(problem["question"], solution)
-        rows.append({"id": problem["id"], "prompt": prompt, "completion": check, "reward": 1.0})
-    return rows
+        yield {"id": problem["id"], "prompt": prompt, "completion": check, "reward": 1.0}
 
 
 # ---- the tokenizer and the model, both from nothing ----

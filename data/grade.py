@@ -131,7 +131,7 @@ def as_text(tokens):
         return f" {'/'.join(sides)} "
 
     gap = " (?![0-9.])|(?<![0-9.]) "  # any but those between two numbers
-    text, found = re.sub(gap, "", " ".join(tokens)).removeprefix("+"), True
+    text, found = re.sub(gap, "", " ".join(tokens)), True
     while found:
         text, found = re.subn(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", with_slash, text)
     return re.sub(gap, "", text)
@@ -143,7 +143,6 @@ CONTEXT = Context(prec=120, Emax=75, Emin=-75)
 CONTEXT.traps[Underflow] = True  # a number out of range is an error, not 0
 PI = Decimal("3.1415926535897932384626433832795028841971")  # more digits than anyone writes
 OPERATORS = {"+": (add, 1), "-": (sub, 1), "*": (mul, 2), "/": (truediv, 2), "^": (pow, 3)}
-
 CLOSING = {"(": ")", "{": "}"}
 
 

@@ -226,7 +226,7 @@ def hostile():
 
 
 def test_hostile_texts():
-    """Each of 400 texts gets an answer in 50 ms, and no exception."""
+    """Each of 400 texts gets an answer within 0.1 s, and no exception."""
     for text in hostile():
         calls = [(read_answer, text), (read_answer, f"The answer is {text}"), (last_boxed, text),
                  (last_boxed, f"\\boxed{{{text}}}"), (same_number, text, text),
@@ -236,7 +236,7 @@ def test_hostile_texts():
             start = time.process_time()
             function(*arguments)
             seconds = time.process_time() - start
-            assert seconds < 0.05, f"{function.__name__} took {seconds:.3f} s for {text!r:.60}"
+            assert seconds < 0.1, f"{function.__name__} took {seconds:.3f} s for {text!r:.60}"
         assert text == "\ufeff17" or not same_maths(text, "17"), text
 
 
