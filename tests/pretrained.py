@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT
-from engine.rollouts import read_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem
 from experiments import pretrained
 
