@@ -7,10 +7,11 @@ import collections
 import hashlib
 import inspect
 import math
-import re
+import os
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.batches import completions_per_row, pack
@@ -21,7 +22,7 @@ from engine.tokens import end_tokens
 from topr import completion_logprobs
 
 LARGEST_BATCH = 512
-STOP_EVERY = 8  # tokens: decoding every row at every token would cost more than the model
+LOOK_EVERY = 4  # tokens, after which it is looked which rows are done
 
 
 @dataclass
@@ -81,6 +82,11 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
+def mask_dtype(model, settings):
+    """Of the attention mask of packed rows."""
+    return torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
+
+
 def compute_dtype(model, settings):
     enabled = settings.precision == "bfloat16"
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
@@ -90,102 +96,99 @@ def compute_dtype(model, settings):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, questions, todo, settings, uniforms, bar):
+def generate(model, tokenizer, questions, todo, settings, bar):
     """Yields (number of a question, its completions as lists of tokens) for the numbers in todo.
 
-    questions: dicts with "id", "prompt_ids" and "stop" (strings that end a completion, see
-    until_stop). todo: alike lengths together, the longest first. uniforms(number): the random
-    numbers of a question's completions, [samples, max_new_tokens].
+    questions: dicts with "id", "prompt_ids", "stop" (strings that end a completion) and "key", the
+    seed of its random numbers. todo: alike lengths together, the longest first.
     """
     check_family(model, settings)
-    size, finished = settings.batch_size, collections.defaultdict(list)
-    if todo and not size:
-        size = batch_that_fits(model, len(questions[todo[0]]["prompt_ids"]), settings)
     rows = [(number, copy) for number in todo for copy in range(settings.samples)]
-    for start in range(0, len(rows), size or 1):
-        batch = rows[start : start + size]
-        written = write(model, tokenizer, questions, batch, settings, uniforms, bar)
+    finished = collections.defaultdict(list)
+    while rows:
+        longest = len(questions[rows[0][0]]["prompt_ids"]) + settings.max_new_tokens
+        size = settings.batch_size or batch_that_fits(model, longest)
+        batch, rows = rows[:size], rows[size:]
+        written = write(model, tokenizer, questions, batch, settings, bar)
         for (number, _), tokens in zip(batch, written):
             finished[number].append(tokens)
             if len(finished[number]) == settings.samples:
                 yield number, finished.pop(number)
 
 
-def write(model, tokenizer, questions, batch, settings, uniforms, bar):
-    """The tokens of a batch; batch: (number of a question, which of its completions) of each row.
+def write(model, tokenizer, questions, batch, settings, bar):
+    """The tokens of each row of a batch, a row being (number of a question, which completion).
 
-    A prompt is read once for all its rows. Rows that are done leave when an eighth of the batch
-    is, for that costs a copy of the cache.
+    A prompt is read once for all its rows. After every few tokens the rows that are done leave;
+    what they wrote after their end is cut off.
     """
-    device, ends = model.device, end_tokens(model, tokenizer)
-    ends = torch.tensor(ends, device=device)
-    tables = {number: uniforms(number) for number, _ in batch}
-    uniform = torch.stack([tables[number][copy] for number, copy in batch])  # [batch, time]
-    uniform = uniform.to(device)
-    prompts = [questions[number]["prompt_ids"] for number in tables]
+    numbers = list(dict.fromkeys(number for number, _ in batch))
+    prompts = [questions[number]["prompt_ids"] for number in numbers]
     logits, attention, cache = read_prompts(model, settings, prompts)
-
-    place = {number: place for place, number in enumerate(tables)}
-    keep = torch.tensor([place[number] for number, _ in batch], device=device)  # [rows]
-    logits, attention = logits[keep], attention[keep]
-    cache.reorder_cache(keep)
-    tokens = torch.zeros_like(uniform, dtype=torch.long)  # [batch, time]
-    lengths = torch.full_like(tokens[:, 0], settings.max_new_tokens)  # [batch]
-    rows = torch.arange(len(batch), device=device)  # [rows], places in the batch
-    live = torch.ones_like(rows, dtype=torch.bool)  # [rows]
-    for now in range(settings.max_new_tokens):
-        if now > 0:  # rows that are done hide their token, or their position would go on
-            attention = torch.cat([attention, live[:, None]], 1)  # [rows, time + 1]
-            logits = next_logits(model, settings, chosen, attention, cache)
-        broken = live & ~logits.amax(-1).isfinite()  # [rows]
-        if broken.any():
-            raise broken_model(questions[batch[rows[broken][0]][0]])
-        chosen = draw(logits, uniform[rows, now : now + 1], settings)  # [rows, 1]
-        tokens[rows, now] = chosen[:, 0]
-        done = live & torch.isin(chosen[:, 0], ends)  # [rows]
-        if now % STOP_EVERY == STOP_EVERY - 1:
-            for row in (live & ~done).nonzero()[:, 0].tolist():
-                stop = questions[batch[rows[row]][0]]["stop"]
-                done[row] = has_stopped(tokenizer, tokens[rows[row], : now + 1], stop)
-        lengths[rows[done]] = now + 1
-        live = live & ~done
-        bar.update(int(done.sum()))
-        left = int(live.sum())
-        if left == 0:
+    index = [numbers.index(number) for number, _ in batch]  # a row for each completion
+    tables = {number: uniforms(questions[number]["key"], settings) for number in numbers}
+    uniform = torch.stack([tables[number][copy] for number, copy in batch]).to(model.device)
+    running, written = list(range(len(batch))), [[] for _ in batch]
+    ends = set(end_tokens(model, tokenizer))
+    for start in range(0, settings.max_new_tokens, LOOK_EVERY):
+        cache.reorder_cache(torch.tensor(index, device=model.device))
+        logits, attention, recent = logits[index], attention[index], []
+        for column in uniform[running, start : start + LOOK_EVERY].T:  # [rows]
+            recent.append(draw(logits, column[:, None], settings))  # [rows, 1]
+            attention = F.pad(attention, (0, 1), value=1)  # [rows, time + 1]
+            logits = next_logits(model, settings, recent[-1], attention, cache)  # [rows, vocab]
+        finite, index = logits.amax(-1).isfinite().tolist(), []
+        for row, tokens in enumerate(torch.cat(recent, 1).tolist()):
+            question, whole = questions[batch[running[row]][0]], written[running[row]]
+            if not finite[row]:
+                raise broken_model(question)
+            end = next((n for n, token in enumerate(tokens, 1) if token in ends), None)
+            whole += tokens[:end]
+            if end is None and not has_stopped(tokenizer, whole, question["stop"]):
+                index.append(row)
+        bar.update(len(running) - len(index))
+        if not index:
             break
-        if left * 8 <= len(live) * 7:
-            keep = live.nonzero()[:, 0]
-            cache.reorder_cache(keep)
-            rows, attention, chosen, live = rows[keep], attention[keep], chosen[keep], live[keep]
-    bar.update(left)
-    return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+        running = [running[row] for row in index]
+    bar.update(len(index))
+    return written
+
+
+def uniforms(key, settings):
+    """The random numbers of a question's completions, [samples, max_new_tokens]."""
+    generator = torch.Generator().manual_seed(key)
+    return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
+
+
+def has_stopped(tokenizer, tokens, stop):
+    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
+    if not stop:
+        return False
+    longest = max(len(mark.encode()) for mark in stop) + 4 + LOOK_EVERY
+    text = tokenizer.decode(tokens[-longest:], skip_special_tokens=True)
+    return any(mark in text for mark in stop)
 
 
 def read_prompts(model, settings, prompts):
     """(logits of the next token [prompts, vocab], attention [prompts, time], the cache)."""
     from transformers import DynamicCache
 
-    prompts = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-    attention = pad_left([torch.ones_like(prompt) for prompt in prompts])  # [prompts, time]
-    cache = DynamicCache(config=model.config)
-    return next_logits(model, settings, pad_left(prompts), attention, cache), attention, cache
+    rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    attention, cache = (ids >= 0).long(), DynamicCache(config=model.config)
+    return next_logits(model, settings, ids.clamp(min=0), attention, cache), attention, cache
 
 
-def pad_left(rows):
-    return pad_sequence(rows, batch_first=True, padding_side="left")
-
-
-def next_logits(model, settings, ids, attention=None, cache=None):
+def next_logits(model, settings, ids, attention, cache):
     """[rows, vocab]: of the token after ids [rows, new], as the trainer computes them."""
-    inputs = {"use_cache": False}
-    if cache is not None:
-        # The older name warns in newer versions, the newer one is ignored in older versions.
-        names = inspect.signature(model.forward).parameters
-        position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
-        inputs = {"use_cache": True, "attention_mask": attention, "position_ids": position,
-                  "cache" if "cache" in names else "past_key_values": cache}
+    # transformers 5.24 renamed it: newer versions warn of the old name, older ones swallow the new.
+    names = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
     with compute_dtype(model, settings):
-        return model(input_ids=ids, logits_to_keep=1, **inputs).logits[:, -1].float()
+        output = model(input_ids=ids, attention_mask=attention, position_ids=position,
+                       use_cache=True, logits_to_keep=1, **{name: cache})
+    return output.logits[:, -1].float()
 
 
 def draw(logits, uniform, settings):
@@ -209,35 +212,27 @@ def draw(logits, uniform, settings):
     return chosen if order is None else order.gather(1, chosen)
 
 
-def has_stopped(tokenizer, tokens, stop):
-    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
-    if not stop:
-        return False
-    longest = max(len(mark.encode()) for mark in stop) + 4 + STOP_EVERY
-    text = tokenizer.decode(tokens[-longest:].tolist(), skip_special_tokens=True)
-    return any(mark in text for mark in stop)
-
-
 def broken_model(question):
     return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
                    "weights damaged, or does it need --weights float32 --precision float32?")
 
 
 @torch.no_grad()
-def score(model, prompt, completions, share, mask_dtype=None):
+def score(model, settings, prompt, completions, can_share):
     """log mu of every completion token, by the trainer's own function, one question at a time.
 
     Its shape depends on the question alone, and pi/mu of an untrained policy is 1.
     """
     fit = 1
-    if share:
+    if can_share:
         mean = sum(map(len, completions)) / len(completions)
         width = model.config.get_text_config().hidden_size
         fit = completions_per_row(len(prompt), mean, len(completions), width)
     rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
-    packed = pack(rows, model.device, mask_dtype)
-    logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
-    return [tokens.tolist() for tokens in logprobs.split([len(tokens) for tokens in completions])]
+    packed = pack(rows, model.device, mask_dtype(model, settings))
+    with compute_dtype(model, settings):
+        logprobs = completion_logprobs(model, **packed)[packed["mask"]].cpu()  # [tokens]
+    return [tokens.tolist() for tokens in logprobs.split(list(map(len, completions)))]
 
 
 # ---- what a model can do ----
@@ -248,17 +243,16 @@ def check_family(model, settings):
 
     Two prompts of different lengths go through all that a batch goes through.
     """
-    shorter = torch.tensor([[8, 9, 4]], device=model.device)
-    longer = torch.tensor([[3, 5, 6, 1, 2, 7]], device=model.device)
-    last, swap = torch.cat([shorter, longer[:, -3:]])[:, -1:], torch.tensor([1, 0])
+    ids, order = [[3, 5, 6, 1, 2, 7], [8, 9, 4]], torch.tensor([1, 0], device=model.device)
     try:
-        prompts = [longer[0, :-1].tolist(), shorter[0, :-1].tolist()]
-        _, attention, cache = read_prompts(model, settings, prompts)
-        cache.reorder_cache(swap.to(model.device))
-        attention = torch.cat([attention[swap], torch.ones_like(last)], 1)
+        _, attention, cache = read_prompts(model, settings, [row[:-1] for row in ids])
+        cache.reorder_cache(order)
+        last = torch.tensor([row[-1:] for row in ids], device=model.device)[order]  # [2, 1]
+        attention = F.pad(attention[order], (0, 1), value=1)
         batched = next_logits(model, settings, last, attention, cache)  # [2, vocab]
-        alone = torch.cat([next_logits(model, settings, ids) for ids in (shorter, longer)])
-        fits = (batched - alone).abs().max() < 0.1 * alone.std() or alone.isnan().any()
+        alone = [read_prompts(model, settings, [row])[0] for row in reversed(ids)]
+        difference = (batched - torch.cat(alone)).abs().max()
+        fits = not difference > 0.1 * batched.std()  # NaN is a fault of the weights
     except Exception:  # a model may fail in any way at what it does not know
         fits = False
     if not fits:
@@ -278,24 +272,20 @@ def check_room(model, questions, new_tokens):
     return size + new_tokens
 
 
-def batch_that_fits(model, prompt, settings):
+def batch_that_fits(model, longest):
     """How many rows half of the free memory holds: keys, values and logits."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     token_bytes = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
-    row_bytes = (prompt + settings.max_new_tokens) * token_bytes + 16 * config.vocab_size
+    row_bytes = longest * token_bytes + 16 * config.vocab_size
     return int(min(LARGEST_BATCH, max(1, memory_left(model.device) // 2 // row_bytes)))
 
 
 def memory_left(device):
-    """Bytes that the device still has."""
+    """Bytes that the device still has; of a CPU half of all memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as file:
-            return int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024 // world()
-    except (OSError, TypeError):
-        return 4 * 2**30  # another system: a cautious guess
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // world()
