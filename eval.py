@@ -200,12 +200,13 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     """
     questions = [prepare(question, tokenizer, settings) for question in questions]
     sampling = describe(model, settings)
+    with one_line("the questions cannot be written as JSON"):
+        job = json.dumps([sampling, settings.samples, questions], allow_nan=False)
+    questions = json.loads(job)[-1]  # as a file gives them back: for --grade, and when reused
     there, rows = finished_rows(out, questions, grade, sampling, settings.samples)
     if there:
         say(f"{out}: the rollouts are there, reusing them")
         return rows
-    with one_line("the questions cannot be written as JSON"):
-        job = json.dumps([sampling, settings.samples, questions], allow_nan=False)
     parts = f"{out}.part-{short_hash(job) % 16**8:08x}-"
     finished = read_parts(parts) if out and rank() == 0 else {}
     kept = from_first(set(finished))
@@ -278,7 +279,7 @@ def require_same(out, rows, questions, grade, sampling, samples):
     for row, question in zip(rows, asked):
         there = {**row, **(row.get("sampling") or {})}
         wanted = {**make_row(grade, {**row, **question}, {}, sampling), **sampling}
-        names = ("id", "prompt", "answer", "reward", *sampling)
+        names = (*sampling, "id", "prompt", "answer", "reward")
         differ += [(name, there.get(name), wanted[name]) for name in names]
     for name, there, wanted in differ:
         if there != wanted:
