@@ -20,10 +20,10 @@ import eval as evaluation
 import train
 from data import apples, load_task
 from data.grade import read_answer, same_maths
-from engine import measures
 from engine.common import (Problem, draw_lines, parse, run_main, say, setting, table,
                            write_json)
-from engine.measures import group_answers, grouped, mean_by
+from engine.measures import (group_answers, grouped, interval_text, majority_at_k, mean_by,
+                             paired_interval, pass_at_k)
 from engine.parallel import barrier, rank, start_ranks
 from engine.rollouts import read_rollouts, short_hash, write_rollouts
 from engine.sampler import load_tokenizer
@@ -104,14 +104,12 @@ def quoted(text):
 # ---- the verdict and its reward ----
 
 STOP = "\nProblem:\n>"  # a plain model continues with a problem of its own
-VERDICT = re.compile(r"Verdict[\s*_]*:[\s*_]*(correct|incorrect)\b(?!\s*(?:or\b|[/|]))", re.I)
+VERDICT = re.compile(r"verdict[\s*_]*:[\s*_]*(correct|incorrect)\b(?!\s*(?:or\b|[/|]))")
 
 
 def grade(question, completion):
     """(verdict, reward): "12 - 3 = 9. Verdict: correct" -> ("correct", +1 if it is, else -1)."""
-    verdict = None
-    for found in VERDICT.findall(completion.partition(STOP)[0]):
-        verdict = found.lower()  # the last one counts
+    *_, verdict = [None, *VERDICT.findall(completion.lower())]
     return verdict, 1.0 if verdict == question["gold"] else -1.0
 
 
@@ -132,7 +130,7 @@ def read_candidates(path, embedded=False):
         candidates[words].append({
             "id": f"{short_hash(words + chr(0) + solution) % 2**64:016x}",
             "question": question, "gold": gold,
-            "answer": row["answer"] if "answer" in row else read_answer(solution),
+            "answer": row.get("answer", read_answer(solution)),
             **make_prompts(question, solution, embedded)})
     return candidates
 
@@ -164,9 +162,8 @@ def balanced(candidates, seed):
     if len(sides) < 2:
         raise Problem("the solutions to train on, and those held out, must be of both kinds, right "
                       "and wrong: there is nothing to tell apart")
-    size = min(map(len, sides))
-    pairs = zip(*(random.Random(seed).sample(side, size) for side in sides))
-    return {one["id"]: one for pair in pairs for one in pair}
+    shuffled = (random.Random(seed).sample(side, len(side)) for side in sides)
+    return {one["id"]: one for pair in zip(*shuffled) for one in pair}  # zip drops what is left
 
 
 # ---- the task ----
@@ -209,7 +206,7 @@ def voting(candidates, scores):
     for n in (2**e for e in range(max(map(len, groups)).bit_length())):
         each = [outcomes(group, scores, n) for group in groups if len(group) >= n]
         values = {name: [one[name] for one in each] for name in each[0]}
-        gain = measures.paired_interval(values["majority"], values["weighted, after"])
+        gain = paired_interval(values["majority"], values["weighted, after"])
         curve.append({"solutions": n, "questions": len(each),
                       **{name: fmean(values[name]) for name in values}, "gain": gain})
     return curve
@@ -222,7 +219,7 @@ def outcomes(group, scores, n):
     answers = group_answers([candidate["answer"] for candidate in group], same_maths)
 
     def choose(parties, weights=None):
-        return measures.majority_at_k(parties, right, n, random.Random(0), DRAWS, weights)
+        return majority_at_k(parties, right, n, random.Random(0), DRAWS, weights)
 
     found = {"majority": choose(answers)}
     for name in scores:
@@ -230,17 +227,17 @@ def outcomes(group, scores, n):
         weights = [scores[name].get(candidate["id"], 0) + 1e-6 for candidate in group]
         found[f"weighted, {name}"] = choose(answers, weights)
         found[f"best, {name}"] = choose(range(len(group)), weights)  # each for itself
-    return {**found, "oracle": measures.pass_at_k(len(group), sum(right), n)}
+    return {**found, "oracle": pass_at_k(len(group), sum(right), n)}
 
 
 def report_vote(curve, out):
     """The table, the picture and voting.json."""
-    rows = [[*list(entry.values())[:-1], measures.interval_text(entry["gain"], "+")]
-            for entry in curve]
+    names = list(curve[0])
+    rows = [{**entry, "gain": interval_text(entry["gain"], "+")}.values() for entry in curve]
     say("\naccuracy of n solutions; the gain is that of weighted, after, over majority\n"
-        + table(list(curve[0]), rows))
+        + table(names, rows))
     write_json(f"{out}/voting.json", curve)
-    draw_lines(f"{out}/voting.png", curve, "solutions", list(curve[0])[2:-1],
+    draw_lines(f"{out}/voting.png", curve, "solutions", names[2:-1],
                xlabel="solutions of each question", ylabel="accuracy")
 
 
