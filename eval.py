@@ -58,8 +58,8 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
              logprobs=True):
     """{name: [a value for each question]} of `count` questions of a split, on every rank.
 
-    greedy: each question is also answered at temperature 0. The completions are kept in the file
-    `out` (the greedy ones beside it), when it is named.
+    greedy: each question is also answered at temperature 0, which gives the first measure once
+    more. The completions are kept in the file `out` (the greedy ones beside it), when it is named.
     """
     questions = load_questions(task, split, count, settings.seed, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what, logprobs)
@@ -70,7 +70,7 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
         beside = out and f"{out.removesuffix('.jsonl')}-greedy.jsonl"
         rows = sample_rollouts(model, tokenizer, questions, task.grade, likeliest, beside,
                                f"{what}, greedy", logprobs=False)
-        values["greedy"] = [float(row["reward"] > 0) for row in rows]
+        values["greedy"] = next(iter(measured(task, rows, settings.seed).values()), [])
     return from_first(values)  # who has the rows measures
 
 
