@@ -119,7 +119,7 @@ def sample_rollout_file(settings, task, policy, path, number=1):
 
 
 def measure_once(settings, task, policy, name):
-    """The values of a policy on the test questions; its completions are kept in the run's folder."""
+    """The values of a policy on the test questions; its completions stay in the run's folder."""
     model, tokenizer = load_model(policy, settings, start_ranks())
     sampling = dataclasses.replace(settings, model=policy, seed=settings.seed + 1)
     return evaluate(model, tokenizer, task, sampling, "test", settings.test_questions,
@@ -243,10 +243,10 @@ def prepare(question, tokenizer, settings):
 
 def describe(model, settings):
     """What a row says of its sampling; a finished file must say the same to be reused."""
-    name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
-    fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
     source = {"weights": fingerprint(model)} if model else {"server": settings.server}
-    return {"model": name, **{field: getattr(settings, field) for field in fields}, **source}
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
+    return {"model": os.path.normpath(settings.model), **source,
+            **{name: getattr(settings, name) for name in names}}
 
 
 def make_row(grade, question, completion, sampling):

@@ -248,30 +248,24 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_llama_cpp(tmp_path, monkeypatch):
-    """The real thing (pip install xllamacpp; experiments/pretrained.py makes the model): sampled
-    text of every question, cut at the stop string, greedy when asked, by our own count of tokens."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    folder = ROOT / "runs" / "smollm2"
-    model, = folder.glob("*/*.gguf") if (folder / "model").exists() else (None,)
-    if not model:
+    """The real thing (pip install xllamacpp; experiments/pretrained.py makes the model): text up to
+    the stop string, sampled, and greedy when asked."""
+    xllamacpp, folder = pytest.importorskip("xllamacpp"), ROOT / "runs" / "smollm2"
+    if not (folder / "model").exists():
         pytest.skip(f"{folder} does not hold the model")
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(model), 2048, 4
-    parameters.port, parameters.cpuparams.n_threads = 0, 2
+    parameters.model.path, = map(str, folder.glob("*/*.gguf"))
+    parameters.n_ctx, parameters.port, parameters.cpuparams.n_threads = 512, 0, 2
     serving = xllamacpp.Server(parameters)
     monkeypatch.setattr(server, "TIMEOUT", 60)
     tokenizer = sampler.load_tokenizer(str(folder / "model"))
-    questions = [{"id": name, "prompt": f"The capital of {name} is", "stop": ["."]}
-                 for name in ("France", "Italy")]
-    for temperature, different in ((1.0, 2), (0.0, 1)):
+    question, texts = {"id": "a", "prompt": "The capital of France is", "stop": ["."]}, []
+    for temperature in (1.0, 0.0):
         settings = evaluation.Settings(
             model=str(folder / "model"), server=f"{serving.listening_address}/v1", samples=4,
             max_new_tokens=9, temperature=temperature)
-        rows = evaluation.sample_rollouts(None, tokenizer, questions, lambda *_: (None, 0.0),
-                                          settings, str(tmp_path / f"{temperature}.jsonl"))
-        assert [row["id"] for row in rows[::4]] == ["France", "Italy"] and len(rows) == 8
-        assert len({row["completion"] for row in rows}) >= 2 * different
-        for row in rows:
-            length = len(tokenizer(row["completion"]).input_ids)
-            assert "." not in row["completion"] and length <= 10
-    assert [row["completion"].split()[0] for row in rows[::4]] == ["Paris", "Rome"]
+        rows = evaluation.sample_rollouts(None, tokenizer, [question], lambda *_: (None, 0.0),
+                                          settings)
+        texts.append({row["completion"] for row in rows})
+    assert len(texts[0]) > 1 and len(texts[1]) == 1 and "Paris" in texts[1].pop()
+    assert all("." not in text and len(tokenizer(text).input_ids) < 11 for text in texts[0])
