@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from data import OURS, load_task
 from engine import mu, server
 from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
-                           whole_file, write_json, writing)
+                           write_json, writing)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
-from engine.rollouts import read_rollouts, short_hash, to_line, write_rollouts
+from engine.rollouts import read_rollouts, short_hash, write_rollouts
 from engine.sampler import (Sampling, check_room, fingerprint, generate, load_model,
                             load_tokenizer)
 from engine.tasks import load_questions, one_line
@@ -118,7 +118,7 @@ def sample_rollout_file(settings, task, policy, path, number=1):
 
 
 def measure_once(settings, task, policy, name):
-    """The values of a policy on the test questions; its completions are kept in the run's folder."""
+    """The values of a policy on the test questions; its completions stay in the run's folder."""
     model, tokenizer = load_model(policy, settings, start_ranks())
     sampling = dataclasses.replace(settings, model=policy, seed=settings.seed + 1)
     return evaluate(model, tokenizer, task, sampling, "test", settings.test_questions,
@@ -258,10 +258,10 @@ def prepare(question, tokenizer, settings):
 
 def describe(model, settings):
     """What a row says of its sampling; a finished file must say the same to be reused."""
-    name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
-    fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
     source = {"weights": fingerprint(model)} if model else {"server": settings.server}
-    return {"model": name, **{field: getattr(settings, field) for field in fields}, **source}
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
+    return {"model": os.path.normpath(settings.model), **source,
+            **{name: getattr(settings, name) for name in names}}
 
 
 def make_row(grade, question, completion, sampling):

@@ -6,7 +6,6 @@ It knows no text, no rewards and no files: those are eval.py's part.
 import collections
 import hashlib
 import inspect
-import math
 import os
 from dataclasses import dataclass
 
@@ -146,7 +145,9 @@ def write(model, tokenizer, questions, batch, settings, bar):
         for row, tokens in enumerate(torch.cat(recent, 1).tolist()):
             question, whole = questions[batch[running[row]][0]], written[running[row]]
             if not finite[row]:
-                raise broken_model(question)
+                raise Problem(f"question {question['id']!r}: the model's logits are NaN or "
+                              "infinite: are its weights damaged, or does it need --weights "
+                              "float32 --precision float32?")
             end = next((n for n, token in enumerate(tokens, 1) if token in ends), None)
             whole += tokens[:end]
             if end is None and not has_stopped(tokenizer, whole, question["stop"]):
@@ -167,10 +168,8 @@ def uniforms(key, settings):
 
 def has_stopped(tokenizer, tokens, stop):
     """Whether the last tokens hold a stop string; each token has at least a byte of it."""
-    if not stop:
-        return False
-    longest = max(len(mark.encode()) for mark in stop) + 4 + LOOK_EVERY
-    text = tokenizer.decode(tokens[-longest:], skip_special_tokens=True)
+    longest = max([len(mark.encode()) for mark in stop], default=0) + 4 + LOOK_EVERY
+    text = stop and tokenizer.decode(tokens[-longest:], skip_special_tokens=True)
     return any(mark in text for mark in stop)
 
 
@@ -217,11 +216,6 @@ def draw(logits, uniform, settings):
     return chosen if order is None else order.gather(1, chosen)
 
 
-def broken_model(question):
-    return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
-                   "weights damaged, or does it need --weights float32 --precision float32?")
-
-
 # ---- what a model can do ----
 
 
@@ -230,16 +224,16 @@ def check_family(model, settings):
 
     Two prompts of different lengths go through all that a batch goes through.
     """
-    ids, order = [[3, 5, 6, 1, 2, 7], [8, 9, 4]], torch.tensor([1, 0], device=model.device)
+    order = torch.tensor([1, 0], device=model.device)
     try:
-        _, attention, cache = read_prompts(model, settings, [row[:-1] for row in ids])
+        _, attention, cache = read_prompts(model, settings, [[3, 5, 6, 1, 2], [8, 9]])
         cache.reorder_cache(order)
-        last = torch.tensor([row[-1:] for row in ids], device=model.device)[order]  # [2, 1]
         attention = F.pad(attention[order], (0, 1), value=1)
-        batched = next_logits(model, settings, last, attention, cache)  # [2, vocab]
-        alone = [read_prompts(model, settings, [row])[0] for row in reversed(ids)]
-        difference = (batched - torch.cat(alone)).abs().max()
-        fits = not difference > 0.1 * batched.std()  # NaN is a fault of the weights
+        batched = next_logits(model, settings, order[:, None] + 3, attention, cache)  # [2, vocab]
+        alone = [read_prompts(model, settings, [ids])[0] for ids in ([8, 9, 4],
+                                                                   [3, 5, 6, 1, 2, 3])]
+        distance = (batched - torch.cat(alone)).abs().max()
+        fits = not distance > 0.1 * batched.std()  # NaN is a fault of the weights
     except Exception:  # a model may fail in any way at what it does not know
         fits = False
     if not fits:
@@ -249,10 +243,10 @@ def check_family(model, settings):
 
 def check_room(model, questions, new_tokens):
     """The longest sequence that may be written; one that the model has no room for is an error."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(questions, key=lambda question: len(question["prompt_ids"]))
     size = len(longest["prompt_ids"])
-    if size + new_tokens > room:
+    if room and size + new_tokens > room:
         raise Problem(f"question {longest['id']!r}: {size} prompt tokens and {new_tokens} new ones "
                       f"do not fit the model's {room}: lower --max-new-tokens or leave the "
                       "question out")
@@ -264,8 +258,8 @@ def batch_that_fits(model, longest):
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    token_bytes = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     row_bytes = longest * token_bytes + 16 * config.vocab_size
     return int(min(LARGEST_BATCH, max(1, memory_left(model.device) // 2 // row_bytes)))
 

@@ -100,7 +100,7 @@ def patiently(url, body):
 
 
 def post(url, body):
-    """The first choice of the answer. Redirects are not followed, so the key stays with its host."""
+    """The first choice of the answer. Redirects are not followed: the key stays with its host."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         headers["Authorization"] = f"Bearer {key}"

@@ -244,3 +244,28 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path):
         assert "interrupted" in errors and "Traceback" not in errors
     part, = tmp_path.glob("*.part-*")
     assert part.read_text().count("\n") == 9
+
+
+@pytest.mark.slow
+def test_llama_cpp(tmp_path, monkeypatch):
+    """The real thing (pip install xllamacpp; experiments/pretrained.py makes the model): text up to
+    the stop string, sampled, and greedy when asked."""
+    xllamacpp, folder = pytest.importorskip("xllamacpp"), ROOT / "runs" / "smollm2"
+    if not (folder / "model").exists():
+        pytest.skip(f"{folder} does not hold the model")
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, = map(str, folder.glob("*/*.gguf"))
+    parameters.n_ctx, parameters.port, parameters.cpuparams.n_threads = 512, 0, 2
+    serving = xllamacpp.Server(parameters)
+    monkeypatch.setattr(server, "TIMEOUT", 60)
+    tokenizer = sampler.load_tokenizer(str(folder / "model"))
+    question, texts = {"id": "a", "prompt": "The capital of France is", "stop": ["."]}, []
+    for temperature in (1.0, 0.0):
+        settings = evaluation.Settings(
+            model=str(folder / "model"), server=f"{serving.listening_address}/v1", samples=4,
+            max_new_tokens=9, temperature=temperature)
+        rows = evaluation.sample_rollouts(None, tokenizer, [question], lambda *_: (None, 0.0),
+                                          settings)
+        texts.append({row["completion"] for row in rows})
+    assert len(texts[0]) > 1 and len(texts[1]) == 1 and "Paris" in texts[1].pop()
+    assert all("." not in text and len(tokenizer(text).input_ids) < 11 for text in texts[0])
