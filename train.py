@@ -286,8 +286,7 @@ def job(settings, task=None):
     if task is None:
         train_once(settings)
         return say(f"the trained policy and the log are in {settings.out}")
-    if settings.rollouts:
-        evaluation.check_overlap(settings, task)
+    evaluation.check_overlap(settings, task)
     before = evaluation.measure_once(settings, task, settings.model, "before")
     point = evaluation.curve_point(settings, task)
     logs = [log for _, log in rounds(settings, task, point)]
