@@ -14,8 +14,10 @@ On a GPU add --processes 1.
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -25,6 +27,7 @@ import torch
 
 import train
 from data import load_task
+from data.maths import exact, shown
 from engine import tasks
 from engine.rollouts import write_rollouts
 from engine import sampler
@@ -146,12 +149,45 @@ def convert(wheel, folder):
 
 def read_questions(settings, part):
     """SVAMP is the test set; the other parts are slices of the shuffled training set."""
-    rows = list(load_task("svamp").questions("test" if part == "SVAMP" else "train"))
+    questions = load_task("svamp").questions
+    rows = questions("test") if part == "SVAMP" else with_solutions(questions("train"))
     random.Random(0).shuffle(rows)
     rows = rows[QUESTIONS[part]]
     if settings.quick and part != "demonstrations":  # with fewer the base policy is no use
         rows = rows[:len(rows) // 10]
     return [{**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]} for row in rows]
+
+
+def with_solutions(rows):
+    """The questions whose equation gives the answer, each once, with the equation worked out.
+
+    Of the 3,138 published questions 14 have another answer, 409 repeat the words of another.
+    """
+    kept = {}
+    for row in rows:
+        steps, result = work_out(row["equation"])
+        if result == row["gold"]:
+            solution = " ".join([*steps, f"The answer is {result}."])
+            words = tuple(re.findall(r"\w+", row["question"].lower()))
+            kept.setdefault(words, {**row, "solution": solution})
+    return list(kept.values())
+
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def work_out(equation):
+    """'- 9 * 2 3' -> ['2 * 3 = 6.', '9 - 6 = 3.'], '3': exact, and nothing is evaluated as code."""
+    stack, steps = [], []
+    for token in reversed(equation.split()):
+        if token in OPERATIONS:
+            left, right = stack.pop(), stack.pop()
+            stack.append(OPERATIONS[token](left, right))
+            steps.append(f"{shown(left)} {token} {shown(right)} = {shown(stack[-1])}.")
+        else:
+            stack.append(exact(token))
+    (result,) = stack
+    return steps, shown(result)
 
 
 # ---- policies, their answers, their measures ----

@@ -174,7 +174,7 @@ def word_problems(name):
 
     def questions(split):
         return [{"id": f"{split}-{number}", "question": f"Tom has {number} apples . How many ?",
-                 "gold": str(number), "solution": f"The answer is {number} ."}
+                 "gold": str(number), "equation": str(number)}
                 for number in range(30)]
 
     def grade(question, completion):
@@ -187,7 +187,7 @@ def word_problems(name):
 def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_path, monkeypatch):
     """Demonstrations, validation and held-out questions must not overlap, and all of it resumes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks, "load_task", word_problems)
+    monkeypatch.setattr(pretrained, "load_task", word_problems)
     monkeypatch.setattr(pretrained, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(pretrained, "SEEDS", 2)
     parts = {"demonstrations": slice(0, 14), "round 1": slice(14, 18), "round 2": slice(18, 22),
