@@ -27,7 +27,7 @@ import train
 from data import load_task
 from engine import run_folder, tasks
 from engine.common import Problem, progress, read_json, setting, table, write_json
-from engine.measures import measure
+from engine.measures import interval_text, measure, paired_interval
 from engine.rollouts import read_rollouts, write_rollouts
 from experiments import long_apples
 
@@ -46,19 +46,19 @@ BASES = {  # policies to start from: the embedded one, larger ones, one that giv
 LONG = {"task": long_apples.__file__, "max_new_tokens": 160, "questions": 256}
 PART = 2400  # completions in a data set with its own share of positives
 STYLES = {  # colour, line, marker, hatch: one look per method, distinct without colours too
-    "TOPR": ("#1f4e9c", "-", "o", ""),
-    "TOPR, share 0.5": ("#74a9e6", "-", "*", "\\\\"),
-    "positives only": ("#2f9e44", "--", "s", "//"),
-    "PPO": ("#f08c00", "-.", "^", ""),
-    "naive REINFORCE": ("#c92a2a", ":", "X", ""),
-    "DPO": ("#7048a8", (0, (4, 1, 1, 1, 1, 1)), "v", ""),
-    "AsymRE": ("#0c8599", (0, (1, 2)), "<", "--"),
-    "base": ("#868e96", ":", ".", "xx"),
-    "no expansion": ("#ced4da", "-", "p", ""),
-    "Rocchio": ("#b5651d", "--", "h", ".."),
-    "majority": ("#ced4da", "--", ".", ""),
-    "importance sampling": ("#b5651d", "-.", "D", ".."),
-    "truncated importance sampling": ("#a9c46c", ":", "P", "//"),
+    "TOPR": "#1f4e9c - o",
+    "TOPR, share 0.5": "#74a9e6 - * \\\\",
+    "positives only": "#2f9e44 -- s //",
+    "PPO": "#f08c00 -. ^",
+    "naive REINFORCE": "#c92a2a : X",
+    "DPO": "#7048a8 -. v",
+    "AsymRE": "#0c8599 : < --",
+    "base": "#868e96 : . xx",
+    "no expansion": "#ced4da - p",
+    "Rocchio": "#b5651d -- h ..",
+    "majority": "#ced4da -- .",
+    "importance sampling": "#b5651d -. D ..",
+    "truncated importance sampling": "#a9c46c : P //",
 }
 
 
@@ -67,13 +67,13 @@ class Settings:
     quick: bool = setting(
         False, "one seed, one pass over the rollouts, one learning rate instead of the grid")
     show: bool = setting(False, "run nothing: show tables, pictures and claims of existing results")
-    seeds: int = setting(0, "base policies, with their own rollouts and questions (0: 5, with "
-                         "--quick 1)")
+    seeds: int = setting(5, "base policies, with their own rollouts and questions", least=1)
     processes: int = setting(0, "arms trained at once (0: one on each core)")
     corpus: str = setting("", "scifact: the collection's folder, in BEIR's layout")
-    pretrained: str = setting("", "pretrained: another model's directory or hub name")
+    pretrained: str = setting("runs/smollm2/model", "pretrained, scifact: the model's directory "
+                              "or hub name (python tools/smollm2.py makes the default)")
     out: str = setting("", "folder for results and pictures (default: experiments/results with 5 "
-                       "seeds and without --quick, else runs/results-SEEDS)")
+                       "seeds and without --quick, else runs/results)")
 
 
 # ---- many arms at once ----
@@ -115,26 +115,21 @@ def compare(settings, run, arms, rates=RATES):
         rates = [rates[len(rates) // 2]]
     seeds = range(min(settings.seeds, TUNING_SEEDS)) if len(rates) > 1 else []
     grids = {name: rates if "loss" in arm else [0] for name, arm in arms.items()}
-    scores = iter(each(settings, run, [(seed, arms[name], rate, "validation") for name in arms
-                                       for rate in grids[name] for seed in seeds]))
-    compared = {}
-    for name, arm in arms.items():
+    compared, scores = {}, iter(each(settings, run, [(seed, arms[name], rate, "validation") for name in arms
+                                                 for rate in grids[name] for seed in seeds]))
+    for name in arms:
         found = {rate: [next(scores)["score"] for _ in seeds] for rate in grids[name]}
         best = max(found, key=lambda rate: sum(found[rate]))
-        compared[name] = {"settings": arm, "learning_rate": best, "validation": found}
-    return measure_arms(settings, run, compared)
+        compared[name] = {"settings": arms[name], "learning_rate": best, "validation": found}
 
-
-def measure_arms(settings, run, arms):
-    """Adds the measures on the test questions of all seeds to arms that have their rate."""
     seeds = range(settings.seeds)
-    found = iter(each(settings, run, [(seed, arm["settings"], arm["learning_rate"], "test")
-                                      for arm in arms.values() for seed in seeds]))
-    for arm in arms.values():
-        measures = [next(found) for _ in seeds]
-        arm.update({name: [one[name] for one in measures] for name in measures[0]
-                    if name not in ("score", "right")})
-    return arms
+    tests = iter(each(settings, run, [(seed, arm["settings"], arm["learning_rate"], "test")
+                                      for arm in compared.values() for seed in seeds]))
+    for arm in compared.values():
+        found = [next(tests) for _ in seeds]
+        arm.update({measure: [one[measure] for one in found] for measure in found[0]
+                    if measure not in ("score", "right")})
+    return compared
 
 
 def best_arm(arms, names):
@@ -173,11 +168,10 @@ def data_set(path, seed, share):
     """A file with PART of the rollouts, of which a share is positive."""
     drawn = path.replace(".jsonl", f"-{share}.jsonl")
     if not os.path.exists(drawn):
-        rows, rng = read_rollouts(path), random.Random(seed)
-        positives = [number for number, row in enumerate(rows) if row["reward"] > 0]
-        negatives = [number for number, row in enumerate(rows) if row["reward"] <= 0]
-        count = round(share * PART)
-        kept = rng.sample(positives, count) + rng.sample(negatives, PART - count)
+        rows, rng, count = read_rollouts(path), random.Random(seed), round(share * PART)
+        right, wrong = ([number for number, row in enumerate(rows) if (row["reward"] > 0) == side]
+                        for side in (True, False))
+        kept = rng.sample(right, count) + rng.sample(wrong, PART - count)
         write_rollouts(drawn, [rows[number] for number in sorted(kept)])
     return drawn
 
@@ -246,19 +240,36 @@ def spread(values, sign=""):
 
 def show_arms(result, measures=MEASURES):
     """A row for each arm: its rate and its measures."""
-    rows = []
-    for name, arm in result["arms"].items():
-        grid, rate = list(map(float, arm["validation"])), arm["learning_rate"]
-        edge = "*" if len(grid) > 1 and rate in (min(grid), max(grid)) else " "
-        found = [spread(arm.get(measure, [])) for measure in measures]
-        rows.append([name, f"{rate:g}{edge}" if rate else "", *found])
-    return table(("", "rate (* edge)", *measures), rows)
+    rows = [[name, f"{arm['learning_rate']:g}", *(spread(arm.get(measure, []))
+                                                  for measure in measures)]
+            for name, arm in result["arms"].items()]
+    return table(("", "rate", *measures), rows)
 
 
 def by_arm(result, measure):
     """{name: values of all seeds, [seeds]}, NaN for None"""
     return {name: np.array(arm[measure], float) for name, arm in result["arms"].items()
             if measure in arm}
+
+
+def differences(arms, parts, pairs):
+    """{"one minus other": {part: paired interval over the questions, in the mean of the seeds}}
+
+    Takes "by question, PART" out of the arms: [seeds] of [questions].
+    """
+    paired = {f"{one} minus {other}": {} for one, other in pairs}
+    for part in parts:
+        values = {name: np.mean(arm.pop(f"by question, {part}"), 0) for name, arm in arms.items()}
+        for one, other in pairs:
+            paired[f"{one} minus {other}"][part] = paired_interval(values[other], values[one])
+    return paired
+
+
+def show_paired(result):
+    parts = list(next(iter(result["paired"].values())))
+    rows = [(name, *(interval_text(interval, "+") for interval in intervals.values()))
+            for name, intervals in result["paired"].items()]
+    return table(("95% intervals over questions", *parts), rows)
 
 
 def verdict(*conditions):
@@ -290,18 +301,13 @@ def picture(path, panels):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 15, "axes.grid": True, "axes.axisbelow": True,
-                            "grid.alpha": 0.3, "legend.fontsize": 14})
-    rows, columns = (panels + 1) // 2, min(panels, 2)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(8.6 + 2.2 * (columns - 1), 4.2 * rows),
+    pyplot.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+    rows = (panels + 1) // 2
+    figure, axes = pyplot.subplots(rows, panels // rows, figsize=(10.8, 4.2 * rows),
                                    squeeze=False, layout="constrained")
     yield axes.ravel()
-    names = {}  # one legend entry per name, whatever axes it is on
-    for one in axes.ravel():
-        handles, labels = one.get_legend_handles_labels()
-        names.update(zip(labels, handles))
-    figure.legend(names.values(), names.keys(), loc="outside upper center",
-                  ncols=3 if len(names) < 6 else 2)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3 if len(names) < 6 else 2)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -313,25 +319,22 @@ def over_seeds(values):
 
 def line(axes, x, values, name, label=None, **changes):
     """Mean over seeds with its standard deviation shaded. values: [seeds, len(x)]"""
-    colour, dashes, marker, _ = STYLES[name]
+    colour, dashes, marker, *_ = STYLES[name].split()
     style = {"color": colour, "linestyle": dashes, "marker": marker, **changes}
     mean, deviation = over_seeds(values)
     axes.plot(x, mean, label=label or name, **style)
     axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
-def bars(axes, arms, groups, labels={}):
-    """Bars side by side with their standard deviation.
-
-    arms: {name: {group: values of all seeds}}; labels: other names for some in the legend.
-    """
+def bars(axes, arms, groups):
+    """Bars side by side with their standard deviation. arms: {name: {group: values of seeds}}"""
     width = 0.8 / len(arms)
     for number, (name, arm) in enumerate(arms.items()):
-        colour, _, _, hatch = STYLES[name]
+        colour, _, _, *hatch = STYLES[name].split()
         x = np.arange(len(groups)) + (number - (len(arms) - 1) / 2) * width
         mean, deviation = over_seeds(np.transpose([arm[group] for group in groups]))
-        drawn = axes.bar(x, mean, width, yerr=deviation, capsize=3, color=colour, hatch=hatch,
-                         edgecolor="white", label=labels.get(name, name))
+        drawn = axes.bar(x, mean, width, yerr=deviation, capsize=3, color=colour,
+                         hatch="".join(hatch), edgecolor="white", label=name)
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)  # room for the numbers

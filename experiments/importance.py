@@ -1,6 +1,6 @@
 """Figure 7: importance sampling with and without truncation, gradients clipped at 1 or at 100."""
 
-from experiments.common import (MEASURES, STYLES, bars, by_arm, compare, harmed, run_arm, spread,
+from experiments.common import (MEASURES, bars, by_arm, compare, harmed, run_arm, spread,
                                 verdict)
 
 LOSSES = {"TOPR": "topr", "truncated importance sampling": "tis", "importance sampling": "is"}
@@ -22,7 +22,7 @@ def draw(result, axes):
         clipped = {name: {group: values[f"{name}, clipped {clip}"]
                           for group, clip in groups.items()} for name in LOSSES}
         bars(ax, clipped, groups)
-        ax.axhline(values["base"].mean(), color=STYLES["base"][0], linestyle="--", label="base")
+        ax.axhline(values["base"].mean(), color="grey", linestyle="--", label="base")
         ax.set(ylabel=measure)
 
 

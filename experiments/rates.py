@@ -3,13 +3,11 @@
 from engine.common import table
 from experiments import common, pretrained
 
-GRIDS = {  # {base policy: learning rates}
-    "small": (1e-4, 3e-4, 1e-3, 3e-3),
-    "larger": (1e-4, 3e-4, 1e-3, 3e-3),
-    "largest": (3e-5, 1e-4, 3e-4),
-    "pretrained": (2e-6, 6e-6, 2e-5)}
-SIZES = {"small": "0.14 million", "larger": "0.7 million", "largest": "10 million",
-         "pretrained": "135 million"}
+GRIDS = {  # {size: (base policy, learning rates)}
+    "0.14 million": ("small", common.RATES),
+    "0.7 million": ("larger", common.RATES),
+    "10 million": ("largest", (3e-5, 1e-4, 3e-4)),
+    "135 million": ("pretrained", (2e-6, 6e-6, 2e-5))}
 OPTIMIZERS = ("adamw", "adafactor")
 SHOWN = 20  # the step to look at
 FIELDS = ("d_mean", "negative_weight", "gradient_norm")
@@ -17,22 +15,20 @@ PANELS = 1
 
 
 def run(settings):
-    bases = ["small"] if settings.quick else list(GRIDS)
-    if "pretrained" in bases:
-        settings = pretrained.prepare(settings)
-    jobs = [(settings, base, optimizer, rate) for base in reversed(bases)
-            for optimizer in OPTIMIZERS for rate in GRIDS[base]]
-    found = {}
-    for (_, base, optimizer, _), one in zip(jobs, common.each(settings, run_rate, jobs)):
-        found.setdefault(f"{SIZES[base]}, {optimizer}", []).append(one)
-    return {"runs": found}
+    sizes = ["0.14 million"] if settings.quick else list(GRIDS)
+    if "135 million" in sizes:
+        pretrained.prepare(settings)
+    runs = {f"{size}, {optimizer}": common.each(settings, run_rate, [
+                (settings, GRIDS[size][0], optimizer, rate) for rate in GRIDS[size][1]])
+            for size in reversed(sizes) for optimizer in OPTIMIZERS}
+    return {"runs": runs}
 
 
 def run_rate(settings, base, optimizer, rate):
     """pass@1 on validation questions after a pass of TOPR, and the log of step 20."""
     if base == "pretrained":  # the two larger rates with AdamW are runs of pretrained.py, too
         other = {} if optimizer == "adamw" else {"optimizer": optimizer}
-        arm = {**pretrained.ARMS["TOPR, share 0.5"], **other}
+        arm = {**pretrained.MAIN[pretrained.BEST], **other}
         measures = pretrained.run_arm(settings, 0, arm, rate, "validation")
         _, log = pretrained.train_arm(settings, 0, arm, rate)
     else:
@@ -62,5 +58,4 @@ def draw(result, axes):
 
 
 def claims(result):
-    """The paper says nothing of the rates of other sizes."""
-    return []
+    return []  # the paper says nothing of the rates of other sizes

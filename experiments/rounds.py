@@ -6,7 +6,7 @@ import numpy as np
 
 import train
 from data import load_task
-from experiments.common import (STYLES, arm_settings, by_arm, compare, line, measure_once, run_arm,
+from experiments.common import (arm_settings, by_arm, compare, line, measure_once, run_arm,
                                 spread, train_arm, verdict)
 
 ROUNDS = 3
@@ -51,7 +51,7 @@ def draw(result, axes):
         other = {"linestyle": ":", "markerfacecolor": "white"} if comma else {}
         line(ax, range(ROUNDS + 1), passed_by_round(result, name), method, name, **other)
     for name, dashes in ((LARGER_BASE, "--"), (LARGER, ":")):
-        height, colour = np.mean(result["arms"][name]["pass@1"]), STYLES["base"][0]
+        height, colour = np.mean(result["arms"][name]["pass@1"]), "grey"
         ax.axhline(height, color=colour, linestyle=dashes, label=name)
     ax.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1),
            xticks=range(ROUNDS + 1))

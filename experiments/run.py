@@ -12,7 +12,6 @@ import importlib
 import multiprocessing
 import os
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,16 +26,15 @@ ALL = (*FINDINGS, "long", "rates", "pretrained", "scifact")
 
 
 def main():
-    start = time.time()
     names = [word for word in sys.argv if word in ALL]
     sys.argv = [word for word in sys.argv if word not in ALL]
     settings = parse(Settings, __doc__)
     if "RANK" in os.environ:
         raise Problem("start this with python, not with torchrun: it starts its own processes")
-    is_full = not settings.quick and settings.seeds in (0, 5)
-    settings.seeds = settings.seeds or (1 if settings.quick else 5)
-    size = f"{settings.seeds}{'-quick' * settings.quick}"
-    folder = settings.out or (f"{ROOT}/experiments/results" if is_full else f"runs/results-{size}")
+    if settings.quick:
+        settings.seeds = 1
+    is_full = settings.seeds == 5
+    folder = settings.out or (f"{ROOT}/experiments/results" if is_full else "runs/results")
     if settings.show:
         for name in names or there(folder):
             show(name, folder)
@@ -47,17 +45,15 @@ def main():
         file.write(as_markdown(rows))
     for claim, measured, verdict, _ in rows:
         say(f"\n{claim}\n    {measured}\n    {verdict}")
-    minutes = (time.time() - start) / 60
-    say(f"\n{minutes:.1f} minutes; the claims are in {folder}/claims.md")
+    say(f"\nthe claims are in {folder}/claims.md")
 
 
 def make(names, settings, folder):
     """Runs the findings and shows each result as soon as it is complete."""
     try:
         for name in names:
-            result = load(name).run(settings)
-            kept = {"seeds": settings.seeds, "quick": settings.quick, **result}
-            write_json(f"{folder}/{name}.json", kept)
+            size = {"seeds": settings.seeds, "quick": settings.quick}
+            write_json(f"{folder}/{name}.json", {**size, **load(name).run(settings)})
             show(name, folder)
     finally:
         for process in multiprocessing.active_children():
@@ -71,13 +67,16 @@ def load(name):
 def show(name, folder):
     """Prints the tables of an existing result and draws its picture."""
     finding, result = load(name), read_json(f"{folder}/{name}.json")
-    title = finding.__doc__.splitlines()[0]
-    say(f"\n{name}: {title}\n\n{getattr(finding, 'show', show_arms)(result)}\n")
+    say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{tables(name, result)}\n")
     try:
         with picture(f"{folder}/{name}.png", finding.PANELS) as axes:
             finding.draw(result, axes)
     except ImportError:
         say("no picture: matplotlib is not installed")
+
+
+def tables(name, result):
+    return getattr(load(name), "show", show_arms)(result)
 
 
 def there(folder):
