@@ -15,6 +15,7 @@ from itertools import islice
 
 from data.grade import read_answer
 from engine.common import Problem
+from engine.rollouts import write_rollouts
 
 LARGEST = 40  # numbers 0..40 are one token each: digits would cost accuracy in the same time
 ADD, TIMES = ("finds", "buys", "gets"), {"doubles": 2, "triples": 3}
@@ -185,8 +186,9 @@ def make_model(tokenizer, seed, width=64, layers=3):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end))
 
 
-def write_model(folder, words, seed, **size):
-    """A folder that from_pretrained opens: a random model and its tokenizer."""
-    tokenizer = make_tokenizer(words)
-    tokenizer.save_pretrained(folder)
-    make_model(tokenizer, seed, **size).save_pretrained(folder)
+def write_beginner(folder, task, count, seed, **size):
+    """What a base policy starts from: a random model in folder/random, and demonstrations."""
+    tokenizer = make_tokenizer(task.vocabulary())
+    tokenizer.save_pretrained(f"{folder}/random")
+    make_model(tokenizer, seed, **size).save_pretrained(f"{folder}/random")
+    write_rollouts(f"{folder}/demonstrations.jsonl", task.demonstrations(count, seed))

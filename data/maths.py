@@ -187,7 +187,7 @@ Question: What is the midpoint of the segment from $(1, 4)$ to $(5, -2)$?
 Answer: Its coordinates are the means $\\frac{1 + 5}{2} = 3$ and $\\frac{4 - 2}{2} = 1$. \
 The answer is $(3, 1)$.""",
 }
-TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}  # engine/tasks.py makes the prompts
+TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}
 
 
 def task(name):

@@ -4,6 +4,7 @@ import collections
 import math
 import operator
 import random
+from statistics import fmean
 
 import numpy as np
 
@@ -19,9 +20,7 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     however many completions each has. What the rows do not tell (where a completion was cut off,
     its tokens) is left out.
     """
-    groups, values = collections.defaultdict(list), collections.defaultdict(list)
-    for row in rows:
-        groups[row["id"]].append(row)
+    groups, values = grouped(rows, "id"), collections.defaultdict(list)
     rng, fewest = random.Random(seed), min(map(len, groups.values()))
     for group in groups.values():
         right = [row["reward"] > 0 for row in group]
@@ -37,6 +36,19 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
         for name, value in found.items():
             values[name].append(float(np.mean(value)))
     return dict(values)
+
+
+def grouped(rows, field):
+    """{value of the field: list of rows}, all in the order of the rows."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row[field]].append(row)
+    return groups
+
+
+def mean_by(rows, field, value):
+    """{value of the field: the mean of value(row) over its rows}"""
+    return {key: fmean(map(value, group)) for key, group in grouped(rows, field).items()}
 
 
 def group_answers(answers, same_answer=operator.eq):
@@ -103,17 +115,21 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority_at_k(answers, right, k, rng, draws):
+def majority_at_k(answers, right, k, rng, draws, weights=None):
     """How often the most frequent valid answer of k drawn completions is right; ties share.
 
     answers: grouped by value without a look at the reference, see group_answers; None has no vote.
+    weights: what each vote counts (None: all alike).
     """
     correct, draws = dict(zip(answers, right)), draws if k < len(answers) else 1
     score = 0.0
     for _ in range(draws):
-        votes = collections.Counter(rng.sample(answers, k))
+        votes = collections.Counter()
+        for number in rng.sample(range(len(answers)), k):
+            votes[answers[number]] += weights[number] if weights else 1
         del votes[None]
-        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        most = max(votes.values(), default=0) - 1e-9  # equal sums may differ by rounding
+        winners = [answer for answer in votes if votes[answer] >= most]
         score += sum(correct[answer] for answer in winners) / max(1, len(winners))
     return score / draws
 
