@@ -48,9 +48,9 @@ class Job(Sampling):
     eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
                               free=True)
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"), main=True)
-    learning_rate: float = setting(5e-7, "step size; the default is the paper's for Adafactor",
-                                   main=True)
-    optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"), main=True)
+    learning_rate: float = setting(0.0, "step size (0: 0.1 / sqrt(trained weights); the paper's is "
+                                   "5e-7, for Adafactor and 8 billion)", main=True)
+    optimizer: str = setting("adamw", "update rule", ("adamw", "adafactor"), main=True)
     sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
                              main=True)
     epochs: int = setting(1, "passes over the rollouts", least=1, main=True)
@@ -89,10 +89,9 @@ class Settings(Job):
                         free=True)
 
 
-# The embedded job: a model of 0.14 million weights needs a larger rate than one of 8 billion.
-EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, schedule="cosine", epochs=2,
-                eval_every=32, questions=512, test_questions=250, max_new_tokens=40,
-                tokens_per_pass=4096, batch_size=512)
+EMBEDDED = dict(task="apples", learning_rate=1e-3, schedule="cosine", epochs=2, eval_every=32,
+                questions=512, test_questions=250, max_new_tokens=40, tokens_per_pass=4096,
+                batch_size=512)
 OTHER_LOSSES = {"ppo": topr.ppo_loss, "dpo": topr.dpo_loss}
 
 
@@ -338,8 +337,8 @@ def check_settings(settings, task):
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
     """An embedded policy: a small Llama that imitates flawed demonstrations."""
     settings = Settings(model=f"{folder}/random", rollouts=f"{folder}/demonstrations.jsonl",
-                        out=f"{folder}/base", loss="sft", optimizer="adamw", learning_rate=rate,
-                        warmup=50, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
+                        out=f"{folder}/base", loss="sft", learning_rate=rate, warmup=50,
+                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
     if rank() == 0 and not run_folder.finished(settings.out):
         say(f"{settings.out}: making the base policy from flawed demonstrations")
         apples.write_beginner(folder, task, steps * settings.sequences, seed, **size)
