@@ -14,6 +14,7 @@ For sequence i with completion tokens t = 1..T_i:
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,10 +25,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Taper:
-    """The interval [a, b] that clips a sequence's weight: `pos` if A > 0, `neg` if A < 0."""
+    """The interval [a, b] that clips a weight, `pos` if A > 0 and `neg` if A < 0; and the ratio that
+    is the weight: of the whole "sequence" (TOPR's), its "mean" over tokens, or of each "token"."""
 
     pos: tuple[float, float]
     neg: tuple[float, float]
+    ratio: str = "sequence"
 
     def __post_init__(self):
         for a, b in (self.pos, self.neg):
@@ -45,31 +48,35 @@ TAPERS = {
     "is": Taper(pos=(0, math.inf), neg=(0, math.inf)),  # plain importance sampling
     "tis": Taper(pos=(0, 1), neg=(0, 1)),  # truncated importance sampling
     "sft": Taper(pos=(1, 1), neg=(0, 0)),  # positives only (STaR, rejection fine-tuning)
+    "nsr": Taper(pos=(0, 0), neg=(1, 1)),  # negatives only (arXiv 2506.01347)
+    "cispo": Taper(pos=(0, 5), neg=(0, 5), ratio="token"),  # arXiv 2506.13585
 }
 
 
 def taper_weights(log_ratio, advantage, taper):
-    """How much each sequence counts.
+    """How much each sequence, or each token, counts.
 
         w_i = stop_gradient(exp(clip(d_i, log a, log b)))     (a, b) by the sign of A_i
 
     Clipped in log space, so that exp(d) does not overflow first.
-    log_ratio, advantage: [batch] -> weights: [batch], constants for autograd; 0 where A_i = 0.
+    log_ratio: [batch] or [batch, time], advantage: [batch] or [batch, 1] -> weights as log_ratio,
+    constants for autograd; 0 where A_i = 0.
     """
     taper = TAPERS[taper] if isinstance(taper, str) else taper
     limits = torch.tensor([taper.pos, taper.neg], dtype=torch.float64)
     log_pos, log_neg = limits.log().tolist()  # each (log a, log b)
     log_ratio = log_ratio.detach()
-    positive = log_ratio.clamp(*log_pos).exp()  # [batch]
-    negative = log_ratio.clamp(*log_neg).exp()  # [batch]
+    positive = log_ratio.clamp(*log_pos).exp()
+    negative = log_ratio.clamp(*log_neg).exp()
     return torch.where(advantage > 0, positive, torch.where(advantage < 0, negative, 0.0))
 
 
 def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=None):
     """The loss whose gradient is the TOPR update.
 
-        loss = - (1/N) sum_i A_i w_i (1/T_i) sum_t l_it        A_i = R_i - baseline
+        loss = - (1/N) sum_i A_i (1/T_i) sum_t w_it l_it        A_i = R_i - baseline
 
+    w_it is the sequence's w_i for all of its tokens, unless the taper has a ratio for each token.
     logp, mu_logp, mask: [batch, time]; mask is True at completion tokens, and elsewhere logp and
     mu_logp may hold anything, NaN too. reward: [batch]. taper: a name in TAPERS, or a Taper.
     count: N, the sequences of the optimizer step over all micro-batches and ranks, if this batch
@@ -81,17 +88,19 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     if mu_logp is None and taper.needs_mu:
         raise ValueError("mu_logp is None, but the weights of this taper depend on it")
     advantage = reward - baseline  # [batch]
-    logp, mu_logp, advantage, mask = checked(logp, mu_logp, advantage, mask)
+    logp, differences, advantage, mask = checked(logp, mu_logp, advantage, mask)
     length = mask.sum(-1)  # [batch]
-    # d_i: differences first, then the sum
-    log_ratio = torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)  # [batch]
-    weight = taper_weights(log_ratio, advantage, taper)  # [batch]
+    log_ratio = differences.detach().sum(-1)  # d_i = sum_t (l_it - m_it)  [batch]
+    ratios = {"sequence": log_ratio[:, None], "mean": (log_ratio / length)[:, None],
+              "token": differences}
+    weight = taper_weights(ratios[taper.ratio], advantage[:, None], taper)  # [batch, 1 or time]
 
-    vanished = (mask & (logp == -math.inf)).any(-1)  # pi = 0: nothing left to push down  [batch]
-    logp = logp.masked_fill(vanished[:, None] | ~mask, 0.0)  # not a product: 0 * inf is NaN
-    no_gradient = vanished | (advantage == 0)  # [batch]
-    coefficient = torch.where(no_gradient, 0.0, advantage * weight)  # A_i w_i  [batch]
-    loss = -(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))
+    # pi = 0: nothing is left to push down. Filled, not multiplied away: 0 * inf is NaN.
+    vanished = (mask & (logp == -math.inf)).any(-1, keepdim=True)  # [batch, 1]
+    logp = logp.masked_fill(vanished | ~mask, 0.0)
+    coefficient = advantage[:, None] * weight  # A_i w_it  [batch, 1 or time]
+    loss = -((coefficient * logp).sum(-1) / length).sum() / (count or len(reward))
+    weight = torch.where(mask, weight, 0.0).sum(-1) / length  # its mean over tokens  [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": advantage}
 
 
@@ -101,21 +110,17 @@ def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
         loss = - (1/N) sum_i (1/T_i) sum_t min(r_it R_i, clip(r_it, 1 - eps, 1 + eps) R_i)
         r_it = exp(l_it - m_it)
 
-    Arguments and stats as in topr_loss; weight is the mean ratio over tokens, in which clipped
-    tokens count as 0.
+    Arguments and stats as in topr_loss; weight is the mean ratio over tokens.
     """
-    logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
+    logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
     length = mask.sum(-1)  # [batch]
     advantage = reward[:, None]  # [batch, 1]
-    token_log_ratio = torch.where(mask, logp - mu_logp, 0.0)  # [batch, time]
-    ratio = token_log_ratio.clamp(max=20).exp()  # 20: no overflow  [batch, time]
-    unclipped = ratio * advantage  # [batch, time]
-    objective = torch.minimum(unclipped, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    has_gradient = mask & (objective == unclipped)  # [batch, time]
-    objective = objective.masked_fill(~mask, 0.0)
+    ratio = differences.clamp(max=20).exp()  # 20: no overflow  [batch, time]
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # [batch, time]
+    objective = torch.minimum(ratio * advantage, clipped * advantage).masked_fill(~mask, 0.0)
     loss = -(objective.sum(-1) / length).sum() / (count or len(reward))
-    weight = torch.where(has_gradient, ratio.detach(), 0.0).sum(-1) / length  # [batch]
-    log_ratio = token_log_ratio.detach().sum(-1)  # [batch]
+    weight = torch.where(mask, ratio.detach(), 0.0).sum(-1) / length  # [batch]
+    log_ratio = differences.detach().sum(-1)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": reward}
 
 
@@ -127,42 +132,38 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
     Arguments and stats as in topr_loss (count is in sequences, two a pair); weight is the slope of
     -log sigmoid.
     """
-    logp, mu_logp, reward, mask = checked(logp, mu_logp, reward, mask)
-    if len(reward) % 2 or not (reward[0::2] > reward[1::2]).all():
+    logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
+    if len(reward) % 2 or not (reward[::2] > reward[1::2]).all():
         raise ValueError("dpo_loss needs pairs of rows, the better one first: see preference_pairs")
-    log_ratio = torch.where(mask, logp - mu_logp, 0.0).sum(-1)  # d, here with its gradient  [batch]
-    margin = beta * (log_ratio[0::2] - log_ratio[1::2])  # [pairs]
-    loss = -F.logsigmoid(margin).sum() / ((count or len(reward)) / 2)
+    log_ratio = differences.sum(-1)  # d, here with its gradient  [batch]
+    margin = beta * (log_ratio[::2] - log_ratio[1::2])  # [pairs]
+    loss = -2 * F.logsigmoid(margin).sum() / (count or len(reward))
     weight = torch.sigmoid(-margin.detach()).repeat_interleave(2)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio.detach(), "advantage": reward}
 
 
 def checked(logp, mu_logp, advantage, mask):
-    """The inputs in float32 or better, or an error that names the sequence and the token."""
+    """(logp, logp - mu_logp or 0, advantage, mask) in float32 or better, or an error that names the
+    sequence and the token. Differences first, then sums: both terms are large."""
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
-    advantage = advantage.to(torch.promote_types(advantage.dtype, torch.float32))
+    advantage = advantage.to(logp.dtype)
     mu_logp = torch.zeros_like(logp) if mu_logp is None else mu_logp.to(logp.dtype).detach()
     if not logp.shape == mask.shape == mu_logp.shape or advantage.shape != logp.shape[:1]:
         raise ValueError("logp, mu_logp and mask must be [batch, time], reward [batch]")
-    positive = advantage[:, None] > 0  # [batch, 1]
     faults = {  # what is wrong: where, [batch] or [batch, time]
         "it has no completion tokens": mask.sum(-1) == 0,
         "its reward is not finite": ~advantage.isfinite(),
-        "log pi is NaN or +inf": mask & (logp.isnan() | (logp == math.inf)),
-        "log pi is above 0: pass log-probabilities, not logits": mask & (logp > 1e-3),
-        "log pi = -inf, on a positive": mask & (logp == -math.inf) & positive,
+        "log pi is NaN or above 0 (pass log-probabilities, not logits)": mask & ~(logp <= 1e-3),
+        "log pi = -inf, on a positive": mask & (logp == -math.inf) & (advantage[:, None] > 0),
         "log mu is missing, NaN or infinite": mask & ~mu_logp.isfinite()}
     if torch.stack([where.any() for where in faults.values()]).any():  # one wait for the device
-        message, where = next(fault for fault in faults.items() if fault[1].any())
-        raise ValueError(f"{place_of(where)}: {message}")
-    return logp, mu_logp, advantage, mask
-
-
-def place_of(flags):
-    """The first True of [batch] or [batch, time], in words."""
-    index = flags.nonzero()[0].tolist()
-    return f"sequence {index[0]}" + (f", token {index[1]}" if len(index) > 1 else "")
+        for message, where in faults.items():
+            for place in where.nonzero().tolist():  # [sequence] or [sequence, token]
+                place = ", ".join(map(" ".join, zip(("sequence", "token"), map(str, place))))
+                raise ValueError(f"{place}: {message}")
+    differences = torch.where(mask, logp - mu_logp, 0.0)  # never the padding, which may be NaN
+    return logp, differences, advantage, mask
 
 
 # ---- the composition of the data: baseline, shares, Anna Karenina, pairs ----
@@ -183,10 +184,9 @@ def baseline_for_share(p, share):
 
         c = (p - p~) / (p + p~ - 2 p p~)
     """
-    if not 0 < p < 1:
-        raise ValueError(f"the share of positives is {p}: the data needs positives and negatives")
-    if not 0 <= share <= 1:
-        raise ValueError(f"the target share must be in [0, 1], not {share}")
+    if not 0 < p < 1 or not 0 <= share <= 1:
+        raise ValueError(f"the share of positives is {p}: the data needs positives and negatives, "
+                         f"and the target share, {share}, must be in [0, 1]")
     return max(-1.0, min(1.0, (p - share) / (p + share - 2 * p * share)))  # rounding may exceed 1
 
 
@@ -195,9 +195,10 @@ def anna_karenina(rollouts):
     wrong one. rollouts: dicts with "id" and "reward" -> a list of those kept, in their order."""
     happy, kept = set(), []
     for rollout in rollouts:
-        if rollout["reward"] <= 0 or rollout["id"] not in happy:
+        is_right = rollout["reward"] > 0
+        if not is_right or rollout["id"] not in happy:
             kept.append(rollout)
-        if rollout["reward"] > 0:
+        if is_right:
             happy.add(rollout["id"])
     return kept
 
@@ -205,11 +206,11 @@ def anna_karenina(rollouts):
 def preference_pairs(rollouts):
     """(better, worse) positions for DPO: each question's correct and wrong completions, each used
     once at most."""
-    right, wrong = {}, {}
+    right, wrong = defaultdict(list), defaultdict(list)
     for position, rollout in enumerate(rollouts):
         side = right if rollout["reward"] > 0 else wrong
-        side.setdefault(rollout["id"], []).append(position)
-    return [pair for question in right for pair in zip(right[question], wrong.get(question, []))]
+        side[rollout["id"]].append(position)
+    return [pair for question in right for pair in zip(right[question], wrong[question])]
 
 
 # ---- log-probabilities of completions ----
@@ -221,7 +222,7 @@ def token_logprobs(logits, ids):
     logits: [batch, time, vocab], ids: [batch, time] -> [batch, time], 0 at the first token
     """
     logprobs = logits[:, :-1].float().log_softmax(-1)  # [batch, time - 1, vocab]
-    chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # [batch, time - 1]
+    chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]  # [batch, time - 1]
     return F.pad(chosen, (1, 0))  # [batch, time]
 
 
@@ -229,7 +230,8 @@ def completion_logprobs(model, ids, mask, *, previous=None, **layout):
     """log pi of the completion tokens (0 elsewhere) under a causal language model of transformers,
     without ever holding [batch, time, vocab].
 
-    ids, mask: [batch, time] -> [batch, time], float32, with gradient
+    ids, mask: [batch, time] -> [batch, time], float32, with gradient. mask is boolean, and False at
+    the first token, which has nothing before it.
     previous: [batch, time], the position that predicts each token, if it is not the one before
     (several completions packed behind one prompt).
     layout: attention_mask and position_ids, for padding on the left and for packed rows. Padding on
@@ -238,20 +240,16 @@ def completion_logprobs(model, ids, mask, *, previous=None, **layout):
     The head runs on chunks of completion positions, and again in the backward pass if there are
     several. head_logprobs knows most families of models; for another one use token_logprobs.
     """
-    mask = mask.bool()
-    if mask[:, 0].any():
-        raise ValueError(f"{place_of(mask[:, 0])}: the first token has nothing before it")
-    row, position = mask.nonzero(as_tuple=True)  # [tokens], [tokens]
-    position = position - 1 if previous is None else previous[mask]  # [tokens]
-    outputs = model.get_decoder()(input_ids=ids, use_cache=False, **layout)
-    hidden = outputs.last_hidden_state[row, position]  # [tokens, width]
-    chunk = max(1, 2**26 // model.config.get_text_config().vocab_size)  # 256 MiB of logits
+    row, position = mask[:, 1:].nonzero(as_tuple=True)  # [tokens], [tokens]: the token before
+    position = position if previous is None else previous[mask]  # [tokens]
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
+    hidden = hidden[row, position]  # [tokens, width]
+    chunk = 2**26 // model.config.get_text_config().vocab_size  # 256 MiB of logits
     run_head = partial(head_logprobs, model)
-    if len(hidden) > chunk and torch.is_grad_enabled():
+    if len(hidden) > chunk:
         run_head = partial(checkpoint, run_head, use_reentrant=False)
-    logprobs = list(map(run_head, hidden.split(chunk), ids[mask].split(chunk)))
-    empty = torch.zeros(ids.shape, device=ids.device)
-    return empty.masked_scatter(mask, torch.cat(logprobs))  # [batch, time]
+    logprobs = torch.cat(list(map(run_head, hidden.split(chunk), ids[mask].split(chunk))))
+    return torch.zeros_like(ids, dtype=torch.float32).masked_scatter(mask, logprobs)
 
 
 def head_logprobs(model, hidden, targets):
@@ -261,10 +259,9 @@ def head_logprobs(model, hidden, targets):
     """
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # [tokens, vocab]
-    if factor := getattr(config, "logit_scale", None):
-        logits = logits * factor
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
+    scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+    if scale != 1:
+        logits = logits * scale
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return TokenLogProbs.apply(logits.float(), targets)

@@ -24,12 +24,12 @@ import eval as evaluation
 import topr
 from data import apples, load_task
 from engine import batches, mu, optim, packing, run_folder
-from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say,
-                           seed_everything, setting, writing)
-from engine.parallel import (barrier, from_first, gather, load_on_first_rank, rank, replicate,
-                             shard, start_ranks, world)
-from engine.rollouts import file_fingerprint, write_rollouts
-from engine.sampler import Sampling, fingerprint, load_model, load_tokenizer
+from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say, setting,
+                           writing)
+from engine.parallel import (barrier, from_first, gather, rank, replicate, shard, start_ranks,
+                             world)
+from engine.rollouts import file_fingerprint
+from engine.sampler import Sampling, fingerprint, load_for_training
 
 
 @dataclass
@@ -57,6 +57,9 @@ class Job(Sampling):
     positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", most=1, main=True)
     baseline: float = setting(0.0, "c in A = R - c", least=-sys.float_info.max)
+    ratio: str = setting("", "what a weight is made from: the ratio pi/mu of the sequence, its mean "
+                         "over tokens, or each token's (none: the loss's own)",
+                         ("sequence", "mean", "token"))
     anna_karenina: bool = setting(
         False, "of each question keep the first correct completion and every wrong one")
     mu: str = setting(
@@ -121,11 +124,12 @@ def train(settings, evaluate=None):
                                                   settings.grad_clip or math.inf)
             norm = float(norm.full_tensor() if settings.shard else norm)
             if not math.isfinite(norm):
-                raise not_finite(settings, data, units, step, norm)
+                raise Problem(f"step {step}: the gradient norm is {norm}; nothing was updated. "
+                              f"{run_folder.last_checkpoint(settings.out)}. The rollouts: "
+                              f"{batches.line_numbers(data, units.ravel())}")
 
             # The update.
-            optim.set_learning_rate(settings, optimizer, step, steps)
-            optim.update(settings, optimizer, step)
+            optim.update(settings, optimizer, step, steps)
             optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
@@ -134,8 +138,7 @@ def train(settings, evaluate=None):
             stop = [number for _, numbers in everyone for number in numbers]
             seconds = time.time() - start
             write_log(log, log_file, {
-                "step": step, "epoch": step * settings.epochs // steps, "sequences": units.size,
-                **metrics, "gradient_norm": norm,
+                "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}, norm {norm:.2f}", refresh=False)
@@ -185,7 +188,8 @@ def step_metrics(ranks, has_mu):
         "positive_share": advantage[positive].sum() / total if total else None}
     if has_mu and len(d):
         metrics |= {"d_min": d.min(), "d_mean": d.mean(), "d_max": d.max(),
-                    "d_positive": d[positive].mean() if positive.any() else None}
+                    "d_positive": d[positive].mean() if positive.any() else None,
+                    "d_negative": d[negative].mean() if negative.any() else None}
     return metrics
 
 
@@ -195,23 +199,12 @@ def write_log(log, log_file, entry):
     log_file.write(line + "\n")
 
 
-def not_finite(settings, data, units, step, norm):
-    return Problem(f"step {step}: the gradient norm is {norm}; nothing was updated. "
-                   f"{run_folder.last_checkpoint(settings.out)}. The rollouts: "
-                   f"{batches.line_numbers(data, units.ravel())}")
-
-
 # ---- before the first step: the model, the data, log mu, the loss ----
 
 
 def set_up(settings, device):
     """The model on one card, whole on each of many (DDP), or in shards (FSDP2); and the data."""
-    seed_everything(settings.seed)
-    if settings.shard:
-        model = load_on_first_rank(lambda: load_model(settings.model, settings, "cpu")[0])
-        tokenizer = load_tokenizer(settings.model)
-    else:
-        model, tokenizer = load_model(settings.model, settings, device)
+    model, tokenizer = load_for_training(settings, device)
     data = batches.read_data(settings, model, tokenizer, device)
     weights = from_first(fingerprint(model) if rank() == 0 else None)
     run = run_folder.describe_run(settings, data.fingerprint, weights)
@@ -240,6 +233,8 @@ def make_loss(settings, data):
     if settings.loss in OTHER_LOSSES:
         return OTHER_LOSSES[settings.loss], True, silent
     rewards, baseline, taper = data.rewards[data.units], settings.baseline, topr.TAPERS[settings.loss]
+    if settings.ratio:
+        taper = dataclasses.replace(taper, ratio=settings.ratio)
     is_binary = (np.abs(rewards) == 1).all()
     if settings.positive_share is not None:
         if settings.baseline or not is_binary:
@@ -291,8 +286,7 @@ def job(settings, task=None):
     if task is None:
         train_once(settings)
         return say(f"the trained policy and the log are in {settings.out}")
-    if settings.rollouts:
-        evaluation.check_overlap(settings, task)
+    evaluation.check_overlap(settings, task)
     before = evaluation.measure_once(settings, task, settings.model, "before")
     point = evaluation.curve_point(settings, task)
     logs = [log for _, log in rounds(settings, task, point)]
@@ -348,8 +342,7 @@ def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
                         warmup=50, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
     if rank() == 0 and not run_folder.finished(settings.out):
         say(f"{settings.out}: making the base policy from flawed demonstrations")
-        apples.write_model(settings.model, task.vocabulary(), seed, **size)
-        write_rollouts(settings.rollouts, task.demonstrations(steps * 32, seed))
+        apples.write_beginner(folder, task, steps * settings.sequences, seed, **size)
     barrier()
     train_once(settings)
     return settings.out

@@ -8,7 +8,6 @@ without working, answers that never come. It is right about a fifth of the time,
 something to improve. Nothing is downloaded.
 """
 
-import io
 import random
 import re
 import zlib
@@ -16,10 +15,11 @@ from itertools import islice
 
 from data.grade import read_answer
 from engine.common import Problem
+from engine.rollouts import write_rollouts
 
 LARGEST = 40  # numbers 0..40 are one token each: digits would cost accuracy in the same time
-ADD, SUBTRACT = ("finds", "buys", "gets"), ("loses", "gives", "sells")
-VERBS = {"+": ADD, "-": SUBTRACT, "*": ("doubles", "triples"), "friend": ADD}
+ADD, TIMES = ("finds", "buys", "gets"), {"doubles": 2, "triples": 3}
+VERBS = {"+": ADD, "-": ("loses", "gives", "sells"), "*": tuple(TIMES), "friend": ADD}
 NAMES, FRIENDS = ("Tom", "Max", "Leo"), ("Ann", "Eva", "Mia")
 GUESS = "Let us see ."  # stands in the place of the working
 HABITS = {  # how often a demonstration ...
@@ -65,23 +65,23 @@ def make_problem(rng, lengths=LENGTHS):
         start = value = rng.randint(2, 12)
         words, events, values = [f"{name} has {start} apples ."], [], []
         for _ in range(rng.choice(lengths)):
-            kind = rng.choices(list(VERBS), (4, 4, 2, 1.5))[0]
-            amount = rng.randint(1, 4)
-            verb = rng.choice(VERBS[kind])
-            if kind == "*":
-                amount = 2 if verb == "doubles" else 3
+            kind, = rng.choices(list(VERBS), (4, 4, 2, 1.5))
+            amount, verb = rng.randint(1, 4), rng.choice(VERBS[kind])
+            amount = TIMES.get(verb, amount)
             value = calculate(value, kind, amount)
             who = friend if kind == "friend" else "He"
-            words.append(f"{who} {verb} {'them' if kind == '*' else amount} .")
+            words.append(f"{who} {verb} {'them' if verb in TIMES else amount} .")
             events.append((kind, amount))
             values.append(value)
-        if set(values) != {start} and min(values) >= 1 and max(values) <= 30:
+        if set(values) != {start} and 1 <= min(values) <= max(values) <= 30:
             question = " ".join([*words, "How many ?"])
             return {"question": question, "start": start, "events": events, "gold": str(value)}
 
 
-def calculate(a, sign, b):
-    return {"+": a + b, "-": a - b, "*": a * b, "friend": a}[sign]
+def calculate(a, sign, b, slip=0):
+    """The result, within the numbers that have a token."""
+    result = {"+": a + b, "-": a - b, "*": a * b, "friend": a}[sign] + slip
+    return min(max(result, 0), LARGEST)
 
 
 def grade(question, completion):
@@ -107,15 +107,12 @@ def demonstrate(problem, rng, habits):
         sign = "+" if kind == "friend" or kind == "*" and does("doubling_as_addition") else kind
         if sign != "*" and does("wrong_sign"):
             sign = "-" if sign == "+" else "+"
-        result = calculate(value, sign, amount)
-        if does("slip"):
-            result += rng.choice((-2, -1, 1, 2))
-        result = min(max(result, 0), LARGEST)
+        slip = rng.choice((-2, -1, 1, 2)) if does("slip") else 0
+        result = calculate(value, sign, amount, slip)
         lines.append(f"{value} {sign} {amount} = {result} .")
         value = result
     if does("guess"):
-        value += rng.choice(range(-2, 3))
-        lines, value = [GUESS], min(max(value, 0), LARGEST)
+        lines, value = [GUESS], calculate(value, "+", rng.randint(-2, 2))
     solution = " ".join([*lines, f"The answer is {value} ."])
     more_events = len(problem["events"]) - 2
     if "invalid" in habits and rng.random() < habits["invalid"] + 0.03 * more_events:
@@ -136,7 +133,7 @@ def verdict_demonstrations(count, seed, make_prompt):
 
     Half of the solutions are right. make_prompt(question, solution) is what the verifier sees.
     """
-    rng, rows = random.Random(f"{seed} verdicts"), []
+    rng = random.Random(f"{seed} verdicts")
     for problem in islice(questions("train", seed), count):
         wanted, reward = rng.choice((1.0, -1.0)), None
         while reward != wanted:
@@ -144,43 +141,35 @@ def verdict_demonstrations(count, seed, make_prompt):
             answer, reward = grade(problem, solution)
         check = demonstrate(problem, rng, CHECKING)
         _, agrees = grade({"gold": answer}, check)
-        if rng.random() < CHECKING["flipped"]:
-            agrees = -agrees
+        says_correct = (agrees > 0) != (rng.random() < CHECKING["flipped"])
         if rng.random() >= CHECKING["missing"]:
-            check += f" Verdict : {'correct' if agrees > 0 else 'incorrect'}"
+            check += f" Verdict : {'correct' if says_correct else 'incorrect'}"
         prompt = make_prompt(problem["question"], solution)
-        rows.append({"id": problem["id"], "prompt": prompt, "completion": check, "reward": 1.0})
-    return rows
+        yield {"id": problem["id"], "prompt": prompt, "completion": check, "reward": 1.0}
 
 
 # ---- the tokenizer and the model, both from nothing ----
 
 
 def make_tokenizer(words):
-    """A sentencepiece tokenizer with one token for each word, as transformers holds it."""
-    import sentencepiece
+    """One token for each word, "▁apples" for "apples"; as transformers holds it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sorted(words)), model_writer=trained, model_type="word",
-        vocab_size=len(words) + 3, normalization_rule_name="identity", minloglevel=2)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
-    scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
-    fast = Tokenizer(models.Unigram(scores, unk_id=pieces.unk_id()))
+    pieces = ["<unk>", "<s>", "</s>", *sorted(f"▁{word}" for word in words)]
+    fast = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=0))
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    fast.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", pieces.bos_id())])
+    fast.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def vocabulary():
     """Every word that a problem, a solution or a check of a solution can hold."""
-    text = "Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ... "
-    text += " ".join(make_problem(random.Random(seed))["question"] for seed in range(2000))
-    return {*text.split(), *map(str, range(LARGEST + 1))}
+    text = """Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...
+        has apples He them How many ?"""
+    return {*text.split(), *NAMES, *FRIENDS, *sum(VERBS.values(), ()),
+            *map(str, range(LARGEST + 1))}
 
 
 def make_model(tokenizer, seed, width=64, layers=3):
@@ -197,8 +186,9 @@ def make_model(tokenizer, seed, width=64, layers=3):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end))
 
 
-def write_model(folder, words, seed, **size):
-    """A folder that from_pretrained opens: a random model and its tokenizer."""
-    tokenizer = make_tokenizer(words)
-    tokenizer.save_pretrained(folder)
-    make_model(tokenizer, seed, **size).save_pretrained(folder)
+def write_beginner(folder, task, count, seed, **size):
+    """What a base policy starts from: a random model in folder/random, and demonstrations."""
+    tokenizer = make_tokenizer(task.vocabulary())
+    tokenizer.save_pretrained(f"{folder}/random")
+    make_model(tokenizer, seed, **size).save_pretrained(f"{folder}/random")
+    write_rollouts(f"{folder}/demonstrations.jsonl", task.demonstrations(count, seed))

@@ -2,16 +2,18 @@
 
 What a model wrote is never run: no eval, no computer algebra. Every function answers for any input,
 in bounded time and without an exception: a text above LONGEST characters is no answer (the longest
-of MATH has 159), lists nest no deeper than DEEPEST, no number has more than BITS bits.
+of MATH has 159), lists nest no deeper than DEEPEST, no number is above 10**75.
 """
 
 import math
 import re
-from fractions import Fraction
+from decimal import Context, Decimal, Underflow, localcontext
+from functools import lru_cache
 from itertools import accumulate
 from operator import add, mul, sub, truediv
 
-LONGEST, DEEPEST, BITS = 300, 20, 4000
+LONGEST, DEEPEST = 300, 20
+cached = lru_cache(10_000)  # votes compare the answers of a question pair by pair: read each once
 
 
 # ---- reading: from a completion to its answer ----
@@ -23,17 +25,15 @@ def read_answer(text, marker="The answer is"):
     Where the rest of the marker's line is empty, the next one counts; \[...\] is read whole.
     'So 9 + 8 = 17. The answer is $17$.' -> '17'; 'so the answer is:\n\\[\\boxed{18}\\]' -> '18'
     """
-    edge = "(?<![A-Za-z])" if marker[:1].isalpha() else ""  # no "A:" in "banana: 3"
-    found = re.match(rf"(?is).*{edge}{re.escape(marker)}", text) if isinstance(text, str) else None
+    up_to_marker = rf"(?is).*(?<![A-Za-z]){re.escape(marker)}"  # there is no "A:" in "banana: 3"
+    found = re.match(up_to_marker, text) if isinstance(text, str) else None
     if not found:
         return None
-    after = re.sub(r"^[\s:=*`]*\n\s*", "", text[found.end():found.end() + LONGEST])
+    after = re.sub(r"^[\s:=*`]*\n\s*", "", text[found.end():][:LONGEST])
     display = re.match(r"(?s)[ \t:=]*(?:\\\[|\$\$)([^$]*?)(?:\\\]|\$\$)[ \t.*]*(?:\n|$)", after)
-    line = " ".join(display[1].split()) if display else (after.splitlines() or [""])[0]
+    line = " ".join(display[1].split()) if display else [*after.splitlines(), ""][0]
     line = re.split(r"\.[*$]*\s+(?=[A-Z])", line, maxsplit=1)[0]  # "17. I hope that helps" -> "17"
-    boxed = last_boxed(line)
-    if boxed is not None:
-        return boxed.strip() or None
+    line = last_boxed(line) or line
     line = re.sub(r"\*\*(.+?)\*\*", r"\1", line).strip(" \t:=*`").rstrip(" \t.*`")
     line = re.sub(r"^(?:\$([^$]*)\$|\\\(((?:(?!\\\().)*)\\\))$", r"\1\2", line)  # $x$, \(x\) -> x
     return line.strip().rstrip(" .") or None
@@ -41,12 +41,11 @@ def read_answer(text, marker="The answer is"):
 
 def last_boxed(text):
     r"""What the last \boxed{...} or \fbox{...} holds: 'so \boxed{\frac{1}{2}}' -> '\frac{1}{2}'."""
-    at = max(text.rfind("\\boxed"), text.rfind("\\fbox")) if isinstance(text, str) else -1
-    text = text[at:at + LONGEST] if at >= 0 else ""
-    start = re.match(r"\\(?:boxed|fbox)\s*(?:\{|([0-9]+))", text)
-    if not start or start[1]:
-        return start and start[1]  # \boxed 9 is a box too
-    inside, depth = text[start.end():], 1
+    box = r"(?s).*\\(?:boxed|fbox)\s*(?:\{|([0-9]+))"
+    found = re.match(box, text) if isinstance(text, str) else None
+    if not found or found[1]:
+        return found and found[1]  # \boxed 9 is a box too
+    inside, depth = text[found.end():][:LONGEST], 1
     for mark in re.finditer(r"(?s)\\.|[{}]", inside):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
@@ -56,96 +55,114 @@ def last_boxed(text):
 
 # ---- one spelling for what looks the same on paper ----
 
-SPELLINGS = [
-    (r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:bf|it|rm)|operatorname)\s*\{([^{}]*)\}",
-     r" \\text \1 "),
-    (r"\{,\}|,\s*\\!", ","),  # 1{,}000 and 1,\!000
-    (r"(?<!\\)\\\\(?=[dtc]?frac)", r"\\"),  # \\frac, escaped once too often
-    (r"(?<!\\)\\[,;:!()\[\]]|\\(?:left|right)\s*\.", ""),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed)(?![a-z])", ""),
-    (r"(?<!\\)\\ |\\q?quad(?![a-z])|~|\\phantom\s*(?:\{[^{}]*\}|\S)", " "),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree", "°"), (r"\\?[$]|[€£¥]", ""),
-    (r"° ?$", r" \\text degrees"), (r"\\?% ?$", r" \\text percent"), (r"°|\\?%", ""),
-    (r"\\(?:cdot|times|ast)(?![a-z])|[×·⋅]", "*"),
-    (r"\\div(?![a-z])|÷", "/"), (r"[−–]", "-"),
-    (r"(?<![\\A-Za-z])(sqrt|pi(?![A-Za-z]))", r"\\\1 "),
-    (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"∪", r"\\cup "),
-    (r"\\(le|ge|ne)q(?![a-z])", r"\\\1 "), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"),
-    (r"\{[pb]matrix\}", "{matrix}"),
-    (r"\\[dtc]?frac ?([0-9A-Za-z])", r"\\frac{\1}"),  # \frac12 takes one digit at a time
-    (r"\\[dtc]?frac ?\{([^{}]*)\} ?([0-9A-Za-z])", r"\\frac{\1}{\2}"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"(\\sqrt|\^) ?\(([^()]*)\)", r"\1{\2}"), (r"(\\sqrt) ?([0-9A-Za-z])", r"\1{\2}"),
-    (r"([_^]) ?([0-9]+|[A-Za-z])", r"\1{\2}"),
-    (r"(?<![0-9./^])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),  # 1 1/2
-    (r"\b([ap])\.m\.?", r"\1m"),
-    (r"[ ,]{0,3}(?:\\text[ ,]{0,3})?\b(?:and|or)\b", ", "),
-    (r"^ ?(?:=|\\approx)", ""),
-]
+# A regular expression and what replaces it, one pair a line, in this order.
+SPELLINGS = [re.split("  +", line.strip())[:2] for line in r"""
+    \s+                                        ' '
+    \\(?:text(?:bf|it|rm|normal)?|mbox|math(?:bf|it|rm)|operatorname)\s*\{([^{}]*)\}  ' \\text \1 '
+    \{,\}|,\s*\\!                              ','             1{,}000 and 1,\!000
+    (?<!\\)\\\\(?=[dtc]?frac)                  '\\'            \\frac, escaped once too often
+    (?<!\\)\\[,;:!()\[\]]|\\(?:left|right)\s*\.  ''
+    \\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed)(?![a-z])  ''
+    (?<!\\)\\ |\\q?quad(?![a-z])|~|\\phantom\s*(?:\{[^{}]*\}|\S)  ' '
+    \^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree  '°'
+    \\?[$]|[€£¥]                               ''
+    ° ?$                                       ' \\text degrees'
+    \\?% ?$                                    ' \\text percent'
+    °|\\?%                                     ''
+    \\(?:cdot|times|ast)(?![a-z])|[×·⋅]        '*'
+    \\div(?![a-z])|÷                           '/'
+    [−–]                                       '-'
+    (?<![\\A-Za-z])(sqrt|pi(?![A-Za-z]))       '\\\1 '
+    √                                          '\\sqrt '
+    π                                          '\\pi '
+    ∞                                          '\\infty '
+    ∪                                          '\\cup '
+    \\(le|ge|ne)q(?![a-z])                     '\\\1 '
+    \\lbrace                                   '\\{'
+    \\rbrace                                   '\\}'
+    \{[pb]matrix\}                             '{matrix}'
+    \\[dtc]?frac ?([0-9A-Za-z])                '\\frac{\1}'    \frac12 takes one digit at a time
+    \\[dtc]?frac ?\{([^{}]*)\} ?([0-9A-Za-z])  '\\frac{\1}{\2}'
+    \\[dtc]?frac ?                             '\\frac'
+    \} \{                                      '}{'
+    ([0-9]) \\frac                             '\1\\frac'
+    (\\sqrt|\^) ?\(([^()]*)\)                  '\1{\2}'
+    (\\sqrt) ?([0-9A-Za-z])                    '\1{\2}'
+    ([_^]) ?([0-9]+|[A-Za-z])                  '\1{\2}'
+    (?<![0-9./^])([0-9]+) ([0-9]+) ?/ ?([0-9]+)  '\1\\frac{\2}{\3}'  1 1/2
+    \b([ap])\.m\.?                             '\1m'
+    [ ,]{0,3}(?:\\text[ ,]{0,3})?\b(?:and|or)\b  ', '
+    ^ ?(?:=|\\approx)                          ''
+""".strip().splitlines()]
 UNITS = (r"(?: \\text [A-Za-z. ]+| (?:[A-Za-z]{3,}|cm|mm|km|ft|in|kg|lb|sq)\b[A-Za-z. ]*)"
          r"(?:\^ ?\{[23]\})?$")
 NO_UNIT = r"\b(?:[ap]m|dozen|hundred|thousand|[mbtr]+illion)\b"
 TOKEN = (r"\\(?:begin|end)\{[a-z]*\}|\\sqrt\[[0-9]\]|\\[A-Za-z]+|\\."
          r"|[0-9]*\.?[0-9]+|[A-Za-z]{2,}|\S")
-BRACKETS = dict.fromkeys(("(", "[", "{", "\\{", "\\begin{matrix}"), 1) | \
-    dict.fromkeys((")", "]", "}", "\\}", "\\end{matrix}"), -1)
+BRACKETS = {**dict.fromkeys(r"( [ { \{ \begin{matrix}".split(), 1),
+            **dict.fromkeys(r") ] } \} \end{matrix}".split(), -1)}
 
 
 def respell(text):
-    text = " ".join(text.split())
     for pattern, spelling in SPELLINGS:
-        text = re.sub(pattern, spelling, text)
+        text = re.sub(pattern, spelling.strip("'"), text)
     return " ".join(text.split()).rstrip(" .,;:")
 
 
 def without_commas(text):
     """1,234,567 -> 1234567"""
-    def joined(number):
-        return number[0].replace(",", "")
-
-    return re.sub(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])", joined, text)
+    numbers = r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
+    return re.sub(numbers, lambda number: number[0].replace(",", ""), text)
 
 
+@cached
 def tokens_of(text):
-    """'\\frac{1}{2}x' -> ['\\frac', '{', '1', '}', '{', '2', '}', 'x']"""
-    tokens = [token for token in re.findall(TOKEN, text) if token != "\\text"]
-    return [token.lower() if token.isalpha() and len(token) > 2 else token for token in tokens]
+    """'\\frac{1}{2}x' -> ('\\frac', '{', '1', '}', '{', '2', '}', 'x')"""
+    return tuple(token.lower() if token.isalpha() and len(token) > 2 else token
+                 for token in re.findall(TOKEN, text) if token != "\\text")
 
 
+@cached
 def as_text(tokens):
-    """One string, fractions with a slash: \\frac{x+1}{2} -> (x+1)/2."""
+    """One string, fractions with a slash: \\frac{x+1}{2} -> (x+1)/2; 2\\frac12 stays 2 1/2."""
     def with_slash(fraction):
         sides = fraction.groups()
-        return "/".join(side if re.fullmatch(r"\\?\w+", side) else f"({side})" for side in sides)
+        sides = (side if re.fullmatch(r"\\?\w+", side) else f"({side})" for side in sides)
+        return f" {'/'.join(sides)} "
 
-    text, found = "".join(tokens).removeprefix("+"), True
+    gap = " (?![0-9.])|(?<![0-9.]) "  # any but those between two numbers
+    text, found = re.sub(gap, "", " ".join(tokens)), True
     while found:
         text, found = re.subn(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", with_slash, text)
-    return text
+    return re.sub(gap, "", text)
 
 
-# ---- numbers: exact fractions, and roots to 60 digits ----
+# ---- numbers, to 120 digits ----
 
-PI = Fraction(31415926535897932384626433832795028841971, 10**40)  # more digits than anyone writes
-SCALE = 10**60
-TIGHTNESS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 3}
+CONTEXT = Context(prec=120, Emax=75, Emin=-75)
+CONTEXT.traps[Underflow] = True  # a number out of range is an error, not 0
+PI = Decimal("3.1415926535897932384626433832795028841971")  # more digits than anyone writes
+OPERATORS = {"+": (add, 1), "-": (sub, 1), "*": (mul, 2), "/": (truediv, 2), "^": (pow, 3)}
+CLOSING = {"(": ")", "{": "}"}
 
 
+@cached
 def value(tokens):
     """The number that the tokens mean, or None.
 
     Each letter is a number of its own, so that x/2 equals \\frac12x. A letter twice or in a sum
     gives None: (x-2)(x+2) and x^2-4 are two answers, one factored, one expanded.
     """
-    letters = [token for token in tokens if token != "i" and re.fullmatch("[A-Za-z]", token)]
+    letters = [token for token in tokens if re.fullmatch("[A-Za-hj-z]", token)]
     if len(set(letters)) < len(letters) or letters and {"+", "-", "("} & set(tokens[1:]):
         return None
-    rest = tokens[::-1]
+    rest = list(tokens[::-1])
     try:
-        number = read(rest, 0)
-        return None if rest else number
-    except (ValueError, ZeroDivisionError, IndexError):
+        with localcontext(CONTEXT):
+            number = read(rest, 0).normalize()
+    except (ValueError, ArithmeticError, IndexError):
         return None
+    return None if rest or number.is_infinite() else number
 
 
 def read(rest, tightness):
@@ -155,62 +172,45 @@ def read(rest, tightness):
     """
     token = rest.pop()
     if token in ("+", "-"):
-        number = read(rest, 2) * (1 if token == "+" else -1)
-    elif token in ("(", "{"):
+        number = OPERATORS[token][0](0, read(rest, 2))
+    elif token in CLOSING:
         number = read(rest, 0)
-        if rest.pop() != {"(": ")", "{": "}"}[token]:
+        if rest.pop() != CLOSING[token]:
             raise ValueError("not closed")
     elif token == "\\frac":
-        number = combine(read(rest, 9), "/", read(rest, 9))
+        number = read(rest, 9) / read(rest, 9)
     elif token.startswith("\\sqrt"):
         number = root(read(rest, 9), int(token[6:-1] or 2))
     elif token[-1] in "0123456789":
-        number = Fraction(token)
+        number = Decimal(token)
         if re.match(r"\\frac\{[0-9]+\}\{[0-9]+\}", "".join(rest[:-8:-1])):
             number += read(rest, 9)  # 1\frac{2}{3} is 1 + 2/3
     elif re.fullmatch("[A-Za-z]", token):
-        number = Fraction(pow(3, ord(token), 2**61 - 1), 2**31 - 1)
+        number = Decimal(pow(3, ord(token), 2**31 - 1))
     elif token == "\\pi":
         number = PI
     else:
         raise ValueError("not a number")
-    while rest and rest[-1] not in (")", "}"):
-        operator = rest[-1] if rest[-1] in TIGHTNESS else "*"  # 2\pi is a product
-        if TIGHTNESS[operator] <= tightness:
+    while rest and rest[-1] not in CLOSING.values():
+        operator = rest[-1] if rest[-1] in OPERATORS else "*"  # 2\pi is a product
+        apply, own_tightness = OPERATORS[operator]
+        if own_tightness <= tightness:
             break
         if rest[-1] == operator:
             rest.pop()
         elif rest[-1][-1] in "0123456789":
             raise ValueError("two numbers side by side")
-        number = combine(number, operator, read(rest, TIGHTNESS[operator]))
+        number = apply(number, read(rest, own_tightness))
     return number
 
 
-def combine(a, operator, b):
-    if operator == "^":
-        a, b = root(a, b.denominator) if b.denominator > 1 else a, b.numerator
-    parts = (a.numerator, a.denominator, b.numerator, b.denominator)
-    bits = sum(part.bit_length() for part in parts)
-    if bits * (abs(b) if operator == "^" else 1) > BITS:
-        raise ValueError("too large")
-    return {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}[operator](a, b)
-
-
 def root(number, n):
-    if number < 0 and n % 2:
-        return -root(-number, n)
-    if number < 0 or not 2 <= n <= 9:
-        raise ValueError("no such root")
-    exact = Fraction(whole_root(number.numerator, n), whole_root(number.denominator, n))
-    return exact if exact ** n == number else Fraction(whole_root(int(number * SCALE**n), n), SCALE)
+    return -root(-number, n) if number < 0 and n % 2 else number ** (1 / Decimal(n))
 
 
-def whole_root(number, n):
-    """The largest integer whose n-th power is at most number: Newton's method, from above."""
-    guess = 1 << -(-number.bit_length() // n)
-    while number and (step := ((n - 1) * guess + number // guess ** (n - 1)) // n) < guess:
-        guess = step
-    return guess if number else 0
+def equal(x, y):
+    """Roots are not exact; no two written fractions are so close."""
+    return None not in (x, y) and abs(x - y) * 10**40 <= min(1, abs(x), abs(y))
 
 
 # ---- judging ----
@@ -219,30 +219,31 @@ NUMBER = (r"[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}"
           r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?")
 
 
+def are_short(*texts):
+    return all(isinstance(text, str) and len(text) <= LONGEST for text in texts)
+
+
+@cached
 def read_number(text):
-    """The one number of a text, exact, or None: '$1,234.50 a day' -> 2469/2, '2 or 3' -> None."""
-    if not isinstance(text, str) or len(text) > LONGEST:
-        return None
+    """The one number of a text, or None: '$1,234.50 a day' -> 1234.5, '2 or 3' -> None."""
     text = without_commas(respell(text)).rpartition("=")[2]  # 16 - 3 = 13 is 13
-    text = text.replace("\\text", "").strip(" *+")
-    text = re.sub(r"(?<=[A-Za-z])\^\{[23]\}", "", text).replace(" / ", "/")  # cm^2
-    found = list(re.finditer(NUMBER, text))
-    if len(found) != 1:
+    text = re.sub(r"\\text|(?<=[A-Za-z])\^\{[23]\}", "", text)  # cm^2
+    text = text.strip(" *+").replace(" / ", "/")
+    parts = re.split(f"({NUMBER})", text)
+    if len(parts) != 3:
         return None
-    before, after = text[:found[0].start()], text[found[0].end():]
+    before, number, after = parts
     negative = re.search(r"(?:^|[^\w)])-$|^- $", before)
-    if re.search(rf"[+*^<>_\\]|{NO_UNIT}", before + after):
+    joined = re.search(r"[\w-]$", before) and not negative  # x1, 10-15
+    if joined or re.search(rf"[+*^<>_\\]|{NO_UNIT}", before + after):
         return None
-    if re.search(r"[\w-]$", before) and not negative:
-        return None
-    number = value(tokens_of(re.sub("[eE](.*)", r"*10^{\1}", found[0][0])))
-    return -number if number is not None and negative else number
+    number = re.sub("[eE](.*)", r"*10^{\1}", number)
+    return value(tokens_of(f"-{number}" if negative else number))
 
 
 def same_number(answer, gold):
     """Is it the same number? '$1,234.00' is 1234. Percent signs are dropped: 50% is 50, not 1/2."""
-    number = read_number(answer)
-    return number is not None and number == read_number(gold)
+    return are_short(answer, gold) and equal(read_number(answer), read_number(gold))
 
 
 def same_maths(answer, gold):
@@ -251,40 +252,41 @@ def same_maths(answer, gold):
     Order counts in (1,2) and in 1,2, not in \\{1,2\\} or a union. A unit, percent, degree or money
     sign may be missing.
     """
-    if not all(isinstance(text, str) and len(text) <= LONGEST for text in (answer, gold)):
+    if not are_short(answer, gold):
         return False
-    (a, a_unit), (b, b_unit) = (apart_from_unit(respell(text)) for text in (answer, gold))
+    (a, a_unit), (b, b_unit) = apart_from_unit(answer), apart_from_unit(gold)
     if a_unit and b_unit and not a_unit & b_unit:
         return False  # 3 cm and 3 boxes
-    if a == b or alike(tokens_of(a), tokens_of(b), 0):
+    if a == b or alike(tokens_of(a), tokens_of(b)):
         return True
     if re.search(r"[(\[{]", a + b):
         return False  # the comma of (1,234) is no thousands comma; that of 1,234 may be
-    return alike(tokens_of(without_commas(a)), tokens_of(without_commas(b)), 0)
+    return alike(tokens_of(without_commas(a)), tokens_of(without_commas(b)))
 
 
+@cached
 def apart_from_unit(text):
-    """'15 \\text square cm' -> ('15', {'s', 'c'}): a unit's initials survive its abbreviation."""
-    unit = re.search(UNITS, text)
-    left = text[:unit.start()] if unit else ""
-    sign = unit and re.search(r"\\text (degrees|percent)$", unit[0])
-    if not sign and (value(tokens_of(left)) is None or re.search(NO_UNIT, unit[0])):
+    """'15 square cm' -> ('15', {'s', 'c'}): a unit's initials survive its abbreviation."""
+    text = respell(text)
+    left, unit, *_ = *re.split(f"({UNITS})", text), ""
+    sign = re.search(r"\\text (degrees|percent)$", unit)
+    if not sign and (value(tokens_of(left)) is None or re.search(NO_UNIT, unit)):
         return text, set()
-    return left, set(re.findall(r"\b(?<!\\)[A-Za-z]", unit[0].lower()))
+    return left, set(re.findall(r"\b(?<!\\)[A-Za-z]", unit.lower()))
 
 
 UNION, SEPARATORS = ("\\cup",), (",", ";", "&", "\\\\")
 RELATIONS = ("=", "\\in", "\\le", "\\ge", "<", ">")
 
 
-def alike(a, b, depth):
+def alike(a, b, depth=0):
     if not a or not b or depth > DEEPEST:
         return False
+    x, y = value(a), value(b)
+    if None not in (x, y):
+        return equal(x, y)
     if as_text(a) == as_text(b):
         return True
-    x, y = value(a), value(b)
-    if None not in (x, y):  # the tolerance is for roots: no two written fractions are so close
-        return x == y or abs(x - y) * 10**40 < min(1, abs(x), abs(y))
     if enclosed(a) and enclosed(b) and (a[0], a[-1]) == (b[0], b[-1]):
         return same_parts(a[1:-1], b[1:-1], SEPARATORS, depth, any_order=a[0] == "\\{")
     for separators in (UNION, SEPARATORS):
@@ -293,9 +295,7 @@ def alike(a, b, depth):
     if len(split(a, RELATIONS)) == len(split(b, RELATIONS)) > 1:
         return same_parts(a, b, RELATIONS, depth)
     bare = plain(a), plain(b)
-    if bare != (a, b):
-        return alike(*bare, depth + 1)
-    return terms(a) == terms(b)
+    return alike(*bare, depth + 1) if bare != (a, b) else terms(a) == terms(b)
 
 
 def same_parts(a, b, separators, depth, any_order=False):
@@ -303,28 +303,29 @@ def same_parts(a, b, separators, depth, any_order=False):
     if a[1::2] != b[1::2]:
         return False
     a, b = (sorted(side[::2], key=terms) if any_order else side[::2] for side in (a, b))
-    return all(one == other or not (unreduced(one) or unreduced(other))
-               and alike(one, other, depth + 1) for one, other in zip(a, b))
+    return all(one == other or reduced(one) and reduced(other) and alike(one, other, depth + 1)
+               for one, other in zip(a, b))
 
 
-def unreduced(tokens):
+def reduced(tokens):
     """4/6 is 2/3 by itself, but the published graders do not take (14/3, 4/6) for (14/3, 2/3)."""
     fraction = re.fullmatch(r"-?([0-9]+)/([0-9]+)", as_text(tokens))
-    return bool(fraction) and math.gcd(int(fraction[1]), int(fraction[2])) > 1
+    return not fraction or math.gcd(*map(int, fraction.groups())) == 1
 
 
+@cached
 def split(tokens, separators):
     """Parts and separators in turn, brackets kept whole.
 
-    1,(2,3) -> [['1'], ',', ['(', '2', ',', '3', ')']]
+    1,(2,3) -> [('1',), ',', ('(', '2', ',', '3', ')')]
     """
-    parts, depth = [[]], 0
+    parts, depth = [()], 0
     for token in tokens:
         depth += BRACKETS.get(token, 0)
         if token in separators and depth == 0:
-            parts += [token, []]
+            parts += [token, ()]
         else:
-            parts[-1].append(token)
+            parts[-1] += (token,)
     return parts
 
 
@@ -343,9 +344,10 @@ def plain(tokens):
     return tokens[1:-1] if enclosed(tokens) and tokens[0] + tokens[-1] == "()" else tokens
 
 
+@cached
 def terms(tokens):
     """The terms of a sum in an order and a spelling of their own: equal for 2x-1 and -1+x*2."""
     parts = split(tokens, ("+", "-"))
     parts = ["+", *parts] if parts[0] else parts[1:]
-    return sorted(sign + (as_text(part) if (number := value(part)) is None else str(number))
+    return sorted(sign + str(value(part) or as_text(part))
                   for sign, part in zip(parts[::2], parts[1::2]))

@@ -75,21 +75,20 @@ HABITS = {  # what a demonstrated term is
 ECHO_ONLY = 0.2  # share of the demonstrations that only repeat the query
 
 
-def make_documents(rng, count=1000):
-    """(concepts, text) of each document: terms of three concepts, and misleading words."""
-    documents = []
-    for _ in range(count):
-        concepts = rng.sample(range(len(CONCEPTS)), 3)
-        words = rng.sample(FILLERS, 10)
-        for concept in concepts:
+def make_documents(rng):
+    """{text: its concepts}: terms of three concepts, and misleading words."""
+    documents, concepts = {}, range(len(CONCEPTS))
+    while len(documents) < 1000:
+        chosen, words = rng.sample(concepts, 3), rng.sample(FILLERS, 10)
+        for concept in chosen:
             words += rng.choices(TECHNICAL[concept], k=rng.randint(2, 4))
             if rng.random() < 0.1:
                 words.append(rng.choice(LAY[concept]))
         if rng.random() < 0.5:  # an everyday word of a concept that the document is not about
-            others = [concept for concept in range(len(CONCEPTS)) if concept not in concepts]
+            others = [concept for concept in concepts if concept not in chosen]
             words.append(rng.choice(LAY[rng.choice(others)]))
         rng.shuffle(words)
-        documents.append((set(concepts), " ".join(words)))
+        documents[" ".join(words)] = set(chosen)
     return documents
 
 
@@ -109,9 +108,8 @@ def write_collection(folder):
     """A folder in BEIR's layout. A document is relevant to a query if it has both concepts."""
     rng = random.Random("0 library")
     documents = make_documents(rng)
-    write_rollouts(f"{folder}/corpus.jsonl", (
-        {"_id": f"d{n}", "text": text} for n, (_, text) in enumerate(documents)))
-    relevant = {pair: [n for n, (concepts, _) in enumerate(documents) if concepts >= set(pair)]
+    write_texts(f"{folder}/corpus.jsonl", "d", documents)
+    relevant = {pair: [n for n, concepts in enumerate(documents.values()) if concepts >= {*pair}]
                 for pair in PAIRS}
     for split, tail, count in (("train", "_train", 512), ("test", "", 250)):
         pairs = [pair for pair in PAIRS if relevant[pair] and split_of(pair) == split]
@@ -119,11 +117,14 @@ def write_collection(folder):
         while len(queries) < count:
             pair = rng.choice(pairs)
             queries[make_query(pair, rng)] = pair
-        write_rollouts(f"{folder}/queries{tail}.jsonl", (
-            {"_id": f"{split}{n}", "text": text} for n, text in enumerate(queries)))
+        write_texts(f"{folder}/queries{tail}.jsonl", split, queries)
         with whole_file(f"{folder}/qrels{tail}.tsv") as file:
             for n, pair in enumerate(queries.values()):
                 file.writelines(f"{split}{n}\td{d}\t1\n" for d in relevant[pair])
+
+
+def write_texts(path, prefix, texts):
+    write_rollouts(path, ({"_id": f"{prefix}{n}", "text": text} for n, text in enumerate(texts)))
 
 
 def demonstrate(query, rng):

@@ -3,34 +3,32 @@
     python data/maths.py gsm8k
     python data/maths.py math --train FILE     reads your own file instead of the download
     python data/maths.py svamp
-    python data/maths.py solutions FILE OUT    OpenAI's graded GSM8K solutions, as a rollout file
 
-Writes train.jsonl and test.jsonl into data/NAME, one row per question: id, question, gold,
-solution, and for MATH level and subject. The test set of MATH is MATH-500. SVAMP is a test set; its
-training questions are those of MAWPS and ASDiv-A, their solutions the equations, worked out.
+Writes train.jsonl and test.jsonl into data/NAME, one row per question: id, question, gold, and the
+published solution or equation. The test set of MATH is MATH-500. SVAMP is a test set; its training
+questions are those of MAWPS and ASDiv-A.
 """
 
 import csv
 import dataclasses
-import functools
 import hashlib
-import http.client
 import json
 import re
 import sys
-import tarfile
 import types
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find data/
-from data.grade import combine, last_boxed, read_answer, same_maths, same_number
-from engine.rollouts import write_rollouts
+    sys.path.insert(0, str(HERE.parent))  # run as a script: find data/ and engine/
+from data.grade import read_answer, same_maths, same_number
 from engine.common import Problem, parse, run_main, say, setting
+from engine.rollouts import write_rollouts
+from engine.tasks import one_line
 
-# Name -> split -> address, SHA-256, questions. The MATH checksums are those of the Git LFS pointers
+# Name -> split -> address, SHA-256. The MATH checksums are those of the Git LFS pointers
 # in openai/prm800k, whose train.jsonl holds all of MATH but MATH-500: only MATH's own training
 # questions are taken from it.
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
@@ -39,223 +37,120 @@ SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/"
 PUBLISHED = {
     "gsm8k": {
         "train": (
-            GSM8K + "train.jsonl",
-            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 7473),
+            f"{GSM8K}train.jsonl",
+            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
         "test": (
-            GSM8K + "test.jsonl",
-            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 1319),
+            f"{GSM8K}test.jsonl",
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
     },
     "math": {
         "train": (
-            MATH + "train.jsonl",
-            "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076", 7500),
+            f"{MATH}train.jsonl",
+            "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076"),
         "test": (
-            MATH + "test.jsonl",
-            "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132", 500),
+            f"{MATH}test.jsonl",
+            "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
     },
     "svamp": {
         "train": (
-            SVAMP + "data/mawps-asdiv-a_svamp/train.csv",
-            "c761cdc6390a67a285c6c346a2931f61bc8f47430eceaeb123cc3d0263efa821", 3138),
+            f"{SVAMP}data/mawps-asdiv-a_svamp/train.csv",
+            "c761cdc6390a67a285c6c346a2931f61bc8f47430eceaeb123cc3d0263efa821"),
         "test": (
-            SVAMP + "SVAMP.json",
-            "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e", 1000),
-    },
+            f"{SVAMP}SVAMP.json",
+            "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
+    }
 }
-SECURE, LARGEST = "https://", 100 * 2**20
-HERE = Path(__file__).resolve().parent  # load_questions reads here
 
 
 @dataclasses.dataclass
 class Settings:
-    train: str = setting(
-        "", "training questions: the published file (for MATH also its folder or .tar file)")
+    train: str = setting("", "training questions: your copy of the published file")
     test: str = setting("", "test questions, likewise")
     out: str = setting(str(HERE), "folder for gsm8k/, math/ or svamp/")
 
 
 def main(argv=None):
-    name, *options = (sys.argv[1:] if argv is None else argv) or [""]
-    if name == "solutions" and len(options) == 2:
-        return write_solutions(*options)
-    if name in ("-h", "--help"):
+    """Writes both splits, from the user's own files if they are given."""
+    name, *options = argv or sys.argv[1:] or [""]
+    if name == "--help":
         options = [name]
     elif name not in PUBLISHED:
         raise Problem("which data set? python data/maths.py gsm8k, math or svamp")
-    prepare(name, parse(Settings, options, __doc__))
-
-
-def prepare(name, settings):
-    """Writes both splits, from the user's own files if they are given."""
-    rows = {}
-    for split, (source, checksum, _) in PUBLISHED[name].items():
-        file = getattr(settings, split)
-        if file:
-            source, raw = file, read_local(Path(file))
-        else:
-            raw = parse_rows(fetch(source, checksum, split).decode(), source)
-        own = [row for row in raw if f"{split}/" in str(row.get("unique_id"))] or raw
-        if not own:
-            raise Problem(f"{source}: 0 questions for {name} {split}")
-        rows[split] = [as_row(name, split, n, row, source) for n, row in enumerate(own, 1)]
-    if name == "svamp":
-        rows["train"] = without_repeats(rows["train"], rows["test"])
-    for split, kept in rows.items():
+    settings = parse(Settings, options, __doc__)
+    for split, (url, checksum) in PUBLISHED[name].items():
+        rows, source = [], getattr(settings, split) or url
+        with one_line(f"{source}: cannot be read"):
+            data = fetch(url, checksum, split) if source == url else Path(source).read_bytes()
+            published = parse_rows(data, source)
+        for number, row in enumerate(published, 1):
+            with one_line(f"{source}: question {number} is not as published in {name}"):
+                if row.get("unique_id", split).startswith(split):
+                    rows.append({"id": f"{name}-{split}-{len(rows) + 1:04d}", **FIELDS[name](row)})
         path = f"{settings.out}/{name}/{split}.jsonl"
-        write_rollouts(path, kept)
-        say(f"{path}: {len(kept)} questions ({PUBLISHED[name][split][2]} are published)")
-
-
-def without_repeats(train, test):
-    """The questions whose equation gives the answer, each once, without those of the test set."""
-    def words(row):
-        return tuple(re.findall(r"\w+", row["question"].lower()))
-
-    correct, kept = [row for row in train if row["solution"]], {}
-    for row in correct:
-        kept.setdefault(words(row), row)
-    repeated = len(correct) - len(kept)
-    tested = [kept.pop(words(row)) for row in test if words(row) in kept]
-    say(f"left out: {len(train) - len(correct)} questions whose equation gives another answer, "
-        f"{repeated} asked twice, {len(tested)} of the test set")
-    return list(kept.values())
-
-
-def write_solutions(source, out):
-    """Rows of question, gold, model, solution and is_correct become rollouts."""
-    try:
-        rollouts = [{
-            "id": f"gsm8k-test-{row['idx'] + 1:04}", "prompt": row["question"],
-            "completion": row["solution"], "reward": 1.0 if row["is_correct"] else -1.0,
-            "gold": row["gold"], "model": row["model"],
-            "answer": read_answer(row["solution"], "A:"),
-        } for row in read_local(Path(source))]
-    except (KeyError, TypeError) as error:
-        raise Problem(f"{source}: not a file of graded solutions: {error} is missing or wrong")
-    write_rollouts(out, rollouts)
-    correct = sum(row["reward"] > 0 for row in rollouts)
-    say(f"{out}: {len(rollouts)} solutions, {correct} of them correct")
+        write_rollouts(path, rows)
+        say(f"{path}: {len(rows)} questions")
 
 
 def fetch(url, checksum, split):
     """The bytes at an address; they must have the checksum."""
     instead = f"get the file in another way and pass it with --{split} FILE"
     say(f"downloading {url}")
-    try:
+    with one_line(f"cannot download {url}; {instead}"):
         with urllib.request.urlopen(url, timeout=30) as answer:
-            if not answer.url.startswith(SECURE):
-                raise OSError("not an https address")
-            data = answer.read(LARGEST)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Problem(f"cannot download {url}: {error}; {instead}")
-    found = hashlib.sha256(data).hexdigest()
-    if found != checksum:
-        raise Problem(f"{url} is not the published file: {len(data)} bytes, SHA-256 {found}, "
+            data = answer.read(100 * 2**20)  # an endless one must end
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise Problem(f"{url} is not the published file: it has {len(data)} bytes, and SHA-256 is "
                       f"not {checksum}: try again, or {instead}")
     return data
 
 
-def parse_rows(text, source):
+def parse_rows(data, source):
     """A published file as dicts: .csv with a header, .json with one list, otherwise JSON lines."""
-    suffix = Path(source).suffix
-    if suffix == ".csv":
+    text = data.decode()
+    if source.endswith(".csv"):
         return list(csv.DictReader(text.splitlines()))
-    if suffix != ".json":
+    if not source.endswith(".json"):
         text = "[" + text.strip().replace("\n", ",\n") + "]"  # an error still names its line
-    rows = json.loads(text)
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("JSON objects are needed, one for each question")
-    return rows
-
-
-def read_local(path):
-    """A file's rows. MATH as first published is a folder or .tar file, one .json a question."""
-    try:
-        if path.is_dir():
-            top = path.resolve()
-            files = [(file.relative_to(top.parent).as_posix(), file.read_bytes())
-                     for file in top.rglob("*.json")]
-        elif tarfile.is_tarfile(path):
-            with tarfile.open(path) as tar:  # nothing is unpacked onto the disk
-                files = [(member.name, tar.extractfile(member).read()) for member in tar
-                         if member.isfile() and member.name.endswith(".json")
-                         and member.size < 2**20]
-        else:
-            return parse_rows(path.read_text(encoding="utf-8"), path)
-        return [{"unique_id": name} | json.loads(data) for name, data in sorted(files)]
-    except (OSError, ValueError, TypeError, csv.Error, tarfile.TarError) as error:
-        raise Problem(f"{path}: cannot be read: {error}")
+    return json.loads(text)
 
 
 # ---- from the published layouts to rows ----
 
 
-def as_row(name, split, number, raw, source):
-    try:
-        fields = {"gsm8k": gsm8k_fields, "math": math_fields, "svamp": svamp_fields}[name](raw)
-    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
-        raise Problem(f"{source}: question {number} does not have the published layout of {name}: "
-                      f"{error!r}")
-    return {"id": f"{name}-{split}-{number:04d}", **fields}
-
-
 def gsm8k_fields(raw):
-    _, mark, gold = raw["answer"].rpartition("####")
-    if not mark:
-        raise ValueError("no #### before the answer")
+    _, gold = raw["answer"].split("####")
     return {"question": raw["question"], "gold": gold.strip(), "solution": raw["answer"]}
 
 
 def math_fields(raw):
-    gold = raw.get("answer") or last_boxed(raw["solution"]) or "0"  # two box nothing: they count 0
-    level = re.search("[0-9]", str(raw.get("level")))
-    return {"question": raw["problem"], "gold": gold.strip(), "solution": raw["solution"],
-            "level": int(level[0]) if level else None,
-            "subject": raw.get("subject") or raw.get("type")}
+    gold = raw["answer"].strip() or "0"  # two have none: they count 0
+    return {"question": raw["problem"], "gold": gold, "solution": raw["solution"]}
 
 
 def svamp_fields(raw):
-    """Training questions hold number0, number1, ... in their text and in a prefix equation.
-
-    The solution is None if the equation does not give the answer.
-    """
-    gold = shown(exact(raw["Answer"]))
-    if "Numbers" not in raw:  # the test set
-        question = f"{raw['Body']} {raw['Question']}"
-        return {"question": question, "gold": gold, "solution": raw["Equation"]}
-    numbers = [shown(exact(number)) for number in raw["Numbers"].split()]
+    """Training questions hold number0, number1, ... in their text and in a prefix equation."""
+    numbers = [shown(exact(number)) for number in raw.get("Numbers", "").split()]
 
     def filled(text):
         return re.sub("number([0-9]+)", lambda name: numbers[int(name[1])], text)
 
-    steps, result = work_out(filled(raw["Equation"]))
-    solution = " ".join([*steps, f"The answer is {gold}."]) if result == gold else None
-    return {"question": filled(raw["Question"]), "gold": gold, "solution": solution}
+    question = raw["Question"] if numbers else f"{raw['Body']} {raw['Question']}"
+    return {"question": filled(question), "gold": shown(exact(raw["Answer"])),
+            "equation": filled(raw["Equation"])}
+
+
+FIELDS = {"gsm8k": gsm8k_fields, "math": math_fields, "svamp": svamp_fields}
 
 
 def exact(text):
     """'0.75' -> 3/4, and 1/6 for the 0.16666666666666666 to which the publishers rounded it."""
-    return Fraction(str(text)).limit_denominator(1000)
+    return Fraction(text).limit_denominator(1000)
 
 
 def shown(number):
     """A decimal if that is exact, otherwise a fraction: 3, 0.75, 1/6."""
     decimal = f"{float(number):.12g}"
     return decimal if Fraction(decimal) == number else str(number)
-
-
-def work_out(equation):
-    """'- 9 * 2 3' -> ['2 * 3 = 6.', '9 - 6 = 3.'], '3': exact, and nothing is evaluated as code."""
-    stack, steps = [], []
-    for token in reversed(equation.split()):
-        if token in ("+", "-", "*", "/"):
-            left, right = stack.pop(), stack.pop()
-            stack.append(combine(left, token, right))
-            steps.append(f"{shown(left)} {token} {shown(right)} = {shown(stack[-1])}.")
-        else:
-            stack.append(exact(token))
-    (result,) = stack
-    return steps, shown(result)
 
 
 # ---- the tasks ----
@@ -292,29 +187,25 @@ Question: What is the midpoint of the segment from $(1, 4)$ to $(5, -2)$?
 Answer: Its coordinates are the means $\\frac{1 + 5}{2} = 3$ and $\\frac{4 - 2}{2} = 1$. \
 The answer is $(3, 1)$.""",
 }
-TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}  # engine/tasks.py makes the prompts
+TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}
 
 
 def task(name):
     """What eval.py and train.py need of "gsm8k", "math" or "svamp"."""
-    parts = types.SimpleNamespace(**TASKS[name], STOP=[STOP])
-    parts.questions = functools.partial(load_questions, name)
+    def questions(split):
+        """The rows that `python data/maths.py NAME` wrote."""
+        path = f"{HERE}/{name}/{split}.jsonl"
+        if not Path(path).is_file():
+            raise Problem(f"{path} does not exist: run python data/maths.py {name}")
+        return parse_rows(Path(path).read_bytes(), path)
 
     def grade(question, completion):
         """(answer or None, reward +1 or -1)"""
         answer = read_answer(completion.partition(STOP)[0])
         return answer, 1.0 if parts.same_answer(answer, question["gold"]) else -1.0
 
-    parts.grade = grade
+    parts = types.SimpleNamespace(questions=questions, grade=grade, STOP=[STOP], **TASKS[name])
     return parts
-
-
-def load_questions(name, split):
-    """The rows that `python data/maths.py NAME` wrote."""
-    path = HERE / name / f"{split}.jsonl"
-    if not path.is_file():
-        raise Problem(f"{path} does not exist: run python data/maths.py {name}")
-    return read_local(path)
 
 
 if __name__ == "__main__":

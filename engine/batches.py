@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import typing
 
 import numpy as np
@@ -231,7 +232,7 @@ def make_bundles(data, units):
             for part in np.array_split(group, parts):
                 rows = part.ravel()
                 bundles.append((1, prompt + (data.lengths[rows] - prompt).sum(), rows))
-    return sorted(bundles, key=lambda bundle: -bundle[1])
+    return sorted(bundles, key=operator.itemgetter(1), reverse=True)
 
 
 def completions_per_row(prompt, completion, most, width):

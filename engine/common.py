@@ -7,14 +7,12 @@ import gc
 import inspect
 import json
 import os
-import random
 import re
 import socket
 import sys
 import time
 import typing
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -165,12 +163,6 @@ def progress(items=None, total=None, what="", unit="step", initial=0):
     return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", initial=initial,
                 disable=rank() != 0, mininterval=interval, dynamic_ncols=True,
                 leave=None)  # None: an inner bar disappears at its end
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 # ---- files: written beside, flushed, renamed, so that a crash never leaves half a file ----

@@ -1,10 +1,9 @@
-"""The optimizers, bfloat16 weights that are rounded at random, and what a card holds."""
+"""The model made ready to learn, the optimizers, bfloat16 weights that are rounded at random."""
 
 import math
 
 import torch
 
-from engine.common import say
 from engine.parallel import is_sharded, local_shard, rank
 
 
@@ -47,10 +46,8 @@ def make_optimizer(settings, model):
             optimizer.state[p] = {"step": torch.zeros((), device=p.device),  # fused: on the device
                                   "exp_avg": torch.zeros_like(p, dtype=torch.float32),
                                   "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
-    else:
-        optimizer = make_adafactor(settings, weights)
-    say_memory(model, optimizer)
-    return optimizer
+        return optimizer
+    return make_adafactor(settings, weights)
 
 
 def make_adafactor(settings, weights):
@@ -81,26 +78,21 @@ def mean_over(tensor, axis):
     return mean.redistribute(placements=placements)
 
 
-def set_learning_rate(settings, optimizer, step, steps):
-    """The rate rises over the first --warmup steps, and falls as a cosine if that is asked for."""
-    rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
-    if settings.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 @torch.no_grad()
-def update(settings, optimizer, step):
-    """One optimizer step. bfloat16 weights take it in float32, one tensor at a time, and are
-    rounded at random.
+def update(settings, optimizer, step, steps):
+    """One optimizer step. The rate rises over the first --warmup steps, and falls as a cosine if
+    that is asked for.
 
+    bfloat16 weights take the step in float32, one tensor at a time, and are rounded at random.
     bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the spacing, and
     rounding to nearest would lose every one of them. Rounded up with the probability of the part
     that is cut off, it arrives in the mean. (A compensated sum arrives too, but needs a second
     tensor for each weight.)
     """
     group, = optimizer.param_groups
+    group["lr"] = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
+    if settings.schedule == "cosine":
+        group["lr"] *= 0.5 * (1 + math.cos(math.pi * step / steps))
     parameters = group["params"]
     if all(p.dtype == torch.float32 for p in parameters):
         return optimizer.step()
@@ -123,21 +115,3 @@ def update(settings, optimizer, step):
             bits &= -(2**16)  # cut off what bfloat16 does not hold
         local_shard(p).copy_(bits.view(torch.float32))
     group["params"] = parameters
-
-
-def count_memory(model, optimizer):
-    """Bytes on this rank that are exact before the first step; activations come on top."""
-    size = {"weights": 0, "gradients": 0, "optimizer": 0}
-    for p in model.parameters():
-        size["weights"] += local_shard(p).nbytes
-        size["gradients"] += local_shard(p).nbytes * p.requires_grad
-        for value in optimizer.state[p].values() if p.requires_grad else ():
-            size["optimizer"] += local_shard(value).nbytes if torch.is_tensor(value) else 0
-    return size
-
-
-def say_memory(model, optimizer):
-    size = count_memory(model, optimizer)
-    if sum(size.values()) > 2**30:
-        parts = ", ".join(f"{name} {bytes_ / 2**30:.1f}" for name, bytes_ in size.items())
-        say(f"memory of a rank in GiB, before activations: {parts}")

@@ -75,7 +75,7 @@ def head_is_known(model):
     logits = model(input_ids=ids, use_cache=False).logits  # [1, time, vocab]
     try:
         logp = topr.completion_logprobs(model, ids, ids > 0)  # [1, time]
-    except (AttributeError, RuntimeError):  # a decoder or a head of another kind
+    except (AttributeError, TypeError, RuntimeError):  # a decoder or a head of another kind
         return False
     return torch.allclose(logp, topr.token_logprobs(logits, ids), rtol=1e-3, atol=1e-3)
 

@@ -12,7 +12,7 @@ import random
 from itertools import islice
 
 from data import apples
-from data.apples import GUESS, LARGEST, calculate, grade, vocabulary  # a task has them, too
+from data.apples import GUESS, calculate, grade, vocabulary  # a task has them, too
 
 LENGTHS = (6, 7, 8)  # events of a problem
 HABITS = {"doubling_as_addition": 0.15, "counts_friend": 0.1, "slip": 0.01,
@@ -37,13 +37,12 @@ def demonstrate(problem, rng):
         if kind != "friend" or does("counts_friend"):
             adds = kind == "friend" or kind == "*" and does("doubling_as_addition")
             sign = "+" if adds else kind
-            result = calculate(value, sign, amount) + does("slip")
-            result = min(max(result, 0), LARGEST)
+            result = calculate(value, sign, amount, does("slip"))
             words += [f"{value} {sign} {amount} = {result} ."]
             value = result
         words += [f"{name} has {value} apples ."]
     if does("guess"):
-        words, value = [GUESS], min(max(value + rng.choice(range(-2, 3)), 0), LARGEST)
+        words, value = [GUESS], calculate(value, "+", rng.randint(-2, 2))
     solution = " ".join([*words, f"The answer is {value} ."])
     if does("invalid"):  # it ends somewhere
         solution = " ".join(solution.split()[: rng.randint(2, 60)])

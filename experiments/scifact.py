@@ -16,7 +16,7 @@ import numpy as np
 import search
 import train
 from engine.rollouts import read_rollouts
-from engine.bm25 import analyse, is_common, read_texts, row_of, search as look_for, text_at
+from engine.bm25 import analyse, is_common, read_texts, row_of, search as look_for
 from engine.common import Problem, part_of, table
 from engine.measures import interval, interval_text, paired_interval
 from experiments.common import bars, compare, name_of, picture, run_again, verdict
@@ -115,7 +115,7 @@ def rocchio(settings, index, topics, form):
         query = analyse(text)
         totals = collections.Counter()
         for number in look_for(index, query, documents)[0]:
-            for word in words_of(settings.corpus)[text_at(index.ids, number)] - set(query):
+            for word in words_of(settings.corpus)[index.ids[number]] - set(query):
                 if not is_common(index, word):
                     holders, scores = row_of(index, word)
                     totals[word] += scores[np.searchsorted(holders, number)]

@@ -92,11 +92,9 @@ def tiny(tmp_path_factory):
     demonstrations."""
     import train
     from data import apples
-    from engine.rollouts import write_rollouts
 
     folder = tmp_path_factory.mktemp("tiny")
-    apples.write_model(folder / "random", apples.vocabulary(), 3, width=32, layers=2)
-    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3))
+    apples.write_beginner(folder, apples, 960, 3, width=32, layers=2)
     train.train(train_settings(folder / "random", folder / "demonstrations.jsonl",
                                folder / "policy", loss="sft", learning_rate=1e-2, sequences=32))
     return str(folder / "policy")

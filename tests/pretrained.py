@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT
-from engine.rollouts import read_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine.common import Problem
 from experiments import pretrained
 
@@ -26,6 +26,7 @@ DATA = ROOT.parent / "shared" / "data"
 TASK = """
 from pathlib import Path
 from data import maths
+from data.grade import read_answer
 
 maths.HERE = Path(__file__).parent
 gsm8k = maths.task("gsm8k")
@@ -112,11 +113,12 @@ def test_verifier(model, tmp_path):
     """40 solutions of real models, four to each of 10 questions."""
     published, = need("model_solutions/gsm8k_model_solutions_long.jsonl")
     with open(published) as file:
-        rows = [line for line in file if json.loads(line)["idx"] < 10]
-    (tmp_path / "published.jsonl").write_text("".join(rows))
+        rows = [row for row in map(json.loads, file) if row["idx"] < 10]
     solutions, out = tmp_path / "solutions.jsonl", tmp_path / "out"
-    run("data/maths.py", "solutions", tmp_path / "published.jsonl", solutions)
-    assert len(read_rollouts(solutions)) == 40
+    write_rollouts(solutions, [{
+        "id": str(row["idx"]), "prompt": row["question"], "completion": row["solution"],
+        "reward": 1.0 if row["is_correct"] else -1.0, "gold": row["gold"],
+        "answer": read_answer(row["solution"], "A:")} for row in rows])
     run("verifier.py", "--model", model, "--solutions", solutions, "--out", out, "--samples", 1,
         "--test-samples", 1, "--candidates", 12, "--max-new-tokens", 24, "--sequences", 6)
     results = json.loads((out / "results.json").read_text())

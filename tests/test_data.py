@@ -94,6 +94,8 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(tokenizer):
 
 
 def test_every_word_is_one_token(tokenizer):
+    """Every seeded figure hangs on the order of the words too."""
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == ["<unk>", "<s>", "</s>", "▁*", "▁+"]
     rng = random.Random(0)
     for problem in problems_of("train", 1, 200):
         text = problem["question"] + " " + apples.demonstrate(problem, rng, apples.HABITS)
@@ -103,11 +105,12 @@ def test_every_word_is_one_token(tokenizer):
 
 
 def test_questions_for_testing_are_never_trained_on():
-    train = {problem["question"] for seed in range(3) for problem in problems_of("train", seed, 3000)}
-    test = {problem["question"] for seed in range(3) for problem in problems_of("test", seed, 1000)}
+    train, test = ({problem["question"] for seed in range(3)
+                    for problem in problems_of(split, seed, 1000)} for split in ("train", "test"))
     assert not train & test
     problems = problems_of("test", 0, 500)
-    assert len({problem["question"] for problem in problems}) == len({problem["id"] for problem in problems}) == 500
+    for field in ("question", "id"):
+        assert len({problem[field] for problem in problems}) == 500
     assert problems[:100] == problems_of("test", 0, 100)
 
 
@@ -117,9 +120,10 @@ def test_solutions_without_bad_habits_are_right():
         assert reward == 1.0 and answer == problem["gold"]
 
 
-def test_demonstrations_are_deliberately_imperfect(tokenizer):
+def test_demonstrations_are_deliberately_imperfect():
     rows = apples.demonstrations(3000, 0)
     gold = {problem["id"]: problem["gold"] for problem in problems_of("train", 0, 3000)}
     graded = [apples.grade({"gold": gold[row["id"]]}, row["completion"]) for row in rows]
-    right, invalid = sum(r > 0 for _, r in graded) / 3000, sum(a is None for a, _ in graded) / 3000
+    right = sum(reward > 0 for _, reward in graded) / 3000
+    invalid = sum(answer is None for answer, _ in graded) / 3000
     assert 0.3 < right < 0.5 and 0.12 < invalid < 0.25

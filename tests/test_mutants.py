@@ -13,27 +13,34 @@ import test_topr
 SOURCE = (Path(__file__).parents[1] / "topr.py").read_text()
 WEIGHTS = "positive = log_ratio.clamp(*log_pos).exp()"
 NEGATIVE = "negative = log_ratio.clamp(*log_neg).exp()"
-ATTACHED = {"    log_ratio = log_ratio.detach()\n": "", "logp.detach() - mu_logp": "logp - mu_logp"}
-LOSS = "-(coefficient * logp.sum(-1) / length).sum()"
+RATIO = "differences.detach().sum(-1)"
+ATTACHED = {"    log_ratio = log_ratio.detach()\n": "", RATIO: "differences.sum(-1)"}
+LOSS = "-((coefficient * logp).sum(-1) / length).sum()"
 MUTANTS = {  # what is done wrong: {text: replacement}
     "weights not detached": ATTACHED,
-    "token ratio": {LOSS: "-(((logp - mu_logp).nan_to_num().clamp(max=0).exp().detach().where(advantage[:, None] < 0, "
-                    "torch.tensor(1.0)) * advantage[:, None] * logp).sum(-1) / length).sum()"},
-    "ratio divided by length": {"logp.detach() - mu_logp, 0.0).sum(-1)": "logp.detach() - mu_logp, 0.0).sum(-1) / mask.sum(-1)"},
-    "clip after exp, attached": {**ATTACHED, WEIGHTS: "positive = log_ratio.exp().clamp(*taper.pos)",
-                                 NEGATIVE: "negative = log_ratio.exp().clamp(*taper.neg)"},
+    "token ratio": {"ratios[taper.ratio]": 'ratios["token"]'},
+    "ratio divided by length": {"ratios[taper.ratio]": 'ratios["mean"]'},
+    "mean ratio that is not divided": {"(log_ratio / length)[:, None]": "log_ratio[:, None]"},
+    "token ratio that is averaged": {
+        '"token": differences': '"token": (log_ratio / length)[:, None]'},
+    "token weights averaged before they weigh": {
+        "advantage[:, None] * weight": "advantage[:, None] * weight.mean(-1, keepdim=True)"},
+    "clip after exp, attached": {
+        **ATTACHED, WEIGHTS: "positive = log_ratio.exp().clamp(*taper.pos)",
+        NEGATIVE: "negative = log_ratio.exp().clamp(*taper.neg)"},
     "clip after exp, as a product of token ratios": {
-        "logp.detach() - mu_logp, 0.0).sum(-1)": "logp.detach() - mu_logp, 0.0).exp().prod(-1).log()"},
-    "mean over the micro-batch": {"(coefficient * logp.sum(-1) / length).sum() / (count or len(reward))":
-                                  "(coefficient * logp.sum(-1) / length).sum() / len(reward)"},
-    "mu re-anchored on the current weights": {"    advantage = reward - baseline": "    mu_logp = logp.detach()\n    advantage = reward - baseline"},
-    "limits by the sign of R": {"weight = taper_weights(log_ratio, advantage, taper)":
-                                "weight = taper_weights(log_ratio, reward, taper)"},
-    "multiplied by the mask": {"masked_fill(vanished[:, None] | ~mask, 0.0)": "mul(mask)"},
-    "mean over tokens of the batch": {"logp.sum(-1) / length": "logp.sum(-1) * len(length) / length.sum()"},
-    "no length normalisation": {"logp.sum(-1) / length": "logp.sum(-1)"},
-    "sums before differences": {"torch.where(mask, logp.detach() - mu_logp, 0.0).sum(-1)":
-                                "(logp.detach() * mask).sum(-1) - (mu_logp * mask).sum(-1)"},
+        RATIO: "differences.detach().exp().prod(-1).log()"},
+    "mean over the micro-batch": {f"{LOSS} / (count or len(reward))": f"{LOSS} / len(reward)"},
+    "mu re-anchored on the current weights": {
+        "    advantage = reward - baseline": "    mu_logp = logp.detach()\n"
+                                             "    advantage = reward - baseline"},
+    "limits by the sign of R": {"ratios[taper.ratio], advantage[:, None]":
+                                "ratios[taper.ratio], reward[:, None]"},
+    "multiplied by the mask": {"masked_fill(vanished | ~mask, 0.0)": "mul(mask)"},
+    "mean over tokens of the batch": {"logp).sum(-1) / length":
+                                      "logp).sum(-1) * len(length) / length.sum()"},
+    "no length normalisation": {"logp).sum(-1) / length": "logp).sum(-1)"},
+    "sums before differences": {RATIO: "((logp.detach() * mask).sum(-1) - (mu_logp * mask).sum(-1))"},
 }
 
 

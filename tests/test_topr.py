@@ -3,6 +3,7 @@
 Every test takes the module as its argument `topr`, so that test_mutants.py can hand it a broken one.
 """
 
+import itertools
 import math
 
 import pytest
@@ -29,16 +30,17 @@ def tensors(example, padding=float("nan"), left=False, requires_grad=True):
     return logp, mu, torch.tensor(example["rewards"], dtype=torch.float32), mask
 
 
-def by_hand(example, pos, neg, baseline=0.0):
+def by_hand(example, taper, baseline=0.0):
     """The loss and its gradient in plain Python: an independent computation."""
     loss, gradients, n = 0.0, [], len(example["rewards"])
     for reward, logp, mu in zip(example["rewards"], example["logps"], example["mus"]):
         advantage = reward - baseline
-        low, high = pos if advantage > 0 else neg
-        d = sum(l - m for l, m in zip(logp, mu))
-        weight = min(max(math.exp(min(d, 700)), low), high)
-        loss -= advantage * weight * sum(logp) / len(logp) / n
-        gradients.append([-advantage * weight / len(logp) / n] * len(logp))
+        low, high = taper.pos if advantage > 0 else taper.neg
+        d = [l - m for l, m in zip(logp, mu)]
+        ratios = {"sequence": [sum(d)] * len(d), "mean": [sum(d) / len(d)] * len(d), "token": d}
+        weights = [min(max(math.exp(min(ratio, 700)), low), high) for ratio in ratios[taper.ratio]]
+        loss -= advantage * sum(w * l for w, l in zip(weights, logp)) / len(logp) / n
+        gradients.append([-advantage * weight / len(logp) / n for weight in weights])
     return loss, gradients
 
 
@@ -51,7 +53,7 @@ def check(topr, example, taper, expected, baseline=0.0, gradients=None, toleranc
     loss, stats = topr.topr_loss(logp, mu, reward, mask, taper=taper, baseline=baseline)
     loss.backward()
     limits = topr.TAPERS[taper] if isinstance(taper, str) else taper
-    value, slopes = by_hand(example, limits.pos, limits.neg, baseline)
+    value, slopes = by_hand(example, limits, baseline)
     close(loss.item(), value, tolerance)
     if expected is not None:
         close(loss.item(), expected)
@@ -79,6 +81,46 @@ def test_worked_example_f_and_the_other_tapers(topr):
     check(topr, F, "is", -0.097148)
     check(topr, F, "sft", None)
     check(topr, F, topr.Taper(pos=(0.5, 2), neg=(0.4, 0.5)), None)
+
+
+@pytest.mark.parametrize("ratio, expected, weights, slopes", [
+    ("sequence", -0.011599, [0.606531] * 2, [0.151633] * 2),
+    ("mean", -0.097734, [0.778801] * 2, [0.194700] * 2),
+    ("token", -0.102116, [0.818731, 0.740818], [0.204683, 0.185205])])
+def test_worked_example_a_with_each_ratio(topr, ratio, expected, weights, slopes):
+    """A positive of TOPR has weight 1 whatever the ratio is."""
+    logp, mu, reward, mask = tensors(A)
+    loss, stats = topr.topr_loss(logp, mu, reward, mask, taper=of_ratio(topr, ratio))
+    loss.backward()
+    close(loss.item(), expected)
+    assert logp.grad[1, :2].tolist() == pytest.approx(slopes, abs=1e-6)
+    assert logp.grad[0].tolist() == pytest.approx([-0.166667] * 3, abs=1e-6)
+    assert stats["weight"].tolist() == pytest.approx([1, sum(weights) / 2], abs=1e-6)
+    assert stats["log_ratio"].tolist() == pytest.approx([0.25, -0.5], abs=1e-6)
+
+
+def of_ratio(topr, ratio):
+    return topr.Taper(pos=(1, 1), neg=(0, 1), ratio=ratio)
+
+
+@pytest.mark.parametrize("ratio", ["mean", "token"])
+def test_the_properties_hold_for_each_ratio(topr, ratio):
+    """N over any split, padding of any kind, extreme ratios, tokens of probability 0."""
+    taper = of_ratio(topr, ratio)
+    whole = check_value(topr, F, taper)
+    for padding, left in itertools.product((0.0, math.nan, math.inf, -math.inf), (False, True)):
+        parts = [{name: [values[i] for i in part] for name, values in F.items()}
+                 for part in ([3, 1], [2, 0])]
+        close(sum(topr.topr_loss(*tensors(part, padding, left), taper=taper, count=4)[0].item()
+                  for part in parts), whole)
+    for d in (200, -200):
+        long = dict(rewards=[-1], logps=[[-1.0] * 400], mus=[[-1.0 - d] * 400])
+        stats = check(topr, long, taper, None)
+        assert stats["weight"].item() == float(d > 0)
+    logp, mu, reward, mask = tensors({**A, "logps": [A["logps"][0], [-math.inf, -0.8]]})
+    loss, _ = topr.topr_loss(logp, mu, reward, mask, taper=taper)
+    loss.backward()
+    assert loss.isfinite() and (logp.grad[1] == 0).all()
 
 
 def test_on_policy_is_reinforce(topr):

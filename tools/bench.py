@@ -168,12 +168,12 @@ LENGTHS = [64, 128, 73, 119, 82, 110, 91, 100]  # of 8 completions; 96 in the me
 
 
 def case_train(settings):
-    """A training step: 8 completions of one prompt. Peers: TRL's trainers, a loop over all logits, ourselves without sharing."""
+    """A training step: 8 completions of one prompt. Peers: TRL's trainers, a loop over all logits."""
     rows, folder = [], RUNS / "bench" / "llama-58m"
     model = make_model(folder)
     for prompt in map(int, settings.prompts.split(",")):
         path = make_rollouts(RUNS / "bench" / f"rollouts-{prompt}.jsonl", prompt, LENGTHS)
-        contestants = {"train.py": worker("ours", folder, path, "share"), "no sharing": worker("ours", folder, path, "alone"),
+        contestants = {"train.py": worker("ours", folder, path),
                        "plain loop": worker("plain", folder, path)}
         if PEERS.exists():
             contestants |= {f"TRL {kind.upper()}": [PEERS, HERE / "bench_trl.py", kind, folder, path, settings.trl_memory]
@@ -221,7 +221,7 @@ def case_ranks(settings, questions=4):
     folder = RUNS / "bench" / "llama-58m"
     make_model(folder)
     path = make_rollouts(RUNS / "bench" / "rollouts-ranks.jsonl", 64, LENGTHS, questions)
-    one = worker("ours", folder, path, "share")
+    one = worker("ours", folder, path)
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *one[1:]]
     results, _ = compete([("two ranks", two, 1), ("one rank", one, 1)], settings.pairs)
     tokens = questions * (64 + sum(LENGTHS))
@@ -236,7 +236,7 @@ def case_growth(settings):
     for what, value, width, completions in progress(points, what="growth"):
         folder = RUNS / "bench" / f"llama-{width}"
         model, path = make_model(folder, width), make_rollouts(RUNS / "bench" / "rollouts-growth.jsonl", 64, completions)
-        results, rate = compete([(f"{what} {value}", worker("ours", folder, path, "share"), settings.threads)], settings.pairs)
+        results, rate = compete([(f"{what} {value}", worker("ours", folder, path), settings.threads)], settings.pairs)
         seconds, needed = results[f"{what} {value}"]["seconds"], useful_flops(model, 64, completions) / 1e9
         tokens = 64 + sum(completions)
         rows.append({what: value, "weights_millions": model.num_parameters() / 1e6, "tokens": tokens, "seconds": seconds,
@@ -270,7 +270,7 @@ def draw_growth(rows):
 # ---- what the contestants do ----
 
 
-def work_ours(model, rollouts, share):
+def work_ours(model, rollouts):
     """train.py's own loop; between its steps it waits for its turn, where it would measure."""
     import train
 
@@ -282,8 +282,9 @@ def work_ours(model, rollouts, share):
     with open(rollouts) as file:
         sequences = len(file.readlines())
     train.train(train.Settings(
-        model=model, rollouts=rollouts, out=f"{rollouts}.{share}-{os.getppid()}", mu="start", optimizer="adamw",
-        learning_rate=1e-5, sequences=sequences, pack_prompts=share == "share", epochs=10**6, checkpoint_every=0, eval_every=1), evaluate=wait)
+        model=model, rollouts=rollouts, out=f"{rollouts}.run-{os.getppid()}", mu="start",
+        optimizer="adamw", learning_rate=1e-5, sequences=sequences, epochs=10**6,
+        checkpoint_every=0, eval_every=1), evaluate=wait)
 
 
 def work_plain(model, rollouts):
