@@ -23,18 +23,16 @@ import os
 import time
 from dataclasses import dataclass
 
-import torch
-
 from data import OURS, load_task
-from engine import mu, packing, server
+from engine import mu, server
 from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
-                           whole_file, write_json, writing)
+                           write_json, writing)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
-from engine.rollouts import read_rollouts, short_hash, to_line, write_rollouts
-from engine.sampler import (Sampling, broken_model, check_room, fingerprint, generate, load_model,
+from engine.rollouts import read_rollouts, short_hash, write_rollouts
+from engine.sampler import (Sampling, check_room, fingerprint, generate, load_model,
                             load_tokenizer)
-from engine.tasks import load_questions, one_line
+from engine.tasks import list_questions, load_questions, one_line
 from engine.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 
 
@@ -60,8 +58,8 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
              logprobs=True):
     """{name: [a value for each question]} of `count` questions of a split, on every rank.
 
-    greedy: each question is also answered at temperature 0. The completions are kept in the file
-    `out` (the greedy ones beside it), when it is named.
+    greedy: each question is also answered at temperature 0, which gives the first measure once
+    more. The completions are kept in the file `out` (the greedy ones beside it), when it is named.
     """
     questions = load_questions(task, split, count, settings.seed, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what, logprobs)
@@ -72,7 +70,7 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
         beside = out and f"{out.removesuffix('.jsonl')}-greedy.jsonl"
         rows = sample_rollouts(model, tokenizer, questions, task.grade, likeliest, beside,
                                f"{what}, greedy", logprobs=False)
-        values["greedy"] = [float(row["reward"] > 0) for row in rows]
+        values["greedy"] = next(iter(measured(task, rows, settings.seed).values()), [])
     return from_first(values)  # who has the rows measures
 
 
@@ -83,7 +81,10 @@ def measured(task, rows, seed):
     if not task.measure:
         return measure(rows, seed, same_answer=task.same_answer)
     with one_line(f"{task.name}: measure"):
-        return {name: list(map(float, values)) for name, values in task.measure(rows).items()}
+        values = {name: list(map(float, each)) for name, each in task.measure(rows).items()}
+    if not all(0 <= value <= 1 for each in values.values() for value in each):
+        raise Problem(f"{task.name}: measure must return values from 0 to 1")
+    return values
 
 
 def show_samples(rows):
@@ -94,18 +95,11 @@ def show_samples(rows):
             f"{row['prompt'][-300:]}{row['completion'][:1000]}")
 
 
-def regrade(path, task):
-    """The rows of an existing file, with the task's answers and rewards; it may have none."""
-    rows = []
-    with one_line(f"{path}: cannot be read"), open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            with one_line(f"{path}:{number}: no rollout with id and completion"):
-                row = json.loads(line)
-                text = row["completion"]
-                row["answer"], row["reward"] = task.grade(row, text[: stop_position(text, task.STOP)])
-                if row.get("gold") is None and task.name in OURS:
-                    raise Problem(f'{path}:{number}: id {row["id"]!r} has no "gold"')
-            rows.append(row)
+def regrade(rows, task):
+    """The rows of a file with the task's answers and rewards; they may have none."""
+    for row in rows:
+        text = row["completion"][: stop_position(row["completion"], task.STOP)]
+        row["answer"], row["reward"] = task.grade(row, text)
     return rows
 
 
@@ -122,7 +116,7 @@ def sample_rollout_file(settings, task, policy, path, number=1):
 
 
 def measure_once(settings, task, policy, name):
-    """The values of a policy on the test questions; its completions are kept in the run's folder."""
+    """The values of a policy on the test questions; its completions stay in the run's folder."""
     model, tokenizer = load_model(policy, settings, start_ranks())
     sampling = dataclasses.replace(settings, model=policy, seed=settings.seed + 1)
     return evaluate(model, tokenizer, task, sampling, "test", settings.test_questions,
@@ -146,18 +140,18 @@ def curve_point(settings, task):
 
 
 def check_overlap(settings, task):
-    """Refuses a rollout file with questions that would be measured on."""
-    tokenizer = load_tokenizer(settings.model)
-    questions = load_questions(task, "test", settings.test_questions, settings.seed + 1, tokenizer,
-                               settings)
-    measured = {question["prompt"] for question in questions}
-    trained = {row["prompt"]: row["id"] for row in read_rollouts(settings.rollouts,
-                                                                 settings.map_rewards)}
-    both = measured & trained.keys()
+    """Refuses to train on questions that would be measured on: what is measured is worth nothing.
+    A question is known by its id."""
+    test = list_questions(task, "test", settings.test_questions, settings.seed + 1).keys()
+    if settings.rollouts:
+        train = {row["id"] for row in read_rollouts(settings.rollouts, settings.map_rewards)}
+    else:
+        train = list_questions(task, "train", settings.questions, settings.seed).keys()
+    both = test & train
     if both:
-        raise Problem(f"{settings.rollouts}: {len(both)} of its questions are test questions of "
-                      f"--task {settings.task} (such as {trained[min(both)]!r}), and what is "
-                      "measured on them is worth nothing: sample with eval.py --split train")
+        raise Problem(f"{settings.rollouts or task.name}: {len(both)} training questions are test "
+                      f"questions of {task.name}, too, such as {min(both)!r}: sample rollouts with "
+                      "eval.py --split train")
 
 
 def report_change(settings, before, after, logs, seconds):
@@ -217,119 +211,108 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     questions: dicts with "id", "prompt" and what grade(row, completion) needs, where row is the
     question with the fields of its completion. model: None for settings.server.
     """
-    questions = [{**question, "stop": list(filter(None, question.get("stop") or [])),
-                  "prompt_ids": prompt_tokens(question["prompt"], tokenizer)}
-                 for question in questions]
+    questions = [prepare(question, tokenizer, settings) for question in questions]
     sampling = describe(model, settings)
-    there, rows = finished_rows(out, questions, grade, sampling, settings.samples)
-    if there:
-        say(f"{out}: the rollouts are there, reusing them")
+    with one_line("the questions cannot be written as JSON"):
+        job = json.dumps([sampling, settings.samples, questions], allow_nan=False)
+    questions = json.loads(job)[-1]  # as a file gives them back: for --grade, and when reused
+    sampling["questions"] = f"{short_hash(job) % 2**32:08x}"
+    rows = finished_rows(out, questions, grade, sampling, settings.samples) if rank() == 0 else []
+    if from_first(bool(rows)):
         return rows
+    parts = f"{out}.part-{sampling['questions']}-"
+    finished = read_parts(parts) if out and rank() == 0 else {}
+    kept = from_first(set(finished))
+    if kept:
+        say(f"{out}: {len(kept)} of {len(questions)} questions were finished before, going on")
+    todo = [number for number in range(len(questions)) if number not in kept]
+    todo.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
+    todo, mine, own_part = todo[rank() :: world()], {}, f"{parts}{rank()}-{time.time_ns()}"
     complete = functools.partial(complete_here, model, logprobs and bool(out))
     complete = complete if model else server.complete
-
-    wanted = [sampling, settings.samples, [[one["id"], one["prompt"]] for one in questions]]
-    parts = f"{out}.part-{short_hash(json.dumps(wanted)) % 16**8:08x}-"
-    finished = read_parts(parts) if out and rank() == 0 else {}
-    there = from_first(set(finished))
-    if there:
-        say(f"{out}: {len(there)} of {len(questions)} questions were finished before, "
-            "going on with the rest")
-    todo = [number for number in range(len(questions)) if number not in there]
-    todo.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
-    todo, mine = todo[rank() :: world()], {}
-    if out:
-        with writing(out):
-            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    own_part = f"{parts}{rank()}-{time.time_ns()}"
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
         for number, completions in complete(tokenizer, questions, todo, settings, bar):
-            mine[number] = [grade_row(grade, questions[number], completion, sampling)
+            mine[number] = [make_row(grade, questions[number], completion, sampling)
                             for completion in completions]
             if out:
-                with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([number, mine[number]]) + "\n")
+                add_line(own_part, [number, mine[number]])
     finished = collections.ChainMap(finished, *gather_on_first(mine))
     rows = [row for number in sorted(finished) for row in finished[number]]
-    if out:
-        write_whole(out, rows, parts)
+    if out and rank() == 0:
+        write_rollouts(out, rows)
+        for part in glob.glob(glob.escape(parts) + "*"):
+            os.remove(part)
+    barrier()
     return rows
+
+
+def prepare(question, tokenizer, settings):
+    """A question with what the sampler needs; "key" is the seed of its random numbers."""
+    name, prompt = question["id"], question["prompt"]
+    return {**question, "prompt_ids": prompt_tokens(prompt, tokenizer),
+            "stop": list(filter(None, question.get("stop") or [])),
+            "key": short_hash(f"{settings.seed}\0{name}\0{prompt}")}
 
 
 def describe(model, settings):
     """What a row says of its sampling; a finished file must say the same to be reused."""
-    name = os.path.normpath(settings.model) if os.path.isdir(settings.model) else settings.model
-    fields = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
     source = {"weights": fingerprint(model)} if model else {"server": settings.server}
-    return {"model": name, **{field: getattr(settings, field) for field in fields}, **source}
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
+    return {"model": os.path.normpath(settings.model), **source,
+            **{name: getattr(settings, name) for name in names}}
+
+
+def make_row(grade, question, completion, sampling):
+    """A whole row, as it is in the file: all that the question and the completion have."""
+    hidden = ("stop", "messages", "key")
+    own = {name: value for name, value in question.items() if name not in hidden}
+    row = {**own, **completion, "sampling": sampling}
+    row["answer"], row["reward"] = grade(row, row["completion"])
+    return row
 
 
 def finished_rows(out, questions, grade, sampling, samples):
-    """(whether the file is there, its rows on the first rank); it must be of these settings."""
-    rows, fault = [], None
-    if rank() == 0 and os.path.exists(out):
-        try:
-            rows = read_rollouts(out, need_reward=False)
-            require_same(out, rows, questions, grade, sampling, samples)
-        except Problem as problem:
-            fault = problem
-    there, fault = from_first((bool(rows), fault))
-    if fault:
-        raise fault  # on every rank
-    return there, rows
+    """The rows of a finished file, which must be of these settings; [] if it is not there.
 
-
-def require_same(out, rows, questions, grade, sampling, samples):
-    differ = [("the number of completions", len(rows), len(questions) * samples)]
-    for place, row in enumerate(rows[: len(questions) * samples]):
-        question = questions[place // samples]
-        answer, reward = grade({**question, **row}, row["completion"])
-        asked = {**sampling, "id": question["id"], "prompt": question["prompt"], "answer": answer,
-                 "reward": reward}
-        there = {**row, **(row.get("sampling") or {})}
-        differ += [(name, there.get(name), asked[name]) for name in asked]
-    for name, there, asked in differ:
-        if there != asked:
-            raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
-                          f"{asked!r:.60} in these settings; use another --out, or remove the file")
+    They are graded again, for the grader may have been mended.
+    """
+    if not os.path.exists(out):
+        return []
+    rows = read_rollouts(out, need_reward=False)
+    there = {"completions": len(rows), **(rows[0].get("sampling") or {})}
+    asked = {"completions": len(questions) * samples, **sampling}
+    differ = [f"{name}: {there.get(name)!r:.60} there, {asked[name]!r:.60} asked for"
+              for name in asked if there.get(name) != asked[name]]
+    if differ:
+        raise Problem(f"{out} holds other rollouts ({'; '.join(differ)}): use another --out, or "
+                      "remove it")
+    graded = [make_row(grade, row, {}, sampling) for row in rows]
+    if graded != rows:
+        write_rollouts(out, graded)
+    say(f"{out}: the rollouts are there, reusing them" + ", graded again" * (graded != rows))
+    return graded
 
 
 def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, bar):
     """Yields (question number, the fields of its completions), each question when it is done."""
-    mask_dtype = torch.bfloat16 if settings.precision == "bfloat16" else model.dtype
-    longest, ends = check_room(model, questions, settings.max_new_tokens), end_tokens(model, tokenizer)
-    known, share = packing.abilities(model, longest, settings.precision, mask_dtype)
-    policy = packing.LogProbs(model, settings.precision, known)
-    random = functools.partial(uniforms, settings, questions)
-    for number, completions in generate(model, tokenizer, questions, todo, settings, random, bar):
+    longest = check_room(model, questions, settings.max_new_tokens)
+    scorer, ends = mu.make_scorer(model, longest, settings.precision), end_tokens(model, tokenizer)
+    for number, completions in generate(model, tokenizer, questions, todo, settings, bar):
         question = questions[number]
         rows = [until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)
                 for tokens in completions]
-        rows = [{"prompt_ids": question["prompt_ids"], **row} for row in rows]
         if with_logprobs:
             ids = [row["completion_ids"] for row in rows]
-            scores = mu.score(policy, question["prompt_ids"], ids, share, mask_dtype)
-            for row, logprobs in zip(rows, scores):
-                row["logprobs"] = logprobs
-                if not math.isfinite(sum(logprobs)):
-                    raise broken_model(question)
+            scores = mu.score(scorer, question["prompt_ids"], ids)
+            rows = [{**row, "logprobs": logprobs} for row, logprobs in zip(rows, scores)]
         yield number, rows
 
 
-def uniforms(settings, questions, number):
-    """The random numbers of a question's completions, [samples, max_new_tokens]."""
-    question = questions[number]
-    key = short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}")
-    generator = torch.Generator().manual_seed(key)
-    return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
-
-
-def grade_row(grade, question, completion, sampling):
-    """A whole row, as it is in the file: all that the question and the completion have."""
-    row = {name: value for name, value in question.items() if name not in ("stop", "messages")}
-    row = {**row, **completion, "sampling": sampling}
-    row["answer"], row["reward"] = grade({**question, **row}, row["completion"])
-    return row
+def add_line(path, value):
+    with writing(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
 
 
 def read_parts(parts):
@@ -338,23 +321,10 @@ def read_parts(parts):
     for path in glob.glob(glob.escape(parts) + "*"):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                with contextlib.suppress(ValueError):  # a torn last line
                     number, rows_of_it = json.loads(line)
                     rows[number] = rows_of_it
-                except ValueError:
-                    say(f"{path}: dropped a torn last line")
     return rows
-
-
-def write_whole(out, rows, parts):
-    """The file appears complete, and then the parts go."""
-    if rank() == 0:
-        write_rollouts(out, rows)
-    barrier()
-    for part in glob.glob(glob.escape(parts) + "*"):
-        with contextlib.suppress(FileNotFoundError):  # all ranks try
-            os.remove(part)
-    barrier()
 
 
 # ---- the command ----
@@ -367,7 +337,7 @@ def main():
         raise Problem(f"--task is needed: {', '.join(OURS)}, or the path of your own task.py")
     task = load_task(settings.task)
     if settings.grade:
-        rows = regrade(settings.grade, task)
+        rows = regrade(read_rollouts(settings.grade, need_reward=False), task)
         values = measured(task, rows, settings.seed)
         if settings.out and rank() == 0:
             write_rollouts(settings.out, rows)

@@ -57,6 +57,9 @@ class Job(Sampling):
     positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", most=1, main=True)
     baseline: float = setting(0.0, "c in A = R - c", least=-sys.float_info.max)
+    ratio: str = setting("", "what a weight is made from: the ratio pi/mu of the sequence, its mean "
+                         "over tokens, or each token's (none: the loss's own)",
+                         ("sequence", "mean", "token"))
     anna_karenina: bool = setting(
         False, "of each question keep the first correct completion and every wrong one")
     mu: str = setting(
@@ -185,7 +188,8 @@ def step_metrics(ranks, has_mu):
         "positive_share": advantage[positive].sum() / total if total else None}
     if has_mu and len(d):
         metrics |= {"d_min": d.min(), "d_mean": d.mean(), "d_max": d.max(),
-                    "d_positive": d[positive].mean() if positive.any() else None}
+                    "d_positive": d[positive].mean() if positive.any() else None,
+                    "d_negative": d[negative].mean() if negative.any() else None}
     return metrics
 
 
@@ -229,6 +233,8 @@ def make_loss(settings, data):
     if settings.loss in OTHER_LOSSES:
         return OTHER_LOSSES[settings.loss], True, silent
     rewards, baseline, taper = data.rewards[data.units], settings.baseline, topr.TAPERS[settings.loss]
+    if settings.ratio:
+        taper = dataclasses.replace(taper, ratio=settings.ratio)
     is_binary = (np.abs(rewards) == 1).all()
     if settings.positive_share is not None:
         if settings.baseline or not is_binary:
@@ -280,8 +286,7 @@ def job(settings, task=None):
     if task is None:
         train_once(settings)
         return say(f"the trained policy and the log are in {settings.out}")
-    if settings.rollouts:
-        evaluation.check_overlap(settings, task)
+    evaluation.check_overlap(settings, task)
     before = evaluation.measure_once(settings, task, settings.model, "before")
     point = evaluation.curve_point(settings, task)
     logs = [log for _, log in rounds(settings, task, point)]

@@ -4,6 +4,7 @@ import collections
 import math
 import operator
 import random
+from statistics import fmean
 
 import numpy as np
 
@@ -16,12 +17,10 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     """{name: [a value for each question]}, in the order of the questions.
 
     A question's value is the mean over its completions, so a mean over questions weighs them alike,
-    however many completions each has. What the rows do not tell (where a completion was cut off,
-    its tokens) is left out.
+    however many completions each has. What the rows do not tell (where a completion was cut off)
+    is left out.
     """
-    groups, values = collections.defaultdict(list), collections.defaultdict(list)
-    for row in rows:
-        groups[row["id"]].append(row)
+    groups, values = grouped(rows, "id"), collections.defaultdict(list)
     rng, fewest = random.Random(seed), min(map(len, groups.values()))
     for group in groups.values():
         right = [row["reward"] > 0 for row in group]
@@ -29,14 +28,25 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
         found = {"pass@1": right, "invalid": [vote is None for vote in votes]}
         if all("finish" in row for row in rows):
             found["cut off"] = [row["finish"] == "length" for row in group]
-        if all("completion_ids" in row for row in rows):
-            found["tokens"] = [len(row["completion_ids"]) for row in group]
-        for k in (2**e for e in range(1, fewest.bit_length())):
-            found[f"pass@{k}"] = pass_at_k(len(right), sum(right), k)
-            found[f"maj@{k}"] = majority_at_k(votes, right, k, rng, draws)
+        if fewest > 1:
+            found[f"pass@{fewest}"] = pass_at_k(len(right), sum(right), fewest)
+            found[f"maj@{fewest}"] = majority_at_k(votes, right, fewest, rng, draws)
         for name, value in found.items():
             values[name].append(float(np.mean(value)))
     return dict(values)
+
+
+def grouped(rows, field):
+    """{value of the field: list of rows}, all in the order of the rows."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row[field]].append(row)
+    return groups
+
+
+def mean_by(rows, field, value):
+    """{value of the field: the mean of value(row) over its rows}"""
+    return {key: fmean(map(value, group)) for key, group in grouped(rows, field).items()}
 
 
 def group_answers(answers, same_answer=operator.eq):
@@ -60,8 +70,6 @@ def interval(values):
     questions with a small p underestimate it. Of single completions this is Wilson's own interval.
     """
     values = np.asarray(values, float)  # [questions]
-    if not are_shares(values):
-        return normal_interval(values)
     n, p, variance = len(values), values.mean(), values.var()
     most = p * (1 - p)
     size = n * (n + 10) * most / (n * variance + 10 * most) if most else n
@@ -78,21 +86,10 @@ def paired_interval(before, after):
     wrong, before and after), so that 20 equal pairs are no proof that nothing changed.
     """
     gains = np.asarray(after, float) - np.asarray(before, float)  # [questions]
-    if not are_shares([*before, *after]):
-        return normal_interval(gains)
     n = len(gains) + 2
     center = gains.sum() / n
     half = Z * math.sqrt((((gains**2).sum() + 1) / n - center**2) / n)
     return {"mean": gains.mean(), "low": max(-1.0, center - half), "high": min(1.0, center + half)}
-
-
-def are_shares(values):
-    return min(values) >= 0 and max(values) <= 1
-
-
-def normal_interval(values):
-    mean, half = values.mean(), Z * math.sqrt(values.var() / max(1, len(values) - 1))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def pass_at_k(n, right, k):
@@ -103,17 +100,21 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority_at_k(answers, right, k, rng, draws):
+def majority_at_k(answers, right, k, rng, draws, weights=None):
     """How often the most frequent valid answer of k drawn completions is right; ties share.
 
     answers: grouped by value without a look at the reference, see group_answers; None has no vote.
+    weights: what each vote counts (None: all alike).
     """
     correct, draws = dict(zip(answers, right)), draws if k < len(answers) else 1
     score = 0.0
     for _ in range(draws):
-        votes = collections.Counter(rng.sample(answers, k))
+        votes = collections.Counter()
+        for number in rng.sample(range(len(answers)), k):
+            votes[answers[number]] += weights[number] if weights else 1
         del votes[None]
-        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        most = max(votes.values(), default=0) - 1e-9  # equal sums may differ by rounding
+        winners = [answer for answer in votes if votes[answer] >= most]
         score += sum(correct[answer] for answer in winners) / max(1, len(winners))
     return score / draws
 

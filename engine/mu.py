@@ -9,7 +9,7 @@ import torch
 
 from engine.batches import CHECKED_ROWS, completions_per_row, micro_batches
 from engine.common import Problem, first_line, progress, say, whole_file
-from engine.packing import pack
+from engine.packing import LogProbs, abilities, pack
 from engine.parallel import barrier, from_first, gather, rank
 
 
@@ -80,20 +80,28 @@ def check_fit(settings, policy, data, device):
             "temperature 1, or you do not know: --mu start computes them with the starting weights")
 
 
+def make_scorer(model, longest, precision):
+    """What score takes: the policy as a module, whether completions can be packed, mask dtype."""
+    mask_dtype = torch.bfloat16 if precision == "bfloat16" else model.dtype
+    known, can_share = abilities(model, longest, precision, mask_dtype)
+    return LogProbs(model, precision, known), can_share, mask_dtype
+
+
 @torch.no_grad()
-def score(policy, prompt, completions, share, mask_dtype):
+def score(scorer, prompt, completions):
     """log mu of the tokens of one question's completions, for the rollout file: lists of numbers.
 
     By the trainer's own function, in a shape that depends on the question alone: pi/mu of an
-    untrained policy is 1. share: whether completions can be packed behind one prompt.
+    untrained policy is 1.
     """
-    device, longest, fit = policy.model.device, max(map(len, completions)), 1
-    if share:
-        mean, width = sum(map(len, completions)) / len(completions), policy.model.config
-        width = width.get_text_config().hidden_size
+    policy, can_share, mask_dtype = scorer
+    device, fit = policy.model.device, 1
+    if can_share:
+        mean = sum(map(len, completions)) / len(completions)
+        width = policy.model.config.get_text_config().hidden_size
         fit = completions_per_row(len(prompt), mean, len(completions), width)
     rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
     lengths = torch.tensor(list(map(len, completions)), device=device)  # [batch]
-    mask = torch.arange(longest, device=device) < lengths[:, None]  # [batch, time]
+    mask = torch.arange(max(map(len, completions)), device=device) < lengths[:, None]
     logp = policy(pack(rows, device, mask_dtype), mask).tolist()  # [batch, time]
     return [values[: len(tokens)] for values, tokens in zip(logp, completions)]

@@ -6,11 +6,11 @@ It knows no text, no rewards and no files: those are eval.py's part.
 import collections
 import hashlib
 import inspect
-import math
-import re
+import os
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.common import Problem, free_memory, setting
@@ -19,7 +19,7 @@ from engine.tasks import one_line
 from engine.tokens import end_tokens
 
 LARGEST_BATCH = 512
-STOP_EVERY = 8  # tokens: decoding every row at every token would cost more than the model
+LOOK_EVERY = 4  # tokens, after which it is looked which rows are done
 
 
 @dataclass
@@ -27,12 +27,15 @@ class Sampling:
     """How completions are sampled: a part of the settings of every script."""
 
     samples: int = setting(16, "completions of each question", least=1, main=True, free=True)
-    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token", free=True)
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token",
+                                 free=True)
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)", free=True)
-    top_p: float = setting(1.0, "sample from the likeliest tokens of this probability", least=0.001,
-                           most=1, free=True)
-    max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True, free=True)
-    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)", free=True)
+    top_p: float = setting(1.0, "sample from the likeliest tokens of this probability",
+                           least=0.001, most=1, free=True)
+    max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True,
+                                  free=True)
+    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)",
+                              free=True)
     seed: int = setting(0, "of the sampling, the data order, generated questions", main=True)
     weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
                            "bfloat16 halves the memory; updates are rounded at random, so that "
@@ -41,7 +44,8 @@ class Sampling:
                              ("float32", "bfloat16"))
     template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
                                       '{"enable_thinking": false}', free=True)
-    plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one", free=True)
+    plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one",
+                                 free=True)
 
 
 # ---- models ----
@@ -96,102 +100,99 @@ def compute_dtype(model, settings):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, questions, todo, settings, uniforms, bar):
+def generate(model, tokenizer, questions, todo, settings, bar):
     """Yields (number of a question, its completions as lists of tokens) for the numbers in todo.
 
-    questions: dicts with "id", "prompt_ids" and "stop" (strings that end a completion, see
-    until_stop). todo: alike lengths together, the longest first. uniforms(number): the random
-    numbers of a question's completions, [samples, max_new_tokens].
+    questions: dicts with "id", "prompt_ids", "stop" (strings that end a completion) and "key", the
+    seed of its random numbers. todo: alike lengths together, the longest first.
     """
     check_family(model, settings)
-    size, finished = settings.batch_size, collections.defaultdict(list)
-    if todo and not size:
-        size = batch_that_fits(model, len(questions[todo[0]]["prompt_ids"]), settings)
     rows = [(number, copy) for number in todo for copy in range(settings.samples)]
-    for start in range(0, len(rows), size or 1):
-        batch = rows[start : start + size]
-        written = write(model, tokenizer, questions, batch, settings, uniforms, bar)
+    finished = collections.defaultdict(list)
+    while rows:
+        longest = len(questions[rows[0][0]]["prompt_ids"]) + settings.max_new_tokens
+        size = settings.batch_size or batch_that_fits(model, longest)
+        batch, rows = rows[:size], rows[size:]
+        written = write(model, tokenizer, questions, batch, settings, bar)
         for (number, _), tokens in zip(batch, written):
             finished[number].append(tokens)
             if len(finished[number]) == settings.samples:
                 yield number, finished.pop(number)
 
 
-def write(model, tokenizer, questions, batch, settings, uniforms, bar):
-    """The tokens of a batch; batch: (number of a question, which of its completions) of each row.
+def write(model, tokenizer, questions, batch, settings, bar):
+    """The tokens of each row of a batch, a row being (number of a question, which completion).
 
-    A prompt is read once for all its rows. Rows that are done leave when an eighth of the batch
-    is, for that costs a copy of the cache.
+    A prompt is read once for all its rows. After every few tokens the rows that are done leave;
+    what they wrote after their end is cut off.
     """
-    device, ends = model.device, end_tokens(model, tokenizer)
-    ends = torch.tensor(ends, device=device)
-    tables = {number: uniforms(number) for number, _ in batch}
-    uniform = torch.stack([tables[number][copy] for number, copy in batch])  # [batch, time]
-    uniform = uniform.to(device)
-    prompts = [questions[number]["prompt_ids"] for number in tables]
+    numbers = list(dict.fromkeys(number for number, _ in batch))
+    prompts = [questions[number]["prompt_ids"] for number in numbers]
     logits, attention, cache = read_prompts(model, settings, prompts)
-
-    place = {number: place for place, number in enumerate(tables)}
-    keep = torch.tensor([place[number] for number, _ in batch], device=device)  # [rows]
-    logits, attention = logits[keep], attention[keep]
-    cache.reorder_cache(keep)
-    tokens = torch.zeros_like(uniform, dtype=torch.long)  # [batch, time]
-    lengths = torch.full_like(tokens[:, 0], settings.max_new_tokens)  # [batch]
-    rows = torch.arange(len(batch), device=device)  # [rows], places in the batch
-    live = torch.ones_like(rows, dtype=torch.bool)  # [rows]
-    for now in range(settings.max_new_tokens):
-        if now > 0:  # rows that are done hide their token, or their position would go on
-            attention = torch.cat([attention, live[:, None]], 1)  # [rows, time + 1]
-            logits = next_logits(model, settings, chosen, attention, cache)
-        broken = live & ~logits.amax(-1).isfinite()  # [rows]
-        if broken.any():
-            raise broken_model(questions[batch[rows[broken][0]][0]])
-        chosen = draw(logits, uniform[rows, now : now + 1], settings)  # [rows, 1]
-        tokens[rows, now] = chosen[:, 0]
-        done = live & torch.isin(chosen[:, 0], ends)  # [rows]
-        if now % STOP_EVERY == STOP_EVERY - 1:
-            for row in (live & ~done).nonzero()[:, 0].tolist():
-                stop = questions[batch[rows[row]][0]]["stop"]
-                done[row] = has_stopped(tokenizer, tokens[rows[row], : now + 1], stop)
-        lengths[rows[done]] = now + 1
-        live = live & ~done
-        bar.update(int(done.sum()))
-        left = int(live.sum())
-        if left == 0:
+    index = [numbers.index(number) for number, _ in batch]  # a row for each completion
+    tables = {number: uniforms(questions[number]["key"], settings) for number in numbers}
+    uniform = torch.stack([tables[number][copy] for number, copy in batch]).to(model.device)
+    running, written = list(range(len(batch))), [[] for _ in batch]
+    ends = set(end_tokens(model, tokenizer))
+    for start in range(0, settings.max_new_tokens, LOOK_EVERY):
+        cache.reorder_cache(torch.tensor(index, device=model.device))
+        logits, attention, recent = logits[index], attention[index], []
+        for column in uniform[running, start : start + LOOK_EVERY].T:  # [rows]
+            recent.append(draw(logits, column[:, None], settings))  # [rows, 1]
+            attention = F.pad(attention, (0, 1), value=1)  # [rows, time + 1]
+            logits = next_logits(model, settings, recent[-1], attention, cache)  # [rows, vocab]
+        finite, index = logits.amax(-1).isfinite().tolist(), []
+        for row, tokens in enumerate(torch.cat(recent, 1).tolist()):
+            question, whole = questions[batch[running[row]][0]], written[running[row]]
+            if not finite[row]:
+                raise Problem(f"question {question['id']!r}: the model's logits are NaN or "
+                              "infinite: are its weights damaged, or does it need --weights "
+                              "float32 --precision float32?")
+            end = next((n for n, token in enumerate(tokens, 1) if token in ends), None)
+            whole += tokens[:end]
+            if end is None and not has_stopped(tokenizer, whole, question["stop"]):
+                index.append(row)
+        bar.update(len(running) - len(index))
+        if not index:
             break
-        if left * 8 <= len(live) * 7:
-            keep = live.nonzero()[:, 0]
-            cache.reorder_cache(keep)
-            rows, attention, chosen, live = rows[keep], attention[keep], chosen[keep], live[keep]
-    bar.update(left)
-    return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+        running = [running[row] for row in index]
+    bar.update(len(index))
+    return written
+
+
+def uniforms(key, settings):
+    """The random numbers of a question's completions, [samples, max_new_tokens]."""
+    generator = torch.Generator().manual_seed(key)
+    return torch.rand(settings.samples, settings.max_new_tokens, generator=generator)
+
+
+def has_stopped(tokenizer, tokens, stop):
+    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
+    longest = max([len(mark.encode()) for mark in stop], default=0) + 4 + LOOK_EVERY
+    text = stop and tokenizer.decode(tokens[-longest:], skip_special_tokens=True)
+    return any(mark in text for mark in stop)
 
 
 def read_prompts(model, settings, prompts):
     """(logits of the next token [prompts, vocab], attention [prompts, time], the cache)."""
     from transformers import DynamicCache
 
-    prompts = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-    attention = pad_left([torch.ones_like(prompt) for prompt in prompts])  # [prompts, time]
-    cache = DynamicCache(config=model.config)
-    return next_logits(model, settings, pad_left(prompts), attention, cache), attention, cache
+    rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    attention, cache = (ids >= 0).long(), DynamicCache(config=model.config)
+    return next_logits(model, settings, ids.clamp(min=0), attention, cache), attention, cache
 
 
-def pad_left(rows):
-    return pad_sequence(rows, batch_first=True, padding_side="left")
-
-
-def next_logits(model, settings, ids, attention=None, cache=None):
+def next_logits(model, settings, ids, attention, cache):
     """[rows, vocab]: of the token after ids [rows, new], as the trainer computes them."""
-    inputs = {"use_cache": False}
-    if cache is not None:
-        # The older name warns in newer versions, the newer one is ignored in older versions.
-        names = inspect.signature(model.forward).parameters
-        position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
-        inputs = {"use_cache": True, "attention_mask": attention, "position_ids": position,
-                  "cache" if "cache" in names else "past_key_values": cache}
+    # transformers 5.24 renamed it: newer versions warn of the old name, older ones swallow the new.
+    names = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
     with compute_dtype(model, settings):
-        return model(input_ids=ids, logits_to_keep=1, **inputs).logits[:, -1].float()
+        output = model(input_ids=ids, attention_mask=attention, position_ids=position,
+                       use_cache=True, logits_to_keep=1, **{name: cache})
+    return output.logits[:, -1].float()
 
 
 def draw(logits, uniform, settings):
@@ -215,20 +216,6 @@ def draw(logits, uniform, settings):
     return chosen if order is None else order.gather(1, chosen)
 
 
-def has_stopped(tokenizer, tokens, stop):
-    """Whether the last tokens hold a stop string; each token has at least a byte of it."""
-    if not stop:
-        return False
-    longest = max(len(mark.encode()) for mark in stop) + 4 + STOP_EVERY
-    text = tokenizer.decode(tokens[-longest:].tolist(), skip_special_tokens=True)
-    return any(mark in text for mark in stop)
-
-
-def broken_model(question):
-    return Problem(f"question {question['id']!r}: the model's logits are NaN or infinite: are its "
-                   "weights damaged, or does it need --weights float32 --precision float32?")
-
-
 # ---- what a model can do ----
 
 
@@ -237,17 +224,16 @@ def check_family(model, settings):
 
     Two prompts of different lengths go through all that a batch goes through.
     """
-    shorter = torch.tensor([[8, 9, 4]], device=model.device)
-    longer = torch.tensor([[3, 5, 6, 1, 2, 7]], device=model.device)
-    last, swap = torch.cat([shorter, longer[:, -3:]])[:, -1:], torch.tensor([1, 0])
+    order = torch.tensor([1, 0], device=model.device)
     try:
-        prompts = [longer[0, :-1].tolist(), shorter[0, :-1].tolist()]
-        _, attention, cache = read_prompts(model, settings, prompts)
-        cache.reorder_cache(swap.to(model.device))
-        attention = torch.cat([attention[swap], torch.ones_like(last)], 1)
-        batched = next_logits(model, settings, last, attention, cache)  # [2, vocab]
-        alone = torch.cat([next_logits(model, settings, ids) for ids in (shorter, longer)])
-        fits = (batched - alone).abs().max() < 0.1 * alone.std() or alone.isnan().any()
+        _, attention, cache = read_prompts(model, settings, [[3, 5, 6, 1, 2], [8, 9]])
+        cache.reorder_cache(order)
+        attention = F.pad(attention[order], (0, 1), value=1)
+        batched = next_logits(model, settings, order[:, None] + 3, attention, cache)  # [2, vocab]
+        alone = [read_prompts(model, settings, [ids])[0] for ids in ([8, 9, 4],
+                                                                   [3, 5, 6, 1, 2, 3])]
+        distance = (batched - torch.cat(alone)).abs().max()
+        fits = not distance > 0.1 * batched.std()  # NaN is a fault of the weights
     except Exception:  # a model may fail in any way at what it does not know
         fits = False
     if not fits:
@@ -257,34 +243,30 @@ def check_family(model, settings):
 
 def check_room(model, questions, new_tokens):
     """The longest sequence that may be written; one that the model has no room for is an error."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(questions, key=lambda question: len(question["prompt_ids"]))
     size = len(longest["prompt_ids"])
-    if size + new_tokens > room:
+    if room and size + new_tokens > room:
         raise Problem(f"question {longest['id']!r}: {size} prompt tokens and {new_tokens} new ones "
                       f"do not fit the model's {room}: lower --max-new-tokens or leave the "
                       "question out")
     return size + new_tokens
 
 
-def batch_that_fits(model, prompt, settings):
+def batch_that_fits(model, longest):
     """How many rows half of the free memory holds: keys, values and logits."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    token_bytes = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
-    row_bytes = (prompt + settings.max_new_tokens) * token_bytes + 16 * config.vocab_size
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    row_bytes = longest * token_bytes + 16 * config.vocab_size
     return int(min(LARGEST_BATCH, max(1, memory_left(model.device) // 2 // row_bytes)))
 
 
 def memory_left(device):
-    """Bytes that the device still has."""
+    """Bytes that the device still has; of a CPU half of all memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as file:
-            return int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024 // world()
-    except (OSError, TypeError):
-        return 4 * 2**30  # another system: a cautious guess
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // world()

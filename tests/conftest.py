@@ -21,17 +21,19 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
-def shell(*command, cwd=None, **environment):
+def shell(*command, cwd=ROOT, **environment):
     """Runs a command in the repository; its output is in .stdout, errors included."""
-    return subprocess.run([str(part) for part in command], cwd=cwd or ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **environment})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **environment}
+    return subprocess.run([str(part) for part in command], cwd=cwd, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
 def in_process(script, *options):
-    """shell(sys.executable, script, *options) without the seconds in which a new process imports torch."""
+    """shell(sys.executable, script, *options) without the seconds in which a new process imports
+    torch."""
     output, code = io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output),
+          contextlib.redirect_stderr(output)):
         patch.setattr(sys, "argv", [str(script), *map(str, options)])
         try:
             runpy.run_path(str(script), run_name="__main__")
@@ -59,37 +61,56 @@ def apples_questions(tokenizer, settings, count, split="test"):
     from data import load_task
     from engine import tasks
 
-    return tasks.load_questions(load_task("apples"), split, count, settings.seed, tokenizer, settings)
+    return tasks.load_questions(load_task("apples"), split, count, settings.seed, tokenizer,
+                                settings)
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(f"{folder}/model.safetensors")
+
+
+def furthest(a, b):
+    """The largest difference of two dicts of tensors, or of the weights in two folders."""
+    a, b = (one if isinstance(one, dict) else weights_of(one) for one in (a, b))
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+def train_settings(model, rollouts, out, **changes):
+    """A run of a few steps that moves the weights."""
+    import train
+
+    return train.Settings(model=str(model), rollouts=str(rollouts), out=str(out), **{
+        "optimizer": "adamw", "learning_rate": 1e-3, "sequences": 12, **changes})
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A directory with the embedded task's tokenizer and a two-layer model that has seen a few demonstrations."""
+    """A directory with the embedded task's tokenizer and a two-layer model that has seen a few
+    demonstrations."""
     import train
-    from data import apples, load_task
-    from engine.rollouts import write_rollouts
+    from data import apples
 
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = apples.make_tokenizer(apples.vocabulary())
-    tokenizer.save_pretrained(folder / "random")
-    apples.make_model(tokenizer, seed=3, width=32, layers=2).save_pretrained(folder / "random")
-    write_rollouts(folder / "demonstrations.jsonl", apples.demonstrations(960, 3))
-    train.train(train.Settings(model=str(folder / "random"), rollouts=str(folder / "demonstrations.jsonl"), loss="sft",
-                               out=str(folder / "policy"), optimizer="adamw", learning_rate=1e-2, sequences=32))
+    apples.write_beginner(folder, apples, 960, 3, width=32, layers=2)
+    train.train(train_settings(folder / "random", folder / "demonstrations.jsonl",
+                               folder / "policy", loss="sft", learning_rate=1e-2, sequences=32))
     return str(folder / "policy")
 
 
 @pytest.fixture(scope="session")
 def rollouts(tiny, tmp_path_factory):
-    """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, some rewards set to +1."""
-    from engine.rollouts import write_rollouts
-    import eval as evaluation
+    """A rollout file that the tiny policy wrote: 10 questions, 5 completions each, a third of the
+    rewards set to +1."""
+    from engine.rollouts import read_rollouts, write_rollouts
 
     path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
-    settings = eval_settings(model=tiny, samples=5, max_new_tokens=30)
-    model, tokenizer = evaluation.load_model(tiny, settings, "cpu")
-    rows = evaluation.sample_rollouts(model, tokenizer, apples_questions(tokenizer, settings, 10, "train"),
-                                   lambda question, text: (text[-3:], -1.0), settings, str(path))
+    result = in_process(ROOT / "eval.py", "--model", tiny, "--task", "apples", "--split", "train",
+                        "--questions", 10, "--samples", 5, "--max-new-tokens", 30, "--out", path)
+    assert result.returncode == 0, result.stdout
+    rows = read_rollouts(path)
     for number, row in enumerate(rows):
         row["reward"] = 1.0 if number % 3 == 0 else -1.0
     write_rollouts(path, rows)

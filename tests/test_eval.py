@@ -1,5 +1,4 @@
-"""The sampler against transformers' own, the file it writes, and the measures against independent
-computations."""
+"""The rollout file that eval.py writes, and the measures against independent computations."""
 
 import dataclasses
 import itertools
@@ -8,169 +7,71 @@ import math
 import random
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as evaluation
-from conftest import ROOT, apples_questions, shell, torchrun
+from conftest import ROOT, apples_questions, in_process, shell, torchrun
 from data import load_task
-from engine import tasks
-from engine.rollouts import read_rollouts, write_rollouts
-from engine import sampler
-from engine import measures
-from engine.measures import measure
+from engine import measures, sampler, tasks
 from engine.common import Problem
+from engine.measures import measure
+from engine.rollouts import read_rollouts
 
-FAMILIES = dict(
-    llama={},
-    qwen2={},
-    qwen3={"head_dim": 8},
-    mistral={"sliding_window": 6},
-    gemma2={"head_dim": 8, "sliding_window": 6},
-    gemma3_text={"head_dim": 8, "sliding_window": 6},
-    gpt2={"n_embd": 32, "n_layer": 2, "n_head": 4},
-    gpt_neox={"num_key_value_heads": None},
-    phi={"num_key_value_heads": None},
-    cohere={"logit_scale": 0.3},
-    granite={"logits_scaling": 3.0},
-)
+APPLES = load_task("apples")
 
 
-def random_model(kind, seed=0):
-    torch.manual_seed(seed)
-    sizes = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        max_position_embeddings=128,
-    )
-    sizes = {k: v for k, v in {**sizes, **FAMILIES[kind]}.items() if v is not None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+@pytest.fixture(scope="module")
+def policy(tiny):
+    return sampler.load_model(tiny, evaluation.Settings(), "cpu")
 
 
-def completions(model, prompts, settings, ends=(2,), generate=sampler.generate):
-    model.generation_config.eos_token_id = list(ends)
-    tokenizer = SimpleNamespace(eos_token_id=2)
-    questions = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
-                 for number, prompt in enumerate(prompts)]
-    todo, bar = range(len(prompts)), sampler.progress(total=0)
-    return dict(generate(model, tokenizer, questions, todo, settings, 0, bar))
+def sample(policy, tiny, out="", questions=6, grade=APPLES.grade, **changes):
+    settings = evaluation.Settings(**{**dict(model=tiny, samples=2, max_new_tokens=20), **changes})
+    questions = apples_questions(policy[1], settings, questions)
+    return evaluation.sample_rollouts(*policy, questions, grade, settings, str(out))
 
 
-PROMPTS = [
-    [1, 5, 6, 7],
-    [1, 9],
-    [1, 3, 4, 5, 6, 7, 8, 9, 10, 11],
-    [1, 20, 21],
-    [1, 30, 31, 32, 33, 34],
-]
+# ---- the file ----
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_greedy_is_what_generate_writes(kind):
-    """Prompts of mixed length, rows that leave and rows that enter, sliding windows, learned
-    positions."""
-    model = random_model(kind)
-    settings = evaluation.Settings(samples=1, temperature=0.0, max_new_tokens=12, batch_size=2)
-    written = completions(model, PROMPTS, settings)
-    for number, prompt in enumerate(PROMPTS):
-        theirs = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2
-        )[0, len(prompt) :]
-        assert written[number][0] == theirs.tolist()
+def eval_command(tiny, out, *options):
+    return [ROOT / "eval.py", "--model", tiny, "--task", "apples", "--questions", 13, "--samples",
+            4, "--max-new-tokens", 30, "--out", out, *options]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_sampled_is_what_generate_writes(kind):
-    """With the same random numbers, and the logits of transformers' own loop, a prompt at a time.
-
-    State-space and hybrid models, which have no other way, are in tests/test_models.py.
-    """
-    model = random_model(kind)
-    settings = evaluation.Settings(samples=3, max_new_tokens=12, batch_size=5, temperature=0.8)
-    theirs = completions(model, PROMPTS, settings, generate=sampler.generate_alone)
-    assert completions(model, PROMPTS, settings) == theirs
-    assert len({tuple(tokens) for group in theirs.values() for tokens in group}) > 10
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
-def test_same_completions_for_any_batch_size(kind):
-    model = random_model(kind)
-    results = [
-        completions(
-            model,
-            PROMPTS,
-            evaluation.Settings(samples=3, max_new_tokens=10, batch_size=size, top_k=20, top_p=0.9),
-        )
-        for size in (1, 2, 4, 100)
-    ]
-    assert all(result == results[0] for result in results)
-    assert len({tuple(tokens) for group in results[0].values() for tokens in group}) > 5
+@pytest.mark.slow
+def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_path):
+    """Byte for byte, for here rounding moves no token; the shape in which log mu is computed
+    depends on the question alone."""
+    files = []
+    for name, ranks, size in (("a", 0, 64), ("b", 0, 1), ("c", 2, 7)):
+        command = eval_command(tiny, tmp_path / f"{name}.jsonl", "--batch-size", size)
+        result = torchrun(ranks, *command) if ranks else shell(sys.executable, *command)
+        assert result.returncode == 0 and "pass@4" in result.stdout, result.stdout
+        assert result.stdout.count("--- apples-test") == 3
+        files.append((tmp_path / f"{name}.jsonl").read_bytes())
+        assert json.loads((tmp_path / f"{name}.json").read_text())["questions"] == 13
+    assert files[0] == files[1] == files[2] and files[0].count(b"\n") == 52
+    assert not list(tmp_path.glob("*.part-*"))
 
 
-def test_sampling_follows_the_softmax():
-    """4,000 first tokens against the model's own probabilities; top-k and top-p leave nothing
-    outside."""
-    model = random_model("llama")
-    probabilities = model(torch.tensor([PROMPTS[0]])).logits[0, -1].div(0.7).softmax(-1)
-    for options, kept in (
-        (dict(temperature=0.7), range(61)),
-        (dict(temperature=0.7, top_k=5), probabilities.topk(5).indices.tolist()),
-    ):
-        settings = evaluation.Settings(samples=4000, max_new_tokens=1, batch_size=4000, **options)
-        counts = Counter(tokens[0] for tokens in completions(model, [PROMPTS[0]], settings)[0])
-        expected = {token: probabilities[token].item() for token in kept}
-        total = sum(expected.values())
-        assert set(counts) <= set(kept)
-        for token, p in expected.items():
-            p /= total
-            assert abs(counts[token] / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 1e-3
-    order = probabilities.sort(descending=True)
-    nucleus = order.indices[: int((order.values.cumsum(0) < 0.5).sum()) + 1].tolist()
-    settings = evaluation.Settings(
-        samples=2000, max_new_tokens=1, batch_size=2000, temperature=0.7, top_p=0.5
-    )
-    assert {tokens[0] for tokens in completions(model, [PROMPTS[0]], settings)[0]} == set(nucleus)
-
-
-def test_several_end_tokens_and_cut_completions():
-    model = random_model("llama")
-    ends = (2, 7, 11, 13, 17)
-    settings = evaluation.Settings(samples=20, max_new_tokens=8, batch_size=16)
-    for tokens in completions(model, PROMPTS[:1], settings, ends)[0]:
-        assert (tokens[-1] in ends) or len(tokens) == 8
-        assert not set(tokens[:-1]) & set(ends)
-
-
-ROWS = """
+RANKS = """
 import sys
-import train
+import eval as evaluation
 from data import load_task
-from engine import tasks
-from engine import parallel, sampler
+from engine import parallel, tasks
 from engine.common import run_main
-model, out, samples, seed = sys.argv[1:]
+model, out, seed = sys.argv[1:]
 
 def main():
     parallel.start_ranks()
-    settings = train.Settings(samples=int(samples), seed=int(seed), max_new_tokens=8)
+    settings = evaluation.Settings(samples=3, seed=int(seed), max_new_tokens=8)
     task = load_task("apples")
     questions = lambda tokenizer: tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
-    rows = sampler.sample_once(settings, model, questions, task.grade, out)
+    rows = evaluation.sample_once(settings, model, questions, task.grade, out)
     print("rows", parallel.gather((len(rows), len(set(row["id"] for row in rows)))), flush=True)
 
 run_main(main)
@@ -179,185 +80,228 @@ run_main(main)
 
 @pytest.mark.slow
 def test_only_the_first_rank_holds_the_rows(tiny, tmp_path):
-    """Each of 8 ranks held all rows of MATH x 32: 8 GiB of each. Reading and extending, too."""
+    """Each of 8 ranks held all rows of MATH x 32: 8 GiB of each. Those of a finished file, too."""
     script, out = tmp_path / "rows.py", tmp_path / "rows.jsonl"
-    script.write_text(ROWS)
-    for samples in (2, 2, 3):  # made, read, extended
-        result = torchrun(2, script, tiny, out, samples, 0)
-        assert f"rows [({5 * samples}, 5), (0, 0)]" in result.stdout, result.stdout
-    alone = shell(sys.executable, script, tiny, tmp_path / "alone.jsonl", 3, 0)
-    assert "rows [(15, 5)]" in alone.stdout, alone.stdout
-    texts = [[row["completion"] for row in read_rollouts(path)]
-             for path in (out, tmp_path / "alone.jsonl")]
-    assert texts[0] == texts[1]
-    result = torchrun(2, script, tiny, out, 3, 1)  # another seed: the first rank alone finds it
-    assert result.stdout.count("holds other rollouts: seed is 0 there and 1") == 1, result.stdout
+    script.write_text(RANKS)
+    for _ in ("made", "read"):
+        result = torchrun(2, script, tiny, out, 0)
+        assert "rows [(15, 5), (0, 0)]" in result.stdout, result.stdout
+    result = torchrun(2, script, tiny, out, 1)  # another seed: the first rank alone finds it
+    assert "holds other rollouts: seed is 0 there and 1" in result.stdout, result.stdout
     assert result.returncode != 0 and "has died" not in result.stdout, result.stdout
 
 
-@pytest.mark.slow
-def test_the_file_is_the_same_for_any_batch_size_and_number_of_ranks(tiny, tmp_path):
-    """Byte for byte, logprobs included."""
-    files = []
-    for name, ranks, options in (
-        ("a", 0, ["--batch-size", 256]),
-        ("b", 0, ["--batch-size", 3]),
-        ("c", 2, ["--batch-size", 7]),
-    ):
-        out = tmp_path / f"{name}.jsonl"
-        command = [
-            ROOT / "eval.py",
-            "--model",
-            tiny,
-            "--task",
-            "apples",
-            "--questions",
-            13,
-            "--samples",
-            4,
-            "--max-new-tokens",
-            30,
-            "--out",
-            out,
-            *options,
-        ]
-        result = torchrun(ranks, *command) if ranks else shell(sys.executable, *command)
-        assert result.returncode == 0 and "pass@4" in result.stdout, result.stdout
-        files.append(out.read_bytes())
-        assert json.loads((tmp_path / f"{name}.json").read_text())["completions"] == 52
-    assert all(file == files[0] for file in files) and files[0].count(b"\n") == 52
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{n}.{e}" for n in "abc" for e in ("json", "jsonl")
-    )
-
-
-def test_logprobs_are_those_of_the_plain_softmax(tiny, tmp_path):
+def test_logprobs_are_those_of_the_plain_softmax(policy, tiny, tmp_path):
     """Whatever temperature, top-k and top-p chose the tokens; the end token counts when it was
-    sampled."""
-    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
-    settings = evaluation.Settings(
-        model=tiny, questions=4, samples=3, max_new_tokens=25, temperature=0.5, top_k=10, top_p=0.9
-    )
-    questions = apples_questions(tokenizer, settings, settings.questions)
-    rows = sampler.sample_rollouts(
-        model,
-        tokenizer,
-        questions,
-        load_task("apples").grade,
-        settings,
-        str(tmp_path / "r.jsonl"),
-    )
-    assert rows == read_rollouts(tmp_path / "r.jsonl")
+    sampled. The row holds what its question has, and its split."""
+    model, tokenizer = policy
+    rows = sample(policy, tiny, tmp_path / "r.jsonl", temperature=0.5, top_k=10, top_p=0.9)
+    assert rows == read_rollouts(tmp_path / "r.jsonl") and {r["split"] for r in rows} == {"test"}
     for row in rows:
-        ids = row["prompt_ids"] + row["completion_ids"]
+        ids, start = row["prompt_ids"] + row["completion_ids"], len(row["prompt_ids"])
         logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        start = len(row["prompt_ids"])
         expected = [logp[t - 1, ids[t]].item() for t in range(start, len(ids))]
         assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
         assert (row["finish"] == "stop") == (ids[-1] == tokenizer.eos_token_id)
-        assert (
-            tokenizer.decode(row["completion_ids"], skip_special_tokens=True) == row["completion"]
-        )
+        text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+        assert text == row["completion"]
+        assert row["question"] and "stop" not in row and "key" not in row
 
 
-def test_a_broken_off_run_goes_on(tiny, tmp_path, monkeypatch):
-    """Finished questions are kept, a torn line is dropped, nothing is sampled twice."""
-    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
-    settings = evaluation.Settings(
-        model=tiny, questions=9, samples=2, max_new_tokens=20, batch_size=4
-    )
-    questions, grade, graded = (
-        apples_questions(tokenizer, settings, settings.questions),
-        load_task("apples").grade,
-        [],
-    )
+def test_a_broken_off_run_goes_on(policy, tiny, tmp_path):
+    """Finished questions are kept, a torn line is dropped, nothing is sampled twice. The grader
+    sees the row that is to be: whether it was cut off, too."""
+    out, whole, graded, later = tmp_path / "r.jsonl", tmp_path / "whole.jsonl", [], []
 
-    def dying(question, text):
-        graded.append(question["id"])
+    def dying(row, text):
+        assert row["finish"] in ("stop", "length") and row["completion"] == text and row["gold"]
+        graded.append(row["id"])
         if len(graded) == 9:
             raise KeyboardInterrupt
-        return grade(question, text)
+        return APPLES.grade(row, text)
 
-    out = str(tmp_path / "r.jsonl")
+    def counting(row, text):
+        later.append(row["id"])
+        return APPLES.grade(row, text)
+
     with pytest.raises(KeyboardInterrupt):
-        sampler.sample_rollouts(model, tokenizer, questions, dying, settings, out)
-    assert not (tmp_path / "r.jsonl").exists()
-    (part,) = tmp_path.glob("*.part-*")
+        sample(policy, tiny, out, 9, dying, batch_size=4)
+    assert not out.exists()
+    part, = tmp_path.glob("*.part-*")
     part.write_bytes(part.read_bytes()[:-10])  # and the machine lost power
-    later = []
-    rows = sampler.sample_rollouts(
-        model,
-        tokenizer,
-        questions,
-        lambda q, t: (later.append(q["id"]), grade(q, t))[1],
-        settings,
-        out,
-    )
+    rows = sample(policy, tiny, out, 9, counting, batch_size=4)
     assert len(later) == 2 * (9 - 3) and len(rows) == 18
-    assert rows == sampler.sample_rollouts(
-        model, tokenizer, questions, grade, settings, str(tmp_path / "whole.jsonl")
-    )
-    assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert rows == sample(policy, tiny, whole, 9, batch_size=4)
+    assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.part-*"))
+
+
+def test_a_finished_file_is_reused_and_never_overwritten(policy, tiny, tmp_path, capsys):
+    """The same command again costs nothing; other settings under its name are refused, in a line
+    that says what differs."""
+    out = tmp_path / "r.jsonl"
+    first, stamp = sample(policy, tiny, out), out.read_bytes()
+    for same in ({}, dict(model=tiny + "/")):
+        assert sample(policy, tiny, out, **same) == first
+        assert "reusing" in capsys.readouterr().out
+    for changes, named in (
+            (dict(temperature=0.5), "temperature is 1.0 there and 0.5"),
+            (dict(samples=4), "number of completions is 12 there and 24"),
+            (dict(questions=5), "number of completions is 12 there and 10"),
+            (dict(questions=4, samples=3), "id is"),
+            (dict(grade=lambda *_: ("7", 1.0)), "answer is"),
+            (dict(seed=3), "seed is 0")):
+        with pytest.raises(Problem, match=f"holds other rollouts: .*{named}"):
+            sample(policy, tiny, out, **changes)
+    assert out.read_bytes() == stamp
+
+
+def test_a_prompt_without_room_is_named(policy, tiny):
+    with pytest.raises(Problem, match="apples-test-0-0.*--max-new-tokens"):
+        sample(policy, tiny, max_new_tokens=250)
+
+
+def test_questions_that_no_file_can_hold_are_refused_first(policy):
+    question = dict(id="a", prompt="b", own={1, 2})
+    with pytest.raises(Problem, match="cannot be written as JSON: .*set"):
+        evaluation.sample_rollouts(*policy, [question], APPLES.grade, evaluation.Settings())
+
+
+# ---- the command ----
+
+
+TASK = """
+STOP = "."
+
+def questions(split):
+    return [{"id": str(n), "prompt": f"{n} + 1 ="} for n in range(4)]
+
+def grade(row, completion):
+    return completion, 1.0 if row.get("finish") == "length" else -1.0
+
+def measure(rows):
+    return {"long": [float(len(row["completion"]) > 3) for row in rows], "points": [2.0, 4.0]}
+"""
+
+
+def test_measures_of_the_tasks_own(tiny, tmp_path):
+    """They take the place of pass@k; STOP is one string; the completions are kept."""
+    (tmp_path / "task.py").write_text(TASK)
+    out = tmp_path / "r.jsonl"
+    result = in_process(ROOT / "eval.py", "--model", tiny, "--task", tmp_path / "task.py",
+                        "--samples", 2, "--max-new-tokens", 9, "--out", out)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert list(written) == ["settings", "questions", "long", "points", "greedy"], result.stdout
+    assert written["points"]["mean"] == 3.0 and "pass@1" not in result.stdout
+    assert len(read_rollouts(tmp_path / "r-greedy.jsonl")) == 4
+    assert all("." not in row["completion"] for row in read_rollouts(out))
+    broken = tasks.make_task("t", load_task(str(tmp_path / "task.py")))
+    broken.measure = lambda rows: {"long": ["x"]}
+    with pytest.raises(Problem, match="t: measure: ValueError"):
+        evaluation.measured(broken, [{}], 0)
+
+
+def test_grading_an_existing_file(tmp_path):
+    """Of any origin: without rewards, without what nobody knows of it."""
+    rows = [dict(id="a", prompt="?", completion="so\nThe answer is 5 .", gold="5"),
+            dict(id="b", prompt="?", completion="no idea", reward=1.0, gold="5")]
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [ROOT / "eval.py", "--grade", old, "--out", new]
+    result = in_process(*command, "--task", "apples")
+    assert result.returncode == 0 and "cut off" not in result.stdout, result.stdout
+    graded = [(row["answer"], row["reward"]) for row in read_rollouts(new)]
+    assert graded == [("5", 1.0), (None, -1.0)]
+    assert json.loads((tmp_path / "new.json").read_text())["pass@1"]["mean"] == 0.5
+    result = in_process(*command)
+    assert result.returncode == 2 and "--task is needed" in result.stdout
+    for line, named in (("{", "old.jsonl:1: no rollout"), ("{}", "KeyError: 'completion'"),
+                        (json.dumps(dict(id="c", completion="The answer is 5 .")), "'gold'")):
+        old.write_text(line)
+        with pytest.raises(Problem, match=named):
+            evaluation.regrade(str(old), APPLES)
+
+
+# ---- what train.py measures ----
+
+
+def test_before_and_after(policy, tiny, tmp_path, capsys):
+    """The completions that were measured are kept and reused; a change has a paired interval."""
+    import train
+
+    settings = train.Settings(model=tiny, task="apples", out=str(tmp_path), samples=2,
+                              max_new_tokens=12, test_questions=5)
+    before = evaluation.measure_once(settings, APPLES, tiny, "before")
+    assert set(map(len, before.values())) == {5} and before["greedy"] != []
+    rows = read_rollouts(tmp_path / "before.jsonl")
+    assert len(rows) == 10 and "logprobs" not in rows[0] and rows[0]["sampling"]["seed"] == 1
+    assert len(read_rollouts(tmp_path / "before-greedy.jsonl")) == 5
+    capsys.readouterr()
+    assert evaluation.measure_once(settings, APPLES, tiny, "before") == before
+    assert capsys.readouterr().out.count("reusing") == 2
+    other = dataclasses.replace(settings, max_new_tokens=6)
+    with pytest.raises(Problem, match="before.jsonl holds other rollouts: max_new_tokens is 12"):
+        evaluation.measure_once(other, APPLES, tiny, "before")
+    point = evaluation.curve_point(settings, APPLES)(policy[0])
+    assert list(point) == ["pass@1", "invalid"]
+    after = {**before, "pass@1": [1.0] * 5}
+    evaluation.report_change(settings, before, after, [{"step": 0, **point}])
+    gain = measures.interval_text(measures.paired_interval(before["pass@1"], [1.0] * 5), "+")
+    assert gain in capsys.readouterr().out
+
+
+# ---- measures ----
 
 
 def test_pass_at_k_by_enumeration():
     for n in (1, 3, 6):
-        for right in range(n + 1):
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations(range(n), k))
-                expected = sum(any(i < right for i in subset) for subset in subsets) / len(subsets)
-                assert measures.pass_at_k(n, right, k) == pytest.approx(expected)
+        for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations(range(n), k))
+            expected = sum(any(i < right for i in subset) for subset in subsets) / len(subsets)
+            assert measures.pass_at_k(n, right, k) == pytest.approx(expected)
 
 
 def test_majority_by_enumeration():
-    """Over many draws of k, not the first k; a tie counts its share, invalid answers do not
+    """Over many draws of k, not the first k; a tie counts its share; invalid answers do not
     vote."""
     rng = random.Random(0)
     for _ in range(20):
         answers = [rng.choice(["5", "6", "7", None]) for _ in range(7)]
+        right = [answer == "5" for answer in answers]
         for k in (1, 2, 4, 7):
             expected = []
             for subset in itertools.combinations(answers, k):
                 votes = Counter(a for a in subset if a is not None).most_common()
                 best = [a for a, count in votes if count == votes[0][1]]
                 expected.append(("5" in best) / len(best) if best else 0.0)
-            got = measures.majority_at_k(
-                answers, [a == "5" for a in answers], k, random.Random(1), 4000
-            )
-            assert got == pytest.approx(sum(expected) / len(expected), abs=0.04)
+            got = measures.majority_at_k(answers, right, k, random.Random(1), 4000)
+            assert got == pytest.approx(np.mean(expected), abs=0.04)
 
 
 def test_votes_are_counted_before_anything_looks_at_the_reference():
     """Merging only right spellings let five right "18" beat three "20" and three "20.00"."""
+    same = lambda a, b: float(a) == float(b)
     answers = ["18"] * 5 + ["20"] * 3 + [None] + ["20.00"] * 3
-    votes = measures.group_answers(answers, lambda a, b: float(a) == float(b))
+    votes, right = measures.group_answers(answers, same), [a == "18" for a in answers]
     assert votes == [0] * 5 + [1] * 3 + [None] + [1] * 3
-    right = [answer == "18" for answer in answers]
     assert measures.majority_at_k(votes, right, 12, random.Random(0), 1) == 0.0
     assert measures.majority_at_k(answers, right, 12, random.Random(0), 1) == 1.0
-    rows = [
-        dict(id="q", reward=1.0 if answer == "18" else -1.0, answer=answer) for answer in answers
-    ]
-    assert (
-        measure(rows + rows[1:5], same_answer=lambda a, b: float(a) == float(b))["maj@16"]["mean"]
-        == 1.0
-    )
+    rows = [dict(id="q", reward=1.0 if a == "18" else -1.0, answer=a) for a in answers]
+    assert measure(rows + rows[1:5], same_answer=same)["maj@16"] == [1.0]
     assert measures.group_answers([None, None]) == [None, None]
     assert measures.majority_at_k([None, None], [False, False], 2, random.Random(0), 1) == 0.0
 
 
-def test_measures_over_questions():
-    rows = [
-        dict(id="a", reward=1.0, answer="5", finish="stop"),
-        dict(id="a", reward=-1.0, answer=None, finish="length"),
-        dict(id="b", reward=1.0, answer="7", finish="stop"),
-        dict(id="b", reward=1.0, answer="7", finish="stop"),
-    ]
-    measures = measure(rows)
-    assert measures["questions"] == 2 and measures["completions"] == 4 and "tokens" not in measures
-    assert measures["pass@1"]["mean"] == 0.75 and measures["invalid"]["mean"] == 0.25
-    assert measures["cut off"]["mean"] == 0.25
-    assert measures["pass@2"]["mean"] == 1.0 and measures["maj@2"]["mean"] == 1.0
+def test_measures_are_values_of_questions():
+    """In the order of the questions; what the rows do not tell is left out."""
+    rows = [dict(id="b", reward=1.0, answer="5", finish="stop"),
+            dict(id="b", reward=-1.0, answer=None, finish="length"),
+            dict(id="a", reward=1.0, answer="7", finish="stop"),
+            dict(id="a", reward=1.0, answer="7", finish="stop")]
+    assert measure(rows) == {"pass@1": [0.5, 1.0], "invalid": [0.5, 0.0], "cut off": [0.5, 0.0],
+                             "pass@2": [1.0, 1.0], "maj@2": [1.0, 1.0]}
+    del rows[3]["finish"]
+    assert "cut off" not in measure(rows)
+    assert measures.summary(measure(rows))["questions"] == 2
 
 
 def test_shares_have_wilsons_interval():
@@ -385,12 +329,15 @@ def test_intervals_cover(n, p, samples, alike):
 
 
 def test_paired_intervals():
-    """Shared difficulty cancels; equal pairs are not proof of no change; it covers."""
+    """Shared difficulty cancels; equal pairs are not proof of no change; it covers; a number of
+    tokens is no share."""
     before = np.linspace(0, 0.8, 50)
     found = measures.paired_interval(before, before + 0.1)
     assert found["mean"] == pytest.approx(0.1) and found["low"] > 0 and found["high"] < 0.2
     same = measures.paired_interval([0, 1] * 10, [0, 1] * 10)
     assert same["mean"] == 0 and same["low"] == -same["high"] < -0.05
+    found = measures.paired_interval([10.0, 20.0], [12.0, 24.0])
+    assert found["mean"] == 3 and found["high"] == pytest.approx(3 + 1.96)
     rng, covered = np.random.default_rng(0), 0
     for _ in range(600):
         ability = rng.random(40)
@@ -398,64 +345,3 @@ def test_paired_intervals():
         found = measures.paired_interval(before, after)
         covered += found["low"] <= 0.1 <= found["high"]
     assert covered / 600 > 0.93
-
-
-def test_grading_an_existing_file(tmp_path):
-    rows = [
-        dict(id="a", prompt="?", completion="so\nThe answer is 5 .", reward=-1.0, gold="5"),
-        dict(id="b", prompt="?", completion="no idea", reward=1.0, gold="5"),
-    ]
-    write_rollouts(tmp_path / "old.jsonl", rows)
-    result = shell(
-        sys.executable,
-        ROOT / "eval.py",
-        "--grade",
-        tmp_path / "old.jsonl",
-        "--out",
-        tmp_path / "new.jsonl",
-    )
-    assert result.returncode == 0, result.stdout
-    assert [(row["answer"], row["reward"]) for row in read_rollouts(tmp_path / "new.jsonl")] == [
-        ("5", 1.0),
-        (None, -1.0),
-    ]
-    assert json.loads((tmp_path / "new.json").read_text())["pass@1"]["mean"] == 0.5
-    del rows[1]["gold"]
-    write_rollouts(tmp_path / "old.jsonl", rows)
-    with pytest.raises(Problem, match='old.jsonl: rollout 2 .* has no "gold"'):
-        evaluation.regrade(str(tmp_path / "old.jsonl"), load_task("apples"))
-
-
-def test_a_prompt_without_room_is_named(tiny):
-    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
-    settings = evaluation.Settings(model=tiny, questions=2, max_new_tokens=250)
-    with pytest.raises(Problem, match="apples-test-0-0.*--max-new-tokens"):
-        sampler.sample_rollouts(
-            model,
-            tokenizer,
-            apples_questions(tokenizer, settings, settings.questions),
-            None,
-            settings,
-        )
-    assert dataclasses.asdict(settings)["samples"] == 16
-
-
-def test_a_finished_file_is_reused_and_never_overwritten(tiny, tmp_path, capsys):
-    """The same command again costs nothing; other settings under the same name are refused."""
-    model, tokenizer = sampler.load_model(tiny, evaluation.Settings(), "cpu")
-    wish = evaluation.Settings(model=tiny, questions=3, samples=2, max_new_tokens=8)
-    questions, grade = (
-        apples_questions(tokenizer, wish, wish.questions),
-        load_task("apples").grade,
-    )
-    out = str(tmp_path / "rollouts.jsonl")
-    first = sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out)
-    stamp = open(out, "rb").read()
-    assert sampler.sample_rollouts(model, tokenizer, questions, grade, wish, out) == first
-    assert "reusing" in capsys.readouterr().out
-    for changes in (dict(temperature=0.5), dict(samples=1), dict(seed=1)):
-        with pytest.raises(Problem, match="holds other rollouts"):
-            sampler.sample_rollouts(
-                model, tokenizer, questions, grade, dataclasses.replace(wish, **changes), out
-            )
-    assert open(out, "rb").read() == stamp

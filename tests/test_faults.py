@@ -1,205 +1,150 @@
-"""Nothing lost, nothing quiet: wrong input, hostile content, ranks that are lost. The long tallies are in tools/faults.py."""
+"""Nothing lost, nothing quiet: wrong input, hostile content, full disks, processes that are killed.
+
+The long tallies are in tools/faults.py.
+"""
 
 import errno
 import gzip
 import json
 import os
 import pickle
-import random
-import sys
-import time
+import shutil
 
 import pytest
 import torch
 
 import train
-from conftest import ROOT, shell, torchrun
+from conftest import ROOT, in_process, train_settings
 from data import apples
-from engine.rollouts import write_rollouts
-from engine.tokens import foreign_tokens
 from engine import batches, common, sampler
 from engine.common import Problem, visible, whole_file
+from engine.rollouts import write_rollouts
+from tools import faults
 
-# id, prompt, completion, reward, and tokens of the embedded task's tokenizer
-PROMPT, COMPLETION = "Tom has 3 apples . He finds 2 . How many ?", "3 + 2 = 5 . The answer is 5 ."
+PROMPT = "Tom has 3 apples . He finds 2 . How many ?"
+COMPLETION = "3 + 2 = 5 . The answer is 5 ."  # 11 words, and the end token
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     """(folder, model, tokenizer) of a small Llama with random weights."""
     folder = str(tmp_path_factory.mktemp("policy"))
-    tokenizer = apples.make_tokenizer(apples.vocabulary())
-    tokenizer.save_pretrained(folder)
-    apples.make_model(tokenizer, seed=1, width=16, layers=1).save_pretrained(folder)
+    apples.write_model(folder, apples.vocabulary(), 1, width=16, layers=1)
     return folder, *sampler.load_model(folder, train.Settings(), "cpu")
 
 
 @pytest.fixture(scope="module")
 def good(policy):
     tokenizer = policy[2]
-    ids = tokenizer(COMPLETION, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return {"id": "q", "prompt": PROMPT, "completion": COMPLETION, "reward": 1.0, "completion_ids": ids,
-            "prompt_ids": tokenizer(PROMPT).input_ids, "logprobs": [-0.5] * len(ids)}
+    ids = [*tokenizer(COMPLETION, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return {"id": "q", "prompt": PROMPT, "completion": COMPLETION, "reward": 1.0,
+            "prompt_ids": tokenizer(PROMPT).input_ids, "completion_ids": ids,
+            "logprobs": [-0.5] * len(ids)}
 
 
 def read(policy, path, **changes):
     folder, model, tokenizer = policy
-    settings = train.Settings(model=folder, rollouts=str(path), **changes)
+    settings = train_settings(folder, path, "", **changes)
     return batches.read_data(settings, model, tokenizer, torch.device("cpu"))
 
 
 def in_a_file(folder, *lines):
     path = folder / "rollouts.jsonl"
-    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+                              for line in lines))
     return path
 
 
-BAD_LINES = {  # what is wrong with a line: (the line, or the fields that differ from a good one; the words to be read)
-    "not JSON": (b"{broken\n", "not a JSON object"), "torn": (b'{"id": "q", "prom', "torn"), "a list": (b"[1]\n", "a list"),
-    "a number": (b"17\n", "not a JSON object"), "null": (b"null\n", "not a JSON object"), "text": (b"hello\n", "not a JSON object"),
-    "two objects": (b"{} {}\n", "not a JSON object"), "not UTF-8": (b'{"id": "\xff"}\n', "not UTF-8 (byte 9)"),
-    "Latin-1": ('{"id": "caf\u00e9"}\n'.encode("latin-1"), "not UTF-8"), "NUL bytes": (b"\0" * 50 + b"\n", "not a JSON object"),
-    "UTF-16": ('{"id": "q"}'.encode("utf-16"), "not UTF-8"), "nested": (b'{"id": ' + b"[" * 100000 + b"\n", "not a JSON object"),
-    "a second BOM": (b"\xef\xbb\xbf{}\n", "not a JSON object"), "a terminal's control codes": (b'{"\x1b[2J": 1}\n', "not a JSON object"),
-    "no id": ({"id": None}, '"id" is not a string'), "id of a number": ({"id": 7}, '"id" is not a string'),
-    "no prompt": ({"prompt": None}, '"prompt" is not a string'), "a chat": ({"prompt": [{"role": "user"}]}, '"prompt" is not a string'),
-    "no completion": ({"completion": None}, '"completion" is not a string'),
-    "half a character": ({"completion": "\ud800"}, "half of a surrogate pair"),
-    "an empty completion": ({"completion": "", "completion_ids": None, "logprobs": None}, "completion is empty"),
-    "no reward": ({"reward": None}, '"reward" is missing'), "reward of text": ({"reward": "1"}, "not a number"),
-    "reward of yes": ({"reward": True}, "not a number"), "reward NaN": ({"reward": float("nan")}, "NaN"),
-    "reward inf": ({"reward": float("inf")}, "Infinity"), "reward over float32": ({"reward": 1e300}, "too large"),
-    "reward of 400 digits": ({"reward": 10**400}, "too large"), "reward of a list": ({"reward": [1]}, "not a number"),
-    "reward 1e999": (b'{"id":"q","prompt":"How many ?","completion":"5","reward":1e999}\n', "too large"),
-    "reward of 5000 digits": (b'{"id":"q","prompt":"How many ?","completion":"5","reward":%s}\n' % (b"1" * 5000), "not a JSON object"),
-    "ids of text": ({"completion_ids": "5 6"}, "a str, not a list"), "ids below 0": ({"completion_ids": [1, -2]}, "whole numbers"),
-    "ids of 1.5": ({"completion_ids": [1.5]}, "whole numbers"), "ids of true": ({"completion_ids": [True]}, "whole numbers"),
-    "nested ids": ({"completion_ids": [[5, 6]]}, "whole numbers"), "no ids": ({"completion_ids": []}, '"completion_ids" is empty'),
-    "no prompt ids": ({"prompt_ids": []}, '"prompt_ids" is empty'), "prompt ids of text": ({"prompt_ids": "12"}, "a str, not a list"),
-    "logprobs without ids": ({"completion_ids": None}, 'without "completion_ids"'),
-    "a logprob too few": ({"logprobs": [-1.0]}, "1 logprobs for 12"), "a positive logprob": ({"logprobs": [0.5] * 12}, "logprob 0 is 0.5"),
-    "logprob null": ({"logprobs": [None] * 12}, "logprob 0 is None"), "logprob NaN": ({"logprobs": [float("nan")] * 12}, "NaN"),
-    "logprob -inf": ({"logprobs": [-0.5] * 11 + [-1e39]}, "logprob 11 is"), "logprob of text": ({"logprobs": ["-1"] * 12}, "logprob 0"),
-    "logprob of 400 digits": ({"logprobs": [-(10**400)] * 12}, "logprob 0 is -1000"),
-    "an id beyond the vocabulary": ({"completion_ids": [5000] * 12}, "beyond the model's vocabulary"),
-    "an id of 400 digits": ({"completion_ids": [10**400] * 12}, "beyond the model's vocabulary"),
-    "a prompt id beyond the vocabulary": ({"prompt_ids": [5000]}, "beyond the model's vocabulary"),
-    "another tokenizer": ({"completion_ids": list(range(20, 32))}, "do not decode to its completion"),
-    "no room": ({"prompt_ids": [5] * 250}, "do not fit the model's 256"), "text without room": (
-        {"prompt": "apples " * 300, "prompt_ids": None}, "do not fit the model's 256"),
-    "finish of a number": ({"finish": 1}, '"finish" is a int'), "sampling of text": ({"sampling": "t=1"}, "a str, not a dict"),
-    "gold of a number": ({"gold": 5}, '"gold" is a int'), "answer of a list": ({"answer": ["5"]}, '"answer" is a list'),
-}
+# ---- lines and files ----
+
+NO_JSON = [b"{broken\n", b"17\n", b"null\n", b"[1]\n", b"hello\n", b"{} {}\n", b"\0" * 50 + b"\n",
+           b'{"id": ' + b"[" * 100000 + b"\n", b"\xef\xbb\xbf{}\n", b'{"\x1b[2J": 1}\n',
+           b'{"reward":%s}\n' % (b"1" * 5000), b"PK\x03\x04" + bytes(200)]
+NO_UTF8 = [b'{"id": "\xff"}\n', '{"id": "caf\u00e9"}\n'.encode("latin-1"), gzip.compress(b"{}"),
+           '{"id": "q"}'.encode("utf-16"), {"completion": "\ud800"}]
+BAD_LINES = [  # the words to be read, the lines or the fields that differ from a good one
+    ("not a JSON object", NO_JSON), ("not UTF-8", NO_UTF8), ("torn", [b'{"id": "q", "prom']),
+    ("longer than 16,777,216 bytes", [b"x" * 20_000_000]),
+    ('"id" is missing', [b"{}"]), ('"id" is not a string', [{"id": None}, {"id": 7}]),
+    ('"prompt" is not a string', [{"prompt": None}, {"prompt": [{"role": "user"}]}]),
+    ('"completion" is not a string', [{"completion": None}]),
+    ("completion is empty", [{"completion": "", "completion_ids": None, "logprobs": None}]),
+    ('"reward" is missing', [{"reward": None}]),
+    ("not a number", [{"reward": value} for value in ("1", True, [1])]),
+    ("is not a number that JSON", [{"reward": float("nan")}, {"reward": float("-inf")},
+                                   {"logprobs": [float("nan")] * 12}]),
+    ("too large", [{"reward": 1e300}, {"reward": -(10**400)}, b'{"id":"q","prompt":"How many ?",'
+                   b'"completion":"5","reward":1e999}\n']),
+    ("a str, not a list", [{name: "5 6"} for name in ("prompt_ids", "completion_ids", "logprobs")]),
+    ("a str, not a dict", [{"sampling": "t=1"}]),
+    ("not a str", [{"finish": 1}, {"gold": 5}, {"answer": ["5"]}, {"split": {}}]),
+    ("whole numbers", [{"completion_ids": ids} for ids in (
+        [], [1, -2], [1.5], [True], [[5, 6]], [10**400])] + [{"prompt_ids": []}]),
+    ("not as many as", [{"completion_ids": None}, {"logprobs": [-1.0]}]),
+    ("logprob 0 is", [{"logprobs": [value] * 12} for value in (0.5, None, "-1", -(10**400))]),
+    ("logprob 11 is", [{"logprobs": [-0.5] * 11 + [-1e39]}]),
+    ("beyond the model's vocabulary", [{"completion_ids": [5000] * 12}, {"prompt_ids": [5000]}]),
+    ("do not decode to its completion", [{"completion_ids": list(range(20, 32))}]),
+    ("do not fit the model's 256", [{"prompt_ids": [5] * 250},
+                                    {"prompt": "apples " * 300, "prompt_ids": None}]),
+    ("the prompt has no tokens", [{"prompt": "", "prompt_ids": None}])]
 
 
-@pytest.mark.parametrize("what", BAD_LINES)
-def test_bad_lines(policy, good, tmp_path, what):
-    line, words = BAD_LINES[what]
-    path = in_a_file(tmp_path, good, good, line if isinstance(line, bytes) else {**good, **line})
-    before, start = sampler.fingerprint(policy[1]), time.time()
+@pytest.mark.parametrize("words, line", [(w, line) for w, lines in BAD_LINES for line in lines])
+def test_bad_lines(policy, good, tmp_path, monkeypatch, words, line):
+    """Each is one line that names the file and the line, and moves no cursor."""
+    if "no tokens" in words:  # its own tokenizer puts a start token before every text
+        monkeypatch.setattr("engine.tokens.start_tokens", lambda tokenizer: [])
+    line = line if isinstance(line, bytes) else {**good, **line}
+    path = in_a_file(tmp_path, good, good, line)
     with pytest.raises(Problem) as error:
         read(policy, path)
     message = visible(str(error.value))
-    assert message.startswith(f"{path}:3: ") and words in message and len(message.splitlines()) == 1, message
-    assert len(message) < 600 and "\x1b" not in message
-    assert time.time() - start < 5 and sampler.fingerprint(policy[1]) == before
+    assert message.startswith(f"{path}:3: ") and words in message and len(message) < 600
+    assert len(message.splitlines()) == 1 and "\x1b" not in message
 
 
-def test_bad_files(policy, good, tmp_path):
-    line = json.dumps(good).encode() + b"\n"
-    plain = {name: good[name] for name in ("id", "prompt", "completion")}
-    for content, words in ((b"", "no rollouts"), (b"\n \r\n\n", "no rollouts"), (b"\xef\xbb\xbf" + line, ":1: .*byte order mark"),
-                           (gzip.compress(line), ":1: not UTF-8"), (line + b"x" * 100_000_000, ":2: longer than .* bytes"),
-                           (line * 3 + b"\xff\n" * 30, ":4: not UTF-8"), (b"PK\x03\x04" + bytes(200), ":1: not a JSON"),
-                           (b"".join(json.dumps({**plain, "reward": r}).encode() + b"\n" for r in (0, 1)), "--map-rewards")):
-        path = in_a_file(tmp_path, content)
-        with pytest.raises(Problem, match=words) as error:
-            read(policy, path)
-        assert len(str(error.value).splitlines()) <= 10
-    for path, words in ((tmp_path, "directory"), (tmp_path / "none.jsonl", "No such file")):
-        with pytest.raises(Problem, match=words):
-            read(policy, path)
-    for mapping in ("1", "a,b", "nan,1", "-1,1,2"):
-        with pytest.raises(Problem, match="--map-rewards"):
-            read(policy, in_a_file(tmp_path, good), map_rewards=mapping)
-    path = in_a_file(tmp_path, good)
-    path.chmod(0)
-    if not os.access(path, os.R_OK):  # root reads everything
-        with pytest.raises(Problem, match="Permission denied"):
-            read(policy, path)
+@pytest.mark.parametrize("content, words", [
+    (b"", "no rollouts"), (b"\n \r\n\n", "no rollouts"), (None, "No such file"),
+    (("0", "1"), "--map-rewards=-1,1")])
+def test_bad_files(policy, tmp_path, content, words):
+    path = tmp_path / "rollouts.jsonl"
+    if isinstance(content, tuple):
+        content = b"".join(b'{"id": "q", "prompt": "How", "completion": "5", "reward": %s}\n'
+                           % reward.encode() for reward in content)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(Problem, match=words):
+        read(policy, path)
+
+
+@pytest.mark.parametrize("mapping", ["1", "a,b", "nan,1", "-1,1,2"])
+def test_bad_reward_maps(policy, good, tmp_path, mapping):
+    with pytest.raises(Problem, match=f"--map-rewards {mapping}: two numbers"):
+        read(policy, in_a_file(tmp_path, good), map_rewards=mapping)
 
 
 def test_a_bad_file_by_the_command_line(policy, good, tmp_path):
-    path = in_a_file(tmp_path, good, {**good, "reward": "\x1b]0;title\x07good"}, {**good, "completion_ids": [999] * 12})
-    result = shell(sys.executable, ROOT / "train.py", "--model", policy[0], "--rollouts", path, "--out", tmp_path / "out")
-    lines = [line for line in result.stdout.splitlines() if str(path) in line]
-    assert result.returncode == 2 and len(lines) == 2 and "Traceback" not in result.stdout and "\x1b]" not in result.stdout
+    path = in_a_file(tmp_path, good, {**good, "reward": "\x1b]0;title\x07good"})
+    result = in_process(ROOT / "train.py", "--model", policy[0], "--rollouts", path, "--out",
+                        tmp_path / "out")
+    lines = [line for line in result.stdout.splitlines() if "train.py: error" in line]
+    assert result.returncode == 2 and len(lines) == 1 and f"{path}:2: " in lines[0]
+    assert "Traceback" not in result.stdout and "\x1b]" not in result.stdout
     assert os.listdir(tmp_path / "out") == [".lock"]
 
 
-def test_odd_files_that_are_right(policy, good, tmp_path, capsys):
-    """CRLF, blank lines, no newline at the end, unknown fields, the same completion twice, one reward for all."""
-    line = json.dumps({**good, "mine": {"x": 1}, "prompt": "\u00fc \0 " + PROMPT, "prompt_ids": good["prompt_ids"]}).encode()
+def test_odd_files_that_are_right(policy, good, tmp_path):
+    """CRLF, blank lines, no newline at the end, unknown fields, the same completion twice."""
+    line = json.dumps({**good, "mine": {"x": 1}, "prompt": "\u00fc \0 " + PROMPT}).encode()
     data = read(policy, in_a_file(tmp_path, line + b"\r\n", b"\r\n", b"  \n", line))
-    assert data.lines.tolist() == [1, 4]
-    out = capsys.readouterr().out
-    assert "1 duplicate completions, each kept" in out and "all rewards are 1" in out
+    assert [row.line for row in data.rows] == [1, 4]
 
 
-def test_ids_that_fit_their_text_are_read_whoever_wrote_them(policy, good):
-    """vLLM keeps or drops special tokens and spaces, cuts stop words off, and may end within a character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer, ids = policy[2], good["completion_ids"]
-    for text in (COMPLETION, COMPLETION + "</s>", " " + COMPLETION, COMPLETION + "\n", COMPLETION[:-2], "<s>" + COMPLETION,
-                 "3 + 2 = 5 .", "The answer is 5 .", "", COMPLETION.upper()):
-        assert foreign_tokens([{"completion": text, "completion_ids": ids}], tokenizer) == [False], text
-    unknown = "thrice and unheard of ! 5"
-    assert foreign_tokens([{"completion": unknown, "completion_ids": tokenizer(unknown).input_ids[1:]}], tokenizer) == [False]
-    for text in ("No", "Something else is written here .", "Die Antwort ist 5"):
-        assert foreign_tokens([{"completion": text, "completion_ids": ids}, {"completion": text}], tokenizer) == [True, False], text
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    ids = tokenizer("caf\u00e9 \U0001f600").input_ids
-    for cut in range(1, len(ids) + 1):
-        for text in (tokenizer.decode(ids[:cut]), tokenizer.decode(ids[:cut]).rstrip("\ufffd")):  # engines differ here too
-            assert foreign_tokens([{"completion": text, "completion_ids": ids[:cut]}], tokenizer) == [False], (cut, text)
-
-
-def flipped_files(model, rollouts, folder, times, seed=0):
-    """(files refused in words, files read) of so many with up to four bytes changed. Anything else is raised."""
-    policy = model, *sampler.load_model(model, train.Settings(), "cpu")
-    rng, whole, counts = random.Random(seed), open(rollouts, "rb").read(), [0, 0]
-    say, batches.say = batches.say, lambda *_: None
-    try:
-        for _ in range(times):
-            content = bytearray(whole)
-            for _ in range(rng.randint(1, 4)):
-                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            with open(f"{folder}/flipped.jsonl", "wb") as file:
-                file.write(content)
-            try:
-                data = read(policy, f"{folder}/flipped.jsonl")
-                assert len(data.lines) > 0 and data.rewards.dtype == float
-                data.mu = data.logprobs
-                batches.micro_batches(train.Settings(), data, data.units, torch.device("cpu"))
-                counts[1] += 1
-            except Problem as problem:
-                assert str(problem)
-                counts[0] += 1
-    finally:
-        batches.say = say
-    return counts
-
-
-def test_flipped_bytes(policy, good, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["engine.rollouts"], "progress", lambda *_, **__: common.tqdm(disable=True))
+def test_flipped_bytes(policy, good, tmp_path):
     path = in_a_file(tmp_path, *[{**good, "id": str(number)} for number in range(4)])
-    refused, read_well = flipped_files(policy[0], path, tmp_path, 2000)
-    assert refused + read_well == 2000 and refused > 50 and read_well > 50
+    refused, read_well = faults.flipped_files(policy[0], path, tmp_path, 1000)
+    assert refused + read_well == 1000 and refused > 50 and read_well > 50
 
 
 # ---- hostile content ----
@@ -207,13 +152,12 @@ def test_flipped_bytes(policy, good, tmp_path, monkeypatch):
 
 def test_nothing_is_written_outside_and_nothing_is_garbled(policy, good, tmp_path, capsys):
     folder = tmp_path / "a/b"
-    folder.mkdir(parents=True)
-    rows = [{**good, "id": f"../../x{number}\x1b[2J", "completion": COMPLETION + "\x1b]0;mine\x07", "reward": 1.0 - 2 * (number % 2)}
-            for number in range(4)]
+    rows = [{**good, "id": f"../../x{number}\x1b[2J", "completion": COMPLETION + "\x1b]0;mine\x07",
+             "reward": 1.0 - 2 * (number % 2)} for number in range(4)]
     write_rollouts(folder / "rollouts.jsonl", rows)
     common.say("\x1b[31mred\r\u202e", "fine \u00fc\n\ttoo")
-    train.train(train.Settings(model=policy[0], rollouts=str(folder / "rollouts.jsonl"), out=str(folder / "out"), mu="start"))
-    assert sorted(os.listdir(tmp_path)) == ["a"] and sorted(os.listdir(tmp_path / "a")) == ["b"]
+    train.train(train_settings(policy[0], folder / "rollouts.jsonl", folder / "out", mu="start"))
+    assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["b"]
     out = capsys.readouterr().out
     assert out.startswith("\\x1b[31mred\\r\\u202e fine \u00fc\n\ttoo\n") and "\x1b" not in out
 
@@ -227,60 +171,58 @@ class Bomb:
 
 
 def test_no_code_comes_with_a_model(policy, good, tmp_path):
-    """A pickle in place of safetensors, code beside a model, a pickle in a checkpoint: refused, and never run."""
+    """A pickle in place of safetensors, code beside a model, a pickle in a checkpoint: refused, and
+    never run."""
     mark, folder = str(tmp_path / "executed"), tmp_path / "model"
-    shell("cp", "-r", policy[0], folder)
+    bomb = pickle.dumps(Bomb(mark), protocol=2)
+    shutil.copytree(policy[0], folder)
     os.remove(folder / "model.safetensors")
     for name in ("pytorch_model.bin", "model.bin"):
-        (folder / name).write_bytes(pickle.dumps(Bomb(mark), protocol=2))
+        (folder / name).write_bytes(bomb)
     with pytest.raises(Problem, match="cannot be loaded"):
         sampler.load_model(str(folder), train.Settings(), "cpu")
-    code = folder / "modeling_mine.py"
-    code.write_text(f"open({mark!r}, 'w')\nclass Mine: pass\n")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": {
-        "AutoConfig": "modeling_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}}))
+    (folder / "modeling_mine.py").write_text(f"open({mark!r}, 'w')\nclass Mine: pass\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {
+        f"Auto{kind}": "modeling_mine.Mine" for kind in ("Config", "ModelForCausalLM")}}))
     with pytest.raises(Problem, match="cannot be loaded"):
         sampler.load_model(str(folder), train.Settings(), "cpu")
-    write_rollouts(tmp_path / "rollouts.jsonl", [good] * 4)
-    settings = train.Settings(model=policy[0], rollouts=str(tmp_path / "rollouts.jsonl"), out=str(tmp_path / "out"), mu="file")
-    os.makedirs(tmp_path / "out")
-    shell("cp", "-r", policy[0], tmp_path / "out/checkpoint-00000001")
-    (tmp_path / "out/checkpoint-00000001/step.json").write_text('{"step": 1}')
+    path, checkpoint = in_a_file(tmp_path, good), tmp_path / "out/checkpoint-00000001"
+    shutil.copytree(policy[0], checkpoint)
+    (checkpoint / "step.json").write_text('{"step": 1}')
     for name in (".metadata", "__0_0.distcp", "model.safetensors"):  # where torch keeps pickles
-        (tmp_path / "out/checkpoint-00000001" / name).write_bytes(pickle.dumps(Bomb(mark), protocol=2))
+        (checkpoint / name).write_bytes(bomb)
     with pytest.raises(Problem, match="checkpoint-00000001: cannot be opened"):
-        train.train(settings)
+        train.train(train_settings(policy[0], path, tmp_path / "out", mu="file"))
     assert not os.path.exists(mark)
 
 
-# ---- disks and ranks ----
+# ---- disks, and processes that are killed ----
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    write_rollouts(tmp_path / "kept.jsonl", [{"id": "old"}])
+    (tmp_path / "kept.jsonl").write_text("old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Problem, match="kept.jsonl: cannot be written: No space left on device") as error:
+    with pytest.raises(Problem, match="kept.jsonl: cannot be written: No space left on device"):
         with whole_file(tmp_path / "kept.jsonl") as file:
             file.write("new")
-    assert len(str(error.value).splitlines()) == 1 and os.listdir(tmp_path) == ["kept.jsonl"]
-    assert "old" in (tmp_path / "kept.jsonl").read_text()
+    assert os.listdir(tmp_path) == ["kept.jsonl"]
+    assert (tmp_path / "kept.jsonl").read_text() == "old"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way, words", [
-    ("os.kill(os.getpid(), 9)", "rank 1 (process "), ("1 / 0", "(rank 1): failed: ZeroDivisionError"),
-    ("parallel.watched['ended'].set(); time.sleep(100)", "rank 1 (process ")])
-def test_a_lost_rank_is_named(tmp_path, way, words):
-    """Killed, failing, or without a sign of life: the others end soon, and one line says which it was."""
-    (tmp_path / "lost.py").write_text(
-        "import os, time\nfrom engine import common, parallel\nparallel.SILENCE = 6\n"
-        f"def main():\n    parallel.start_ranks()\n    if parallel.rank() == 1:\n        {way}\n"
-        "    parallel.barrier()\ncommon.run_main(main)\n")
-    start = time.time()
-    result = torchrun(2, tmp_path / "lost.py")
-    assert result.returncode != 0 and words in result.stdout and "gloo" not in result.stdout, result.stdout
-    assert time.time() - start < 60
+@pytest.mark.parametrize("ranks, options", [
+    (0, ()), (0, ("--optimizer", "adafactor")), (2, ()), (2, ("--optimizer", "adafactor")),
+    (2, ("--shard",)), (2, ("--shard", "--optimizer", "adafactor"))])
+def test_killed_and_run_again(tmp_path, ranks, options):
+    """kill -9 at random moments, the same command again: the same weights to the bit."""
+    assert faults.kill_train(tmp_path, ranks, *options, times=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["SIGKILL rank 1", "SIGKILL rank 0", "raise rank 1"])
+def test_a_lost_rank_ends_the_run(tmp_path, way):
+    """The other ranks end within 30 seconds, with a line in place of a traceback of ours."""
+    assert faults.lost_rank(tmp_path, way, ranks=2)

@@ -1,283 +1,290 @@
-"""The training loop by its own command line, at tiny size."""
+"""The training loop, by its own command line where that matters, at tiny size."""
 
 import dataclasses
 import itertools
-import json
 import math
-import sys
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import topr
 import train
-from conftest import ROOT, in_process, shell, torchrun
-from engine.rollouts import read_rollouts, write_rollouts
-from engine import batches, optim, run_folder, sampler
+from conftest import ROOT, eval_settings, furthest, in_process, torchrun, train_settings, weights_of
+from engine import batches, optim, packing, run_folder, sampler
 from engine.common import Problem
-
-RUN = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", "12", "--epochs", "2"]  # 5 steps an epoch, the last of 2
-
-
-def trained(tiny, rollouts, out, *options, ranks=0):
-    """Runs the command; returns (weights, log, first gradient)."""
-    gradient = f"{out}-gradient.pt"
-    code = (
-        "import sys, torch, train\nfrom engine import parallel\n"
-        "own, seen = torch.nn.utils.clip_grad_norm_, []\n"
-        "def record(parameters, limit):\n"
-        "    parameters = list(parameters)\n"
-        "    if not seen and parallel.rank() == 0:\n"
-        f"        torch.save([p.grad.clone() for p in parameters], {str(gradient)!r})\n"
-        "    seen.append(1)\n"
-        "    return own(parameters, limit)\n"
-        "torch.nn.utils.clip_grad_norm_ = record\n"
-        "try:\n"
-        "    train.run_main(train.main)\n"
-        "finally:\n"
-        "    torch.nn.utils.clip_grad_norm_ = own\n")
-    script = out.parent / f"{out.name}.py"
-    script.write_text(code)
-    command = [script, "--model", tiny, "--rollouts", rollouts, "--out", out, *RUN, *options]
-    result = torchrun(ranks, *command) if ranks else in_process(*command)
-    assert result.returncode == 0, result.stdout
-    log = [json.loads(line) for line in open(out / "log.jsonl")]
-    return load_file(out / "model.safetensors"), log, torch.load(gradient)
-
-
-def furthest(a, b):
-    pairs = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
-    return max((x - y).abs().max().item() for x, y in pairs)
-
-
-def test_the_same_update_for_any_number_of_ranks_and_micro_batches(tiny, rollouts, tmp_path):
-    """The most reported bug of the field: a normaliser that changes with micro-batch, rank or padding."""
-    weights, log, gradient = trained(tiny, rollouts, tmp_path / "one", "--micro-batch", 12)
-    assert [entry["sequences"] for entry in log] == [12, 12, 12, 12, 2] * 2
-    start = load_file(f"{tiny}/model.safetensors")
-    assert furthest(weights, start) > 1e-3
-    for name, ranks, options in (("micro1", 0, ["--micro-batch", 1]), ("micro3", 0, ["--micro-batch", 3]),
-                                 ("apart", 0, ["--no-pack-prompts", "--tokens-per-pass", 100]),
-                                 ("ranks2", 2, ["--micro-batch", 3])):
-        other_weights, other_log, other_gradient = trained(tiny, rollouts, tmp_path / name, *options, ranks=ranks)
-        assert furthest(gradient, other_gradient) < 1e-6, name
-        assert furthest(weights, other_weights) < 1e-4, name
-        for entry, other in zip(log[5:], other_log[5:]):  # the metrics too are of the whole step and all ranks
-            for key in ("loss", "gradient_norm", "negative_weight", "negatives_liked", "d_mean", "d_positive", "d_min", "d_90", "positive_share"):
-                assert other[key] == pytest.approx(entry[key], abs=2e-4), (name, key)
-
-
-def test_speed_ups_change_nothing(tiny, rollouts, tmp_path, monkeypatch):
-    """Ten steps with and without: prompts read once, the fused AdamW, the own backward pass of the log-softmax."""
-    run = lambda name, **changes: (train.train(settings(tiny, rollouts, tmp_path / name, epochs=2, sequences=10, **changes)),
-                                   load_file(tmp_path / name / "model.safetensors"))
-    log, weights = run("fast")
-    plain = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **options: plain(*given, foreach=False, **options))
-    monkeypatch.setattr(topr.TokenLogProbs, "apply", lambda logits, targets: -torch.nn.functional.cross_entropy(
-        logits, targets, reduction="none"))
-    slow_log, slow_weights = run("slow", pack_prompts=False)
-    assert len(log) == 10 and furthest(weights, slow_weights) < 1e-4
-    assert log[0]["gradient_norm"] == pytest.approx(slow_log[0]["gradient_norm"], abs=1e-5)
-
-
-def test_completions_of_a_prompt_stand_together():
-    """Each unit once an epoch, prompts in random order, `together` of one prompt in a row and no more by design."""
-    data = type("Data", (), dict(units=np.arange(600)[:, None], prompt_keys=np.arange(600) % 50))
-    orders = [batches.epoch_order(data, seed, epoch, 4).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    for order in orders:
-        assert sorted(order) == list(range(600))
-        assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
-    assert orders[0] != orders[1] and orders[0] != orders[2]
-    neighbours = sum(a % 50 == b % 50 for a, b in itertools.pairwise(batches.epoch_order(data, 0, 0, 1)))
-    assert neighbours < 40
-
-
-def test_dropout_does_not_touch_the_ratio(tmp_path):
-    """GPT-2 has dropout: log pi of the untrained policy would not be log mu, and every weight be noise."""
-    from test_eval import random_model
-
-    model = random_model("gpt2")
-    assert model.config.resid_pdrop > 0
-    optim.prepare_model(train.Settings(gradient_checkpointing=True), model)
-    packed = batches.pack([([1, 2, 3], [[4, 5, 6]])])
-    assert topr.completion_logprobs(model, **packed).equal(topr.completion_logprobs(model, **packed))
-    assert any(module.training for module in model.modules())
-
-
-def test_left_padding_gives_the_same_gradient(tiny, rollouts):
-    model, tokenizer = sampler.load_model(tiny, train.Settings(), "cpu")
-    rows = read_rollouts(rollouts)[:6]
-    gradients = []
-    for left in (False, True):
-        longest = max(len(row["prompt_ids"] + row["completion_ids"]) for row in rows) + 3
-        place = lambda values, fill: ([fill] * (longest - len(values)) + values) if left else values + [fill] * (longest - len(values))
-        tokens = [row["prompt_ids"] + row["completion_ids"] for row in rows]
-        ids = torch.tensor([place(t, 5) for t in tokens])
-        attention = torch.tensor([place([1] * len(t), 0) for t in tokens])
-        mask = torch.tensor([place([0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]), 0) for row in rows]).bool()
-        mu = torch.zeros(ids.shape).masked_scatter(mask, torch.tensor([x for row in rows for x in row["logprobs"]]))
-        logp = topr.completion_logprobs(model, ids, mask, attention_mask=attention)
-        loss, stats = topr.topr_loss(logp, mu, torch.tensor([row["reward"] for row in rows]), mask)
-        assert stats["log_ratio"].abs().max() < 1e-4
-        model.zero_grad()
-        loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert furthest(*gradients) < 1e-6
-
-
-def settings(tiny, rollouts, out, **changes):
-    return train.Settings(**{**dict(model=tiny, rollouts=str(rollouts), out=str(out), optimizer="adamw", learning_rate=1e-3,
-                                    sequences=12), **changes})
-
-
-def test_before_the_first_step_every_weight_is_one(tiny, rollouts, tmp_path, capsys):
-    """"Old" log-probs that are not the sampler's: d at step 0 shows it."""
-    log = train.train(settings(tiny, rollouts, tmp_path / "out", epochs=3))
-    assert abs(log[0]["negative_weight"] - 1) < 1e-3 and max(-log[0]["d_min"], log[0]["d_max"]) < 1e-3
-    assert "largest |log pi/mu|" in capsys.readouterr().out
-    assert max(abs(log[-1]["d_min"]), abs(log[-1]["d_max"])) > 0.1  # mu stays where it was: the policy moves away from it
-
-
-def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
-    rows = read_rollouts(rollouts)
-    for row in rows:
-        row["logprobs"] = [value / 2 for value in row["logprobs"]]  # as if sampled at another temperature
-    write_rollouts(tmp_path / "bad.jsonl", rows)
-    before = load_file(f"{tiny}/model.safetensors")
-    with pytest.raises(Problem, match=r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start.*--mu-tolerance"):
-        train.train(settings(tiny, tmp_path / "bad.jsonl", tmp_path / "out"))
-    assert furthest(before, load_file(f"{tiny}/model.safetensors")) == 0
-    for mu in ("file", "start"):
-        train.train(settings(tiny, tmp_path / "bad.jsonl", tmp_path / mu, mu=mu))
-
-
-def test_logprobs_of_another_policy_at_the_end_of_the_file(tiny, rollouts, tmp_path):
-    """Two files joined: the first lines fit, the last do not."""
-    rows = read_rollouts(rollouts) * 3
-    for row in rows[-30:]:
-        row["logprobs"] = [value - 2 for value in row["logprobs"]]
-    write_rollouts(tmp_path / "joined.jsonl", rows)
-    with pytest.raises(Problem, match="do not fit"):
-        train.train(settings(tiny, tmp_path / "joined.jsonl", tmp_path / "out"))
-    log = train.train(settings(tiny, tmp_path / "joined.jsonl", tmp_path / "sft", loss="sft"))  # it does not look at them
-    assert log[0]["negative_weight"] == 0
-
-
-def test_another_tokenizer_has_its_own_mu(tiny, rollouts, tmp_path):
-    """The same text under another end token: kept log-probs of other tokens would be taken for these."""
-    rows = [{name: row[name] for name in ("id", "prompt", "completion", "reward")} for row in read_rollouts(rollouts)]
-    write_rollouts(tmp_path / "plain.jsonl", rows)
-    model, tokenizer = sampler.load_model(tiny, train.Settings(), "cpu")
-    model.save_pretrained(tmp_path / "other")
-    tokenizer.eos_token = "▁Tom"
-    tokenizer.save_pretrained(tmp_path / "other")
-    for number, policy in enumerate((tiny, str(tmp_path / "other"))):
-        log = train.train(settings(policy, tmp_path / "plain.jsonl", tmp_path / f"out{number}"))
-        assert max(abs(log[0]["d_min"]), abs(log[0]["d_max"])) < 1e-4
-    assert len(list(tmp_path.glob("plain.jsonl.mu-*"))) == 2
+from engine.rollouts import read_rollouts, write_rollouts
 
 
 def read(model, rollouts, **changes):
     """read_data as train.py calls it."""
-    model, tokenizer = sampler.load_model(model, train.Settings(), "cpu")
-    settings = train.Settings(rollouts=str(rollouts), **changes)
+    settings = train_settings(model, rollouts, "", **changes)
+    model, tokenizer = sampler.load_model(model, settings, "cpu")
     return batches.read_data(settings, model, tokenizer, torch.device("cpu"))
 
 
-def test_pairs_have_one_prompt(tiny, rollouts, tmp_path):
-    """DPO on a file in which one id has several prompts: answers to different prompts make no pair."""
+TWO_RANKS = """
+import sys, train
+from conftest import train_settings
+tiny, rollouts, sparse, out = sys.argv[1:]
+train.train(train_settings(tiny, rollouts, out + "/whole", epochs=2, tokens_per_pass=100))
+train.train(train_settings(tiny, sparse, out + "/sparse", loss="sft", sequences=10))
+train.run_main(lambda: None)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny, rollouts, tmp_path_factory):
+    """A folder with what two ranks trained, and a rollout file with one positive."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    rows = read_rollouts(rollouts)
+    for number, row in enumerate(rows):
+        row["reward"] = 1.0 if number == 7 else -1.0
+    write_rollouts(folder / "sparse.jsonl", rows)
+    (folder / "script.py").write_text(TWO_RANKS)
+    result = torchrun(2, folder / "script.py", tiny, rollouts, folder / "sparse.jsonl", folder,
+                      PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    assert result.returncode == 0, result.stdout
+    return folder
+
+
+def plain_file(path, rollouts):
+    """The rollouts with their four fields alone."""
+    fields = ("id", "prompt", "completion", "reward")
+    write_rollouts(path, [{name: row[name] for name in fields} for row in read_rollouts(rollouts)])
+    return path
+
+
+# ---- the same update, however it is computed ----
+
+
+def test_the_same_update_for_any_number_of_ranks_and_passes(tiny, rollouts, two_ranks, tmp_path,
+                                                            monkeypatch):
+    """The most reported bug of the field: a normaliser that changes with micro-batch, rank or
+    padding. And speed-ups that change something: prompts read once, the fused AdamW, the own
+    backward pass of the log-softmax."""
+    def run(name, **changes):
+        train.train(train_settings(tiny, rollouts, tmp_path / name, epochs=2, **changes))
+        return tmp_path / name
+
+    whole, *others = run("whole"), run("passes", tokens_per_pass=100), two_ranks / "whole"
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **options: adamw(
+        *given, foreach=False, **options))
+    monkeypatch.setattr(topr.TokenLogProbs, "apply", lambda logits, targets:
+                        -torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    for known in (True, False):
+        monkeypatch.setattr(packing, "abilities", lambda *_: (known, False))
+        others.append(run(f"slow {known}"))
+
+    log = run_folder.read_log(whole)
+    assert [entry["sequences"] for entry in log] == [12, 12, 12, 12, 2] * 2
+    assert furthest(tiny, whole) > 1e-3
+    for folder in others:
+        assert furthest(whole, folder) < 1e-4, folder
+        for entry, other in zip(log, run_folder.read_log(folder), strict=True):
+            for key in entry.keys() - {"seconds", "tokens_per_second"}:  # of all ranks
+                assert other[key] == pytest.approx(entry[key], abs=2e-4), (folder, key)
+
+
+@pytest.mark.parametrize("taper, changes", [
+    (topr.TAPERS["sft"], {}), (topr.TAPERS["topr"], {"baseline": 1.0}),
+    (topr.TAPERS["topr"], {"baseline": -1.0}), (topr.Taper(pos=(0, 0), neg=(0, 1)), {})])
+def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monkeypatch, taper,
+                                                  changes):
+    """They cost a forward pass each; and left out of N, too, the others would count for more."""
+    monkeypatch.setitem(topr.TAPERS, "topr", taper)
+    changes = {"optimizer": "adafactor", **changes}
+    own_passes, own_loss, seen = batches.micro_batches, train.make_loss, []
+
+    def micro_batches(*given):
+        passes = own_passes(*given)
+        seen.extend(batch.reward.tolist() for batch in passes)
+        return passes
+
+    monkeypatch.setattr(batches, "micro_batches", micro_batches)
+    log = train.train(train_settings(tiny, rollouts, tmp_path / "without", **changes))
+    assert len(set(itertools.chain(*seen))) == 1
+    monkeypatch.setattr(train, "make_loss", lambda settings, data: (
+        *own_loss(settings, data)[:2], data.silent))
+    other = train.train(train_settings(tiny, rollouts, tmp_path / "with", **changes))
+    assert len(set(itertools.chain(*seen))) == 2
+    assert furthest(tmp_path / "without", tmp_path / "with") < 1e-6
+    for entry, before in zip(log, other):
+        assert entry["sequences"] == before["sequences"]
+        assert entry["loss"] == pytest.approx(before["loss"], abs=1e-6)
+
+
+def test_a_step_without_any_gradient(tiny, two_ranks, tmp_path):
+    """Positives only, and a single one: most steps, and most ranks, have nothing to do."""
+    log = train.train(train_settings(tiny, two_ranks / "sparse.jsonl", tmp_path, loss="sft",
+                                     sequences=10))
+    assert sorted(entry["gradient_norm"] > 0 for entry in log) == [False] * 4 + [True]
+    assert [entry["sequences"] for entry in log] == [10] * 5
+    assert furthest(tmp_path, two_ranks / "sparse") < 1e-6 < furthest(tiny, tmp_path)
+
+
+# ---- what a step takes ----
+
+
+def test_completions_of_a_prompt_stand_together(monkeypatch):
+    """Each unit once an epoch, in a random order of groups of one prompt."""
+    rows = [SimpleNamespace(prompt=(number % 50,)) for number in range(600)]
+    data = batches.Data("", "", rows, None, None, 0, None, 0, units=np.arange(600)[:, None])
+    orders = [batches.epoch_order(data, *seeds).tolist() for seeds in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert sorted(order) == list(range(600))
+        assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    monkeypatch.setattr(batches, "PROMPT_GROUP", 1)
+    alone = batches.epoch_order(data, 2, 0)
+    assert sum(a % 50 == b % 50 for a, b in itertools.pairwise(alone)) < 40
+
+
+def test_prompts_are_compared_and_not_their_hashes(tiny, rollouts):
+    """Two prompts with the same hash would have been packed as one."""
+    rows = [SimpleNamespace(prompt=(token,)) for token in (-1, -2, -1, -2)]
+    assert hash(rows[0].prompt) == hash(rows[1].prompt)
+    groups = batches.by_prompt(SimpleNamespace(rows=rows), range(4), range(4))
+    assert sorted(groups) == [[0, 2], [1, 3]]
+    prompts = [row.prompt for row in read(tiny, rollouts).rows]
+    assert len(set(map(id, prompts))) == len(set(prompts)) == 10
+
+
+def test_a_question_is_its_id_and_its_prompt(tiny, rollouts, tmp_path):
+    """With one id for several prompts: answers to different prompts make no pair for DPO, and
+    Anna Karenina keeps a correct one of each."""
     rows = [{**row, "id": "the same"} for row in read_rollouts(rollouts)]
     write_rollouts(tmp_path / "one.jsonl", rows)
     data = read(tiny, tmp_path / "one.jsonl", loss="dpo")
-    better, worse = data.prompt_keys[data.units].T
-    assert len(data.units) > 5 and (better == worse).all()
+    assert len(data.units) > 5
+    assert all(data.rows[better].prompt is data.rows[worse].prompt for better, worse in data.units)
+    for path in (rollouts, tmp_path / "one.jsonl"):
+        kept = read(tiny, path, anna_karenina=True).units
+        assert len(kept) == len(topr.anna_karenina(read_rollouts(rollouts))) < len(rows)
 
 
-def test_many_ranks_share_prompts_too(tiny, rollouts, tmp_path):
+def test_many_ranks_share_prompts_too(tiny, rollouts):
     """Rows of completions must not shrink to one only because there are many ranks."""
     data = read(tiny, rollouts)
     data.pack, sizes = True, []
-    for ranks in (1, 4):
-        data.ranks = ranks
-        bundles = batches.make_bundles(settings(tiny, rollouts, tmp_path), data, data.units)
-        sizes.append(max(len(rows) for _, _, rows in bundles))
+    for data.ranks in (1, 4):
+        sizes.append(max(len(rows) for _, _, rows in batches.make_bundles(data, data.units)))
     assert sizes[0] == sizes[1] > 1
 
 
+# ---- log mu ----
+
+
+def test_mu_is_that_of_the_start_and_stays(tiny, rollouts, tmp_path, capsys):
+    """"Old" log-probs that are not the sampler's: d at step 0 shows it. Re-anchoring mu on the
+    current weights turns TOPR into naive REINFORCE unnoticed. Kept log-probs of another policy, or
+    of the same text under another end token, would be taken for these."""
+    plain = plain_file(tmp_path / "plain.jsonl", rollouts)
+    model, tokenizer = sampler.load_model(tiny, eval_settings(), "cpu")
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    tokenizer.save_pretrained(tmp_path / "other")
+    kept, losses = {}, []
+    for number, (policy, path) in enumerate((
+            (tiny, rollouts), (tiny, plain), (tiny, plain), (tmp_path / "0", plain),
+            (tmp_path / "other", plain))):
+        log = train.train(train_settings(policy, path, tmp_path / f"{number}", epochs=3))
+        assert abs(log[0]["negative_weight"] - 1) < 1e-3
+        assert max(-log[0]["d_min"], log[0]["d_max"]) < 1e-3
+        assert max(-log[-1]["d_min"], log[-1]["d_max"]) > 0.1  # the policy moves away from mu
+        files = {file: file.read_bytes() for file in tmp_path.glob("plain.jsonl.mu-*")}
+        assert kept.items() <= files.items() and len(files) == (0, 1, 1, 2, 3)[number]
+        kept = files
+        losses.append(log[-1]["loss"])
+    assert losses[1] == losses[2] and "largest |log pi/mu|" in capsys.readouterr().out
+
+
+def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
+    """Sampled at another temperature; or two files joined, of which the first lines fit."""
+    rows = read_rollouts(rollouts)
+    halved = [{**row, "logprobs": [value / 2 for value in row["logprobs"]]} for row in rows]
+    for name, content in (("all", halved), ("joined", rows * 2 + halved)):
+        path = tmp_path / f"{name}.jsonl"
+        write_rollouts(path, content)
+        with pytest.raises(Problem, match=r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start"):
+            train.train(train_settings(tiny, path, tmp_path / name))
+        assert not (tmp_path / name / "model.safetensors").exists()
+        for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
+            read_whole = train_settings(tiny, path, f"{tmp_path}/{name}-{changes}", **changes)
+            train.train(read_whole)
+
+
+# ---- settings ----
+
+
 @pytest.mark.parametrize("options, words", [
-    (["--epochs", "0"], "--epochs 0: 1 or more"), (["--learning-rate", "-1"], "--learning-rate -1.0: 0 or more"),
-    (["--warmup", "-1"], "--warmup -1"), (["--grad-clip", "nan"], "--grad-clip nan"), (["--rounds", "2"], "--rounds needs --task"),
-    (["--eval-every", "5"], "--eval-every needs --task"), (["--neg-limits", "1"], "two numbers are required"),
-    (["--loss", "dpo", "--baseline", "0.5"], "no place in --loss dpo"), (["--shard"], "more than one process")])
-def test_settings_that_cannot_work(tiny, rollouts, tmp_path, monkeypatch, options, words):
-    """Found before anything is loaded, or at least before a weight moves."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", tiny, "--rollouts", rollouts, "--out", str(tmp_path / "out"), *options])
-    with pytest.raises(Problem, match=words):
-        train.main()
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    ("--epochs 0", "--epochs 0: 1 or more"), ("--learning-rate -1", "--learning-rate -1.0: 0 or"),
+    ("--warmup -1", "--warmup -1"), ("--grad-clip nan", "--grad-clip nan"),
+    ("--rounds 2", "--rounds and --eval-every need --task"), ("--eval-every 5", "need --task"),
+    ("--loss dpo --baseline 0.5", "no place in --loss dpo"), ("--baseline 2", "--baseline 2.0"),
+    ("--positive-share 1.5", "--positive-share 1.5: 0 to 1"), ("--shard", "more than one process"),
+    ("--positive-share 0.1 --baseline 0.1", "no --baseline"), ("--map-rewards=-1,1", "only 0 and"),
+    ("--rollouts nowhere.jsonl", "nowhere.jsonl"), ("--model nothing", "cannot be loaded"),
+    ("--model= ", "need --model"), ("--rollouts= ", "nothing to learn from"),
+    ("--task nothing", "--task nothing"), ("--mod x", "unrecognized arguments"),
+    ("--out {tiny}", "holds another run"),
+    ("--model {tiny}/../random --out {tiny}/../random", "would be overwritten")])
+def test_mistakes_are_one_line(tiny, rollouts, tmp_path, options, words):
+    """Found before a weight moves."""
+    before = weights_of(tiny)
+    options = [option.strip().format(tiny=tiny) for option in options.split(" ")]
+    result = in_process(ROOT / "train.py", "--model", tiny, "--rollouts", rollouts, "--out",
+                        tmp_path / "out", *filter(None, options))
+    assert result.returncode == 2 and words in result.stdout, result.stdout
+    lines = [line for line in result.stdout.splitlines() if "it/s" not in line and "B/s" not in line]
+    assert "Traceback" not in result.stdout and len(lines) <= 2  # argparse adds its usage
+    assert not (tmp_path / "out/model.safetensors").exists() and furthest(before, tiny) == 0
 
 
-def test_mu_is_computed_once_and_stays(tiny, rollouts, tmp_path):
-    """Re-anchoring mu on the current weights turns TOPR into naive REINFORCE unnoticed."""
-    rows = [{name: row[name] for name in ("id", "prompt", "completion", "reward")} for row in read_rollouts(rollouts)]
-    write_rollouts(tmp_path / "plain.jsonl", rows)
-    log = train.train(settings(tiny, tmp_path / "plain.jsonl", tmp_path / "out", epochs=2))
-    (kept,) = tmp_path.glob("plain.jsonl.mu-*")
-    assert abs(log[0]["d_mean"]) < 1e-4 and max(abs(log[-1]["d_min"]), abs(log[-1]["d_max"])) > 0.1
-    stamp = kept.read_bytes()
-    again = train.train(settings(tiny, tmp_path / "plain.jsonl", tmp_path / "again", epochs=2))
-    assert kept.read_bytes() == stamp and again[-1]["loss"] == log[-1]["loss"]
-    train.train(settings(str(tmp_path / "out"), tmp_path / "plain.jsonl", tmp_path / "further"))  # another start, another mu
-    assert len(list(tmp_path.glob("plain.jsonl.mu-*"))) == 2 and kept.read_bytes() == stamp
+def test_help_shows_a_scripts_own_options_first():
+    """Python 3.14 keeps annotations elsewhere: all options would have been those of others."""
+    text = in_process(ROOT / "train.py", "--help").stdout
+    assert re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)[:2] == ["--task", "--samples"]
 
 
-def test_a_file_made_by_hand(tiny, tmp_path):
-    """Four fields, graded rewards, no ids, no logprobs."""
-    lines = [dict(id=str(i), prompt="Tom has 3 apples . He finds 2 . How many ?", completion=f"The answer is {5 + i % 2} .",
-                  reward=-0.3 if i % 2 else 2.5) for i in range(6)]
-    (tmp_path / "hand.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log = train.train(settings(tiny, tmp_path / "hand.jsonl", tmp_path / "out", sequences=3))
+@pytest.mark.parametrize("rewards, map_rewards", [((2.5, -0.3), ""), ((1, 0), "-1,1")])
+def test_a_file_made_by_hand(tiny, tmp_path, rewards, map_rewards):
+    """Four fields, any rewards, no ids, no logprobs."""
+    write_rollouts(tmp_path / "hand.jsonl", [
+        dict(id=str(number), prompt="Tom has 3 apples . He finds 2 . How many ?",
+             completion=f"The answer is {5 + number % 2} .", reward=rewards[number % 2])
+        for number in range(6)])
+    log = train.train(train_settings(tiny, tmp_path / "hand.jsonl", tmp_path / "out", sequences=4,
+                                     map_rewards=map_rewards))
     assert len(log) == 2 and all(math.isfinite(entry["loss"]) for entry in log)
+    assert map_rewards == "" or log[0]["positive_share"] == 0.5
 
 
-def test_rewards_of_zero_and_one_are_refused(tiny, tmp_path):
-    lines = [dict(id=str(i), prompt="How many ?", completion="The answer is 5 .", reward=i % 2) for i in range(4)]
-    (tmp_path / "zero.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(Problem, match="--map-rewards"):
-        train.train(settings(tiny, tmp_path / "zero.jsonl", tmp_path / "out"))
-    log = train.train(settings(tiny, tmp_path / "zero.jsonl", tmp_path / "out", map_rewards="-1,1"))
-    assert log[0]["positive_share"] == 0.5
+@pytest.mark.parametrize("changes", [
+    *({"loss": loss} for loss in (*topr.TAPERS, "ppo", "dpo")),
+    {"weights": "bfloat16", "precision": "bfloat16"}, {"positive_share": 0.1}])
+def test_every_loss_trains(tiny, rollouts, tmp_path, changes):
+    log = train.train(train_settings(tiny, rollouts, tmp_path, sequences=50, epochs=2, **changes))
+    assert len(log) == 2 and all(math.isfinite(entry["loss"]) for entry in log)
+    if "positive_share" in changes:
+        assert log[0]["positive_share"] == pytest.approx(0.1)
+    if "weights" in changes:
+        assert weights_of(tmp_path)["lm_head.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("loss", [*topr.TAPERS, "ppo", "dpo"])
-def test_every_loss_trains(tiny, rollouts, tmp_path, loss):
-    log = train.train(settings(tiny, rollouts, tmp_path / loss, loss=loss))
-    assert log and all(math.isfinite(entry["loss"]) for entry in log)
-
-
-def test_options_of_the_data_and_the_loss(tiny, rollouts, tmp_path, capsys):
-    rewards = [row["reward"] for row in read_rollouts(rollouts)]
-    log = train.train(settings(tiny, rollouts, tmp_path / "share", positive_share=0.1, sequences=len(rewards)))
-    assert log[0]["positive_share"] == pytest.approx(0.1)
-    log = train.train(settings(tiny, rollouts, tmp_path / "anna", anna_karenina=True, sequences=100))
-    assert log[0]["sequences"] == len(topr.anna_karenina(read_rollouts(rollouts)))
-    log = train.train(settings(tiny, rollouts, tmp_path / "limits", neg_limits="0.5,0.5"))
-    assert log[-1]["negative_weight"] == pytest.approx(0.5)
-    for changes, words in ((dict(baseline=2.0), "--baseline"), (dict(neg_limits="1,0"), "neg limits"),
-                           (dict(positive_share=1.5), "--positive-share"), (dict(map_rewards="-1,1"), "only 0 and 1")):
-        with pytest.raises(Problem, match=words):
-            train.train(settings(tiny, rollouts, tmp_path / words.strip("-"), **changes))
+# ---- resuming ----
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkeypatch):
-    """Resume that restores the weights and not the optimizer, the position or the random state."""
-    whole = settings(tiny, rollouts, tmp_path / "whole", epochs=2, optimizer="adafactor", checkpoint_every=2)
-    log = train.train(whole)
-    broken = settings(tiny, rollouts, tmp_path / "broken", epochs=2, optimizer="adafactor", checkpoint_every=2)
-    calls = []
+    """Resume that restores the weights and not the optimizer, the position or the random state;
+    two runs that share a folder and silently continue each other."""
+    whole = train_settings(tiny, rollouts, tmp_path / "whole", epochs=2, optimizer="adafactor",
+                           checkpoint_every=2)
+    broken = dataclasses.replace(whole, out=str(tmp_path / "broken"))
+    log, own, calls = train.train(whole), train.backward, []
 
     def fail(*arguments):
         calls.append(1)
@@ -285,74 +292,66 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkey
             raise KeyboardInterrupt
         return own(*arguments)
 
-    own = train.backward
     monkeypatch.setattr(train, "backward", fail)
     with pytest.raises(KeyboardInterrupt):
         train.train(broken)
-    assert [path.endswith("checkpoint-00000004") for path in run_folder.checkpoints(broken.out)] == [True]
+    path, = run_folder.checkpoints(broken.out)
+    assert path.endswith("checkpoint-00000004")
     monkeypatch.setattr(train, "backward", own)
-    with pytest.raises(Problem, match="learning_rate was 0.001 and is 0.002"):
-        train.train(dataclasses.replace(broken, learning_rate=2e-3))
-    # what changes only memory or speed may differ: after running out of memory one resumes with less
-    broken = dataclasses.replace(broken, gradient_checkpointing=True, model=f"{tiny}/.")
-    again = train.train(broken)
-    assert furthest(load_file(tmp_path / "whole/model.safetensors"), load_file(tmp_path / "broken/model.safetensors")) == 0
-    volatile = ("seconds", "tokens_per_second", "peak_memory_gib")
-    assert [{k: v for k, v in e.items() if k not in volatile} for e in again] == \
-           [{k: v for k, v in e.items() if k not in volatile} for e in log]
-    assert len(open(tmp_path / "broken/log.jsonl").readlines()) == len(log)
+    for name, value in (("learning_rate", 2e-3), ("seed", 1), ("loss", "tis"), ("rounds", 2)):
+        with pytest.raises(Problem, match=f"another run: {name} was .* and is {value!r}"):
+            train.train(dataclasses.replace(broken, **{name: value}))
+    # what is `free`, memory and speed alone, may differ: who ran out of it resumes with less
+    again = train.train(dataclasses.replace(broken, gradient_checkpointing=True))
+    assert furthest(tmp_path / "whole", tmp_path / "broken") == 0
+    for entry, other in zip(again, log, strict=True):
+        same = entry.keys() - {"seconds", "tokens_per_second"}
+        assert [entry[name] for name in same] == [other[name] for name in same]
+    assert run_folder.read_log(broken.out) == again
+    for name, value in (("rounds", 2), ("model", str(tmp_path / "whole"))):  # it has finished
+        with pytest.raises(Problem, match=f"another run: .*{name} was"):
+            train.train_once(dataclasses.replace(broken, **{name: value}))
 
 
 def test_a_non_finite_step_stops_the_run(tiny, rollouts, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(Problem, match="step 0: .*gradient norm nan.*lines [0-9]+, "):
-        train.train(settings(tiny, rollouts, tmp_path / "out"))
-
-
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
-def test_help_and_mistyped_options(script):
-    result = shell(sys.executable, ROOT / script, "--help")
-    assert result.returncode == 0 and "--model" in result.stdout
-    result = in_process(ROOT / script, "--mod", "x")  # no abbreviations either
-    assert result.returncode == 2 and "unrecognized arguments" in result.stdout
-
-
-def test_user_errors_are_one_line(tiny, rollouts, tmp_path):
-    for command, words in ((["--model", tiny, "--rollouts", "nowhere.jsonl"], "nowhere.jsonl"),
-                           (["--model", tmp_path / "nothing", "--rollouts", rollouts], "cannot be loaded")):
-        result = in_process(ROOT / "train.py", *command, "--out", tmp_path / "out")
-        assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
-        assert len(result.stdout.strip().splitlines()) == 1, result.stdout
+    with pytest.raises(Problem, match="step 0: .*gradient norm is nan.*lines [0-9]+, "):
+        train.train(train_settings(tiny, rollouts, tmp_path / "out"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2])
-def test_a_signal_ends_the_step_first(tiny, rollouts, tmp_path, ranks):
-    """SIGTERM: the step is finished, a checkpoint written, the exit code tells, the same command goes on."""
+def test_a_signal_ends_the_step_first(tiny, rollouts, tmp_path):
+    """SIGTERM: the step is finished, a checkpoint written, and the same command goes on."""
     script = tmp_path / "interrupted.py"
-    script.write_text("import os, signal, train\nown = train.step_metrics\ncalls = []\n"
-                      "def step_metrics(parts):\n    calls.append(1)\n    if len(calls) == 2 and not os.environ.get('CALM'):\n"
-                      "        os.kill(os.getpid(), signal.SIGTERM)\n    return own(parts)\n"
-                      "train.step_metrics = step_metrics\ntrain.run_main(train.main)\n")
-    command = [script, "--model", tiny, "--rollouts", rollouts, "--out", tmp_path / "out", *RUN]
-    run = lambda **calm: torchrun(ranks, *command, **calm) if ranks > 1 else shell(sys.executable, *command, **calm)
-    result = run()
-    assert "stopped by a signal after step 1" in result.stdout and result.returncode == (143 if ranks == 1 else 1), result.stdout
-    assert (tmp_path / "out/checkpoint-00000002").is_dir()
-    result = run(CALM="1")
-    assert result.returncode == 0 and "going on from step 2" in result.stdout, result.stdout
-    train.train(settings(tiny, rollouts, tmp_path / "whole", epochs=2))
-    assert furthest(load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "whole/model.safetensors")) < 1e-5 * (ranks > 1) + 1e-9
+    script.write_text(
+        "import os, signal, train\nown, calls = train.step_metrics, []\n"
+        "def step_metrics(*given):\n    calls.append(1)\n"
+        "    if len(calls) == 2 and not os.environ.get('CALM'):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n    return own(*given)\n"
+        "train.step_metrics = step_metrics\ntrain.run_main(train.main)\n")
+    command = [script, "--model", tiny, "--rollouts", rollouts, "--out", tmp_path / "out",
+               "--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", "12"]
+    result = torchrun(2, *command)
+    assert "stopped by a signal after step" in result.stdout and result.returncode, result.stdout
+    assert run_folder.checkpoints(tmp_path / "out")
+    result = torchrun(2, *command, CALM="1")
+    assert result.returncode == 0 and "going on from step" in result.stdout, result.stdout
+    train.train(train_settings(tiny, rollouts, tmp_path / "whole"))
+    assert furthest(tmp_path / "out", tmp_path / "whole") < 1e-5
+
+
+# ---- the optimizer and the model ----
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_small_updates_are_not_lost_in_bfloat16(optimizer):
-    """300 steps at 5e-7 with a constant gradient: bfloat16 weights move in the mean as float32 weights do."""
+    """300 steps at 5e-7 with a constant gradient: bfloat16 weights move in the mean as float32
+    weights do."""
     moved = {}
     for kind in ("float32", "bfloat16", "rounded to nearest"):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         torch.manual_seed(0)
-        model = torch.nn.Linear(256, 256, bias=False, dtype=torch.float32)
+        model = torch.nn.Linear(256, 256, bias=False)
         model.weight.data = (torch.randn(256, 256) * 0.02).to(torch.bfloat16).to(dtype)
         start, gradient = model.weight.detach().float().clone(), torch.rand(256, 256) + 0.5
         run = train.Settings(optimizer=optimizer)
@@ -363,47 +362,39 @@ def test_small_updates_are_not_lost_in_bfloat16(optimizer):
             model.weight.grad = gradient.to(dtype)
             steps.step() if kind == "rounded to nearest" else optim.update(run, steps, step)
         moved[kind] = (model.weight.detach().float() - start).mean().item()
-    assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.1) and moved["float32"] < -1e-5
+    assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.1)
+    assert moved["float32"] < -1e-5
     assert abs(moved["rounded to nearest"]) < abs(moved["float32"]) / 10
-
-
-def test_bfloat16_weights_train_and_resume(tiny, rollouts, tmp_path):
-    log = train.train(settings(tiny, rollouts, tmp_path / "out", weights="bfloat16", precision="bfloat16", mu_tolerance=5.0))
-    assert all(math.isfinite(entry["loss"]) for entry in log)
-    assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_the_whole_job_in_rounds(tiny, tmp_path):
-    """Sample, train, sample from the trained policy, train again; measured before and after; all of it reused."""
-    command = [sys.executable, ROOT / "train.py", "--model", tiny, "--task", "apples", "--out", tmp_path / "job", "--rounds", 2,
-               "--questions", 6, "--samples", 4, "--test-questions", 8, "--max-new-tokens", 25, "--eval-every", 1, *RUN]
-    result = shell(*command)
-    assert result.returncode == 0 and "maj@4" in result.stdout, result.stdout
-    results = json.loads((tmp_path / "job/results.json").read_text())
-    assert results["before"]["questions"] == 8 and len(results["curve"]) > 4
-    weights = load_file(tmp_path / "job/model.safetensors")
-    second = [json.loads(line) for line in open(tmp_path / "job/rollouts-2.jsonl")]
-    first = [json.loads(line) for line in open(tmp_path / "job/rollouts-1.jsonl")]
-    assert first[0]["sampling"]["weights"] != second[0]["sampling"]["weights"] and first[0]["id"].startswith("apples-train")
-    result = shell(*command)
-    assert result.returncode == 0 and result.stdout.count("reusing") == 4, result.stdout
-    assert furthest(weights, load_file(tmp_path / "job/model.safetensors")) == 0
 
 
 def test_the_curve_does_not_end_checkpointing(tiny, rollouts, tmp_path, monkeypatch):
     """Sampling calls eval(), which switches gradient checkpointing off, without a word."""
     own, checkpointed = train.backward, []
 
-    def backward(policy, *rest):
+    def backward(settings, policy, *rest):
         checkpointed.append(any(module.training for module in policy.model.modules()))
-        return own(policy, *rest)
-
-    def evaluate(model):
-        model.eval()
-        return {"pass@1": 0.5}
+        return own(settings, policy, *rest)
 
     monkeypatch.setattr(train, "backward", backward)
-    train.train(settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True,
-                         eval_every=2), evaluate)
+    train.train(train_settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True,
+                               eval_every=2), lambda model: {"training": model.eval().training})
     assert len(checkpointed) > 3 and all(checkpointed)
+
+
+@pytest.mark.slow
+def test_the_whole_job_in_rounds(tiny, tmp_path):
+    """Sample, train, sample from the trained policy, train again; measured before and after; all
+    of it reused."""
+    out = tmp_path / "job"
+    command = [ROOT / "train.py", "--model", tiny, "--task", "apples", "--rounds", 2, "--out", out,
+               "--questions", 6, "--samples", 4, "--test-questions", 8, "--max-new-tokens", 25,
+               "--eval-every", 1, "--optimizer", "adamw", "--learning-rate", "1e-3"]
+    result = in_process(*command)
+    assert result.returncode == 0 and "maj@4" in result.stdout, result.stdout
+    weights = weights_of(out)
+    first, second = (read_rollouts(out / f"rollouts-{number}.jsonl")[0] for number in (1, 2))
+    assert first["sampling"]["weights"] != second["sampling"]["weights"]
+    assert first["id"].startswith("apples-train")
+    result = in_process(*command)
+    assert result.returncode == 0 and result.stdout.count("reusing it") == 2, result.stdout
+    assert furthest(weights, out) == 0
