@@ -4,23 +4,11 @@ import itertools
 
 import numpy as np
 
-from experiments.common import (
-    MEASURES,
-    WORKING_RATE,
-    by_arm,
-    compare,
-    line,
-    measure_once,
-    picture,
-    rows_of,
-    run_arms,
-    show_arms,
-    spread,
-    train_arm,
-    verdict,
-)
+import eval as evaluation
+from experiments.common import (WORKING_RATE, beyond_noise, by_arm, compare, line, run_arm,
+                                show_arms, spread, train_arm, verdict)
 
-ARMS = {
+LOSSES = {
     "TOPR": {"loss": "topr"},
     "positives only": {"loss": "sft"},
     "DPO": {"loss": "dpo"},
@@ -30,49 +18,42 @@ ARMS = {
     "AsymRE": {"loss": "reinforce", "baseline": -0.9},
 }
 LOW_RATE = 1e-4  # here naive REINFORCE rises before it falls
+PANELS = 4
 
 
-def run(settings, each):
-    result = run_arms(settings, each, ARMS, "collapse")
-    result["along"] = {}
-    for rate in (LOW_RATE, WORKING_RATE):
-        what = f"collapse at {rate:g}"
-        result["along"][f"{rate:g}"] = compare(settings, each, run_along, ARMS, what, [rate])
-    return result
+def run(settings):
+    arms = compare(settings, run_arm, {"base": {}, **LOSSES})
+    along = {f"{rate:g}": compare(settings, run_along, LOSSES, [rate])
+             for rate in (LOW_RATE, WORKING_RATE)}
+    return {"arms": arms, "along": along}
 
 
 def run_along(seed, arm, rate, split):
     """The measures at the end, and the curve along the training."""
-    settings, curve = train_arm(seed, arm, rate)
-    return {**measure_once(settings.out, seed, split), "curve": curve}
+    _, log = train_arm(seed, arm, rate)
+    return {**run_arm(seed, arm, rate, split), "curve": evaluation.curve([log])}
 
 
 def curve(arm, measure):
-    """(steps, values [seeds, steps]): those that all seeds have, and the last.
-
-    The last step differs between seeds for DPO, whose steps are pairs.
-    """
-    shared = min(map(len, arm["curve"])) - 1
-    curves = [points[:shared] + points[-1:] for points in arm["curve"]]
-    steps = np.mean([[point["step"] for point in points] for points in curves], 0)
-    return steps, np.array([[point[measure] for point in points] for points in curves])
+    """(steps, values [seeds, steps]); for DPO, whose steps are pairs, the steps are means."""
+    points = list(zip(*arm["curve"]))  # of all seeds
+    steps = [np.mean([one["step"] for one in seeds]) for seeds in points]
+    return steps, np.transpose([[one[measure] for one in seeds] for seeds in points])
 
 
 def show(result):
-    tables = [show_arms(rows_of(result), MEASURES, "each at its best rate")]
-    for rate, arms in result["along"].items():
-        tables.append(show_arms(arms, MEASURES, f"all at {rate}"))
-    return "\n\n".join(tables)
+    along = [f"all at {rate}\n{show_arms({'arms': arms})}" for rate, arms in
+             result["along"].items()]
+    return "\n\n".join([show_arms(result), *along])
 
 
-def draw(result, path):
+def draw(result, axes):
     panels = itertools.product(("pass@1", "invalid"), result["along"].items())
-    with picture(path, 2, 2) as axes:
-        for ax, (measure, (rate, arms)) in zip(axes, panels):
-            for name, arm in arms.items():
-                line(ax, *curve(arm, measure), name)
-            ax.set(title=f"learning rate {rate}", xlabel="optimizer step", ylabel=measure,
-                   ylim=(-0.03, 1.03))
+    for ax, (measure, (rate, arms)) in zip(axes, panels):
+        for name, arm in arms.items():
+            line(ax, *curve(arm, measure), name)
+        ax.set(title=f"learning rate {rate}", xlabel="optimizer step", ylabel=measure,
+               ylim=(-0.03, 1.03))
 
 
 def claims(result):
@@ -95,16 +76,15 @@ def claims(result):
            "the base)",
            verdict(abs(moved.mean()) < 0.1))
 
-    ahead = {name: passed["TOPR"] - passed[name]
-             for name in ("DPO", "positives only", "PPO", "naive REINFORCE")}
-    best = all(gain.mean() > 2 * gain.std() / len(gain) ** 0.5 for gain in ahead.values())
-    well = passed["DPO"].mean() > passed["positives only"].mean()
+    topr, dpo, positives = (passed[name] for name in ("TOPR", "DPO", "positives only"))
+    others = (dpo, positives, passed["PPO"], passed["naive REINFORCE"])
+    best = all(beyond_noise(topr - other) for other in others)
     yield ("DPO does well, TOPR is best (Figures 1, 3)",
-           f"pass@1 at the best rate of each: TOPR {spread(passed['TOPR'])}, DPO "
-           f"{spread(passed['DPO'])}, positives only {spread(passed['positives only'])} (TOPR "
-           f"without a baseline); TOPR minus DPO {spread(ahead['DPO'], '+')} (best if beyond "
-           f"two standard errors); AsymRE, not in the paper, {spread(passed['AsymRE'])}",
-           verdict(well, best))
+           f"pass@1 at the best rate of each: TOPR {spread(topr)}, DPO {spread(dpo)}, positives "
+           f"only {spread(positives)} (TOPR without a baseline); TOPR minus DPO "
+           f"{spread(topr - dpo, '+')} (best if beyond two standard errors); AsymRE, not in the "
+           f"paper, {spread(passed['AsymRE'])}",
+           verdict(dpo.mean() > positives.mean(), best))
 
     left = invalid["TOPR"].mean() / invalid["base"].mean()
     yield ("TOPR nearly ends invalid answers (Figures 1, 3)",

@@ -1,51 +1,35 @@
 """Figure 7: importance sampling with and without truncation, gradients clipped at 1 or at 100."""
 
-from experiments.common import (
-    MEASURES,
-    STYLES,
-    bars,
-    by_arm,
-    harmed,
-    picture,
-    rows_of,
-    run_arms,
-    show_arms,
-    spread,
-    verdict,
-)
+from experiments.common import (MEASURES, bars, by_arm, compare, harmed, run_arm, spread,
+                                verdict)
 
 LOSSES = {"TOPR": "topr", "truncated importance sampling": "tis", "importance sampling": "is"}
 CLIPS = {"loose": 100.0, "at 1": 1.0}
+PANELS = 2
 
 
-def run(settings, each):
-    arms = {}
-    for clip, norm in CLIPS.items():
-        for name, loss in LOSSES.items():
-            arm = {"loss": loss, "positives": 0.4, "grad_clip": norm}
-            arms[f"{name}, clipped {clip}"] = arm
-    return run_arms(settings, each, arms, "importance")
+def run(settings):
+    arms = {f"{name}, clipped {clip}": {"loss": LOSSES[name], "positives": 0.4,
+                                        "grad_clip": CLIPS[clip]}
+            for clip in CLIPS for name in LOSSES}
+    return {"arms": compare(settings, run_arm, {"base": {}, **arms})}
 
 
-def show(result):
-    return show_arms(rows_of(result), MEASURES, "60% negatives")
-
-
-def draw(result, path):
-    with picture(path, 1, 2) as axes:
-        for ax, measure in zip(axes, ("pass@1", "invalid")):
-            values = by_arm(result, measure)
-            clipped = {name: {f"clipped at {norm:g}": values[f"{name}, clipped {clip}"]
-                              for clip, norm in CLIPS.items()} for name in LOSSES}
-            bars(ax, clipped, [f"clipped at {norm:g}" for norm in CLIPS.values()])
-            ax.axhline(values["base"].mean(), color=STYLES["base"][0], linestyle="--", label="base")
-            ax.set(ylabel=measure)
+def draw(result, axes):
+    for ax, measure in zip(axes, ("pass@1", "invalid")):
+        values = by_arm(result, measure)
+        groups = {f"clipped at {norm:g}": clip for clip, norm in CLIPS.items()}
+        clipped = {name: {group: values[f"{name}, clipped {clip}"]
+                          for group, clip in groups.items()} for name in LOSSES}
+        bars(ax, clipped, groups)
+        ax.axhline(values["base"].mean(), color="grey", linestyle="--", label="base")
+        ax.set(ylabel=measure)
 
 
 def claims(result):
     passed, votes, invalid = (by_arm(result, measure) for measure in MEASURES)
     topr, truncated, plain = (f"{name}, clipped loose" for name in LOSSES)
-    topr_at_1, plain_at_1 = "TOPR, clipped at 1", "importance sampling, clipped at 1"
+    topr_at_1, _, plain_at_1 = (f"{name}, clipped at 1" for name in LOSSES)
     harm, harm_at_1 = (harmed(passed, invalid, name) for name in (plain, plain_at_1))
     ahead, ahead_at_1 = passed[topr] - passed[plain], passed[topr_at_1] - passed[plain_at_1]
     yield ("Untruncated importance sampling harms the model where gradients are cut at 100 "

@@ -14,60 +14,56 @@ if not __package__:  # started as a script: find the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import topr
 import train
-from engine import batches, sampler
-from engine.common import Problem, run_main, say
-from engine.run_folder import finished
+from engine import batches, mu, packing, run_folder, sampler
+from engine.common import Problem, run_main
 from experiments.common import picture
 
 FOLDER = "runs/apples-seed0"
-COLOURS = {"topr": "#1f4e9c", "reinforce": "#c92a2a", "is": "#b5651d", "tis": "#a9c46c",
-           "sft": "#2f9e44"}
-STYLES = {"topr": "-", "reinforce": ":", "is": "-.", "tis": (0, (4, 2)), "sft": "--"}
+LOOKS = {"topr": ("#1f4e9c", "-"), "reinforce": ("#c92a2a", ":"), "is": ("#b5651d", "-."),
+         "tis": ("#a9c46c", "--"), "sft": ("#2f9e44", "--")}
 
 
 def log_ratios(policy):
-    """d of each rollout under a policy, and which rollouts are right."""
+    """d of each rollout under a policy, and which rollouts are right. two of [rows]"""
     settings = train.Settings(model=policy, rollouts=f"{FOLDER}/rollouts-512x16.jsonl")
-    model, tokenizer = sampler.load_model(policy, settings, "cpu")
     device = torch.device("cpu")
+    model, tokenizer = sampler.load_model(policy, settings, device)
     data = batches.read_data(settings, model, tokenizer, device)
-    rows = np.arange(len(data.lines))
-    scores = batches.score_rows(settings, train.LogProbs(model, "float32"), data, rows, device)
-    differences = np.add.reduceat(scores - data.logprobs, data.starts[:-1])  # [rows]
-    return differences, data.rewards > 0
+    policy = packing.LogProbs(model, settings.precision)
+    scores = mu.score_rows(settings, policy, data, range(len(data.rows)), device)
+    d = [(scores[number] - row.logprobs).sum() for number, row in enumerate(data.rows)]
+    return np.array(d), data.rewards > 0
 
 
-def draw_weights(path):
+def draw_weights(axes):
     d = torch.linspace(-4, 2, 601)
-    with picture(path, 1, 2) as axes:
-        for side, sign, title in zip(axes, (1.0, -1.0), ("a right answer", "a wrong answer")):
-            for name, taper in topr.TAPERS.items():
-                weight = topr.taper_weights(d, torch.full_like(d, sign), taper)
-                side.plot(d, weight, color=COLOURS[name], linestyle=STYLES[name], label=name,
-                          linewidth=2.5)
-            side.set(xlabel="d = log pi/mu of the sequence", ylabel="weight", title=title,
-                     ylim=(-0.1, 3))
+    for side, sign, title in zip(axes, (1.0, -1.0), ("a right answer", "a wrong answer")):
+        for name, taper in topr.TAPERS.items():
+            colour, dashes = LOOKS[name]
+            weight = topr.taper_weights(d, torch.full_like(d, sign), taper)
+            side.plot(d, weight, color=colour, linestyle=dashes, label=name, linewidth=2.5)
+        side.set(xlabel="d = log pi/mu of the sequence", ylabel="weight", title=title,
+                 ylim=(-0.1, 3))
 
 
-def draw_ratios(path):
-    bins = np.linspace(-12, 5, 35)
-    with picture(path, 1, 2) as axes:
-        for side, policy in zip(axes, ("base", "topr")):
-            d, right = log_ratios(f"{FOLDER}/{policy}")
-            for chosen, name, colour in ((right, "right answers", "#2f9e44"),
-                                         (~right, "wrong answers", "#c92a2a")):
-                side.hist(d[chosen].clip(-12, 5), bins, alpha=0.6, label=name, color=colour,
-                          weights=np.full(chosen.sum(), 1 / chosen.sum()))
-            title = "before training" if policy == "base" else "after TOPR"
-            side.set(xlabel="d (below -12: at -12)", ylabel="share of them", title=title)
+def draw_ratios(axes):
+    titles = {"base": "before training", "topr": "after TOPR"}
+    for side, policy in zip(axes, titles):
+        d, right = log_ratios(f"{FOLDER}/{policy}")
+        for chosen, name, colour in ((right, "right answers", "#2f9e44"),
+                                     (~right, "wrong answers", "#c92a2a")):
+            shown = d[chosen].clip(-12, 5)
+            side.hist(shown, np.linspace(-12, 5, 35), alpha=0.6, label=name, color=colour,
+                      weights=np.full(len(shown), 1 / len(shown)))
+        side.set(xlabel="d (below -12: at -12)", ylabel="share of them", title=titles[policy])
 
 
 def main():
-    if not finished(f"{FOLDER}/topr"):
+    if not run_folder.finished(f"{FOLDER}/topr"):
         raise Problem(f"{FOLDER}/topr is missing: torchrun train.py makes it")
-    draw_weights("docs/weights.png")
-    draw_ratios("docs/ratios.png")
-    say("docs/weights.png and docs/ratios.png")
+    for path, draw in (("docs/weights.png", draw_weights), ("docs/ratios.png", draw_ratios)):
+        with picture(path, 2) as axes:
+            draw(axes)
 
 
 if __name__ == "__main__":

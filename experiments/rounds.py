@@ -5,23 +5,9 @@ import dataclasses
 import numpy as np
 
 import train
-from experiments.common import (
-    MEASURES,
-    STYLES,
-    by_arm,
-    by_seed,
-    compare,
-    each_base,
-    line,
-    measure_once,
-    picture,
-    rows_of,
-    run_arm,
-    show_arms,
-    spread,
-    train_arm,
-    verdict,
-)
+from data import load_task
+from experiments.common import (arm_settings, by_arm, compare, line, measure_once, run_arm,
+                                spread, train_arm, verdict)
 
 ROUNDS = 3
 ARMS = {
@@ -31,15 +17,13 @@ ARMS = {
     "positives only, Anna Karenina": {"loss": "sft", "anna_karenina": True},
 }
 LARGER_BASE, LARGER = "five times larger, base", "five times larger, positives only"
+OTHERS = {"base": {}, LARGER_BASE: {"base": "larger"}, LARGER: {"loss": "sft", "base": "larger"}}
+PANELS = 1
 
 
-def run(settings, each):
-    small = each_base(settings, each)
-    large = each_base(settings, each, "larger")
-    arms = compare(settings, each, run_rounds, ARMS, "rounds")
-    larger = {LARGER: {"loss": "sft", "base": "larger"}}
-    arms.update(compare(settings, each, run_arm, larger, "rounds, the larger model"))
-    return {"base": by_seed(small), LARGER_BASE: by_seed(large), "arms": arms}
+def run(settings):
+    others = compare(settings, run_arm, OTHERS)
+    return {"arms": {**compare(settings, run_rounds, ARMS), **others}}
 
 
 def run_rounds(seed, arm, rate, split):
@@ -47,51 +31,43 @@ def run_rounds(seed, arm, rate, split):
     if split == "validation":
         return run_arm(seed, arm, rate, split)
     first, _ = train_arm(seed, arm, rate)
-    rest = dataclasses.replace(first, model=first.out, rollouts="", rounds=ROUNDS - 1,
-                               eval_every=0, out=f"{first.out}-rounds")
-    policies = [first.out] + [policy for policy, _ in train.rounds(rest)]
+    rest = dataclasses.replace(arm_settings(seed, arm, rate), model=first, rollouts="",
+                               rounds=ROUNDS - 1, out=f"{first}-rounds")
+    policies = [first] + [policy for policy, _ in train.rounds(rest, load_task(rest.task))]
     measures = [measure_once(policy, seed, split) for policy in policies]
     return {**measures[-1], "rounds": [one["pass@1"] for one in measures]}
 
 
 def passed_by_round(result, name):
     """pass@1 of the base policy and after each round. [seeds, 1 + rounds]"""
-    return np.column_stack([result["base"]["pass@1"], result["arms"][name]["rounds"]])
+    arms = result["arms"]
+    return np.column_stack([arms["base"]["pass@1"], arms[name]["rounds"]])
 
 
-def show(result):
-    title = f"after {ROUNDS} rounds (the larger model: 1)"
-    return show_arms(rows_of(result), MEASURES, title)
-
-
-def draw(result, path):
-    passed = by_arm(result, "pass@1")
-    with picture(path, 1, 1) as (axes,):
-        for name in ARMS:
-            method, comma, _ = name.partition(",")
-            other = {"linestyle": ":", "markerfacecolor": "white"} if comma else {}
-            line(axes, range(ROUNDS + 1), passed_by_round(result, name), method, name, **other)
-        for name, dashes in ((LARGER_BASE, "--"), (LARGER, ":")):
-            colour = STYLES["base"][0]
-            axes.axhline(passed[name].mean(), color=colour, linestyle=dashes, label=name)
-        axes.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1),
-                 xticks=range(ROUNDS + 1))
+def draw(result, axes):
+    (ax,) = axes
+    for name in ARMS:
+        method, comma, _ = name.partition(",")
+        other = {"linestyle": ":", "markerfacecolor": "white"} if comma else {}
+        line(ax, range(ROUNDS + 1), passed_by_round(result, name), method, name, **other)
+    for name, dashes in ((LARGER_BASE, "--"), (LARGER, ":")):
+        height, colour = np.mean(result["arms"][name]["pass@1"]), "grey"
+        ax.axhline(height, color=colour, linestyle=dashes, label=name)
+    ax.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1),
+           xticks=range(ROUNDS + 1))
 
 
 def claims(result):
     last = by_arm(result, "pass@1")
-    topr, positives = last["TOPR"], last["positives only"]
+    topr, karenina = last["TOPR"], last["TOPR, Anna Karenina"]
     means = passed_by_round(result, "TOPR").mean(0)  # [1 + rounds]
-    ahead = topr - positives
-    rises = (np.diff(means) > 0).all()
+    ahead, gain, rises = topr - last["positives only"], karenina - topr, (np.diff(means) > 0).all()
     yield ("Sampling again and training again keeps helping (iterations)",
            "TOPR's pass@1 at first and after each round "
            f"{' '.join(f'{mean:.3f}' for mean in means)}; ahead of positives only in the end by "
            f"{spread(ahead, '+')}",
            verdict(rises, rises and ahead.min() > 0))
 
-    karenina = last["TOPR, Anna Karenina"]
-    gain = karenina - topr
     yield ("Keeping one right answer of each question and all wrong ones (Anna Karenina) beats "
            "keeping all (iterations)",
            f"TOPR after {ROUNDS} rounds: all {spread(topr)}, Anna Karenina {spread(karenina)}: "

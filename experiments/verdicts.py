@@ -1,77 +1,77 @@
 """Table 2: the generative verifier, before and after training, and the vote that it weighs."""
 
 import dataclasses
+import functools
 
-import numpy as np
+from filelock import FileLock
 
 import verifier
-from experiments.common import (
-    bars, compare, folder_of, name_of, picture, show_arms, spread, table, verdict)
+from engine.common import read_json
+from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepare, show_arms,
+                                spread, verdict)
+
+MEASURES = ("accuracy", "invalid", "weighted", "majority", "solutions")
+PANELS = 2
 
 
-def run(settings, each):
-    each(prepare_verifier, [(seed,) for seed in range(settings.seeds)], "first verifiers")
-    return {"arms": compare(settings, each, run_verifier, {"TOPR": {"loss": "topr"}}, "verdicts")}
+def run(settings):
+    (arm,) = compare(settings, run_verifier, {"TOPR": {"loss": "topr"}}).values()
+    before = {measure: arm.pop(f"{measure} before") for measure in MEASURES}
+    return {"arms": {"base": {"settings": {}, "learning_rate": 0, **before}, "TOPR": arm}}
 
 
-def prepare_verifier(seed):
+@functools.cache
+def first_verifier(seed):
     """verifier.py's embedded job: the untrained verifier, the solutions to judge, the settings."""
+    prepare(seed, "small")
     out = f"{folder_of(seed)}/verifier"
-    return verifier.embedded(verifier.Settings(**verifier.EMBEDDED, seed=seed, out=out))
+    with FileLock(f"{out}.lock"):
+        return verifier.embedded(verifier.Settings(**verifier.EMBEDDED, seed=seed, out=out))
 
 
 def run_verifier(seed, arm, rate, split):
     """verifier.py's job. The rate is chosen on a held-out quarter of the training questions."""
-    settings = dataclasses.replace(prepare_verifier(seed), learning_rate=rate, **arm)
+    settings = dataclasses.replace(first_verifier(seed), learning_rate=rate, **arm)
     settings.out += f"/{split}-{name_of(arm, rate)}"
     if split == "validation":
         settings.test_solutions = ""
-    results = verifier.job(settings)
-    before, after = results["measures"]["untrained"], results["measures"]["trained"]
-    last = results["voting"][-1]
-    votes = {name: value["mean"] for name, value in last["accuracy"].items()}
-    return {"score": after["accuracy"],
-            "accuracy": after["accuracy"], "accuracy before": before["accuracy"],
-            "invalid": after["invalid"], "invalid before": before["invalid"],
-            "solutions": last["n"], "majority": votes["majority"],
-            "weighted before": votes["weighted, untrained"], "weighted": votes["weighted, trained"]}
+    verifier.job(settings)
+    results = read_json(f"{settings.out}/results.json")
+    vote, measures = read_json(f"{settings.out}/voting.json")[-1], {}
+    for time, name in (("before", " before"), ("after", "")):
+        found = {**results[time], **vote, "weighted": vote[f"weighted, {time}"]}
+        measures |= {measure + name: found[measure] for measure in MEASURES}
+    return {**measures, "score": measures["accuracy"]}
 
 
 def show(result):
-    (arm,) = result["arms"].values()
-    rows = []
-    for title, name in (("accuracy of a verdict", "accuracy"), ("invalid verdicts", "invalid"),
-                        ("vote, weighted by the verdicts", "weighted")):
-        rows.append((title, spread(arm[f"{name} before"]), spread(arm[name])))
-    rows.append((f"majority of {arm['solutions'][0]} solutions", spread(arm["majority"]), ""))
-    arms = show_arms(result["arms"], ("accuracy", "invalid"), "the trained verifier")
-    return arms + "\n\n" + table(("", "untrained", "trained"), rows)
+    return show_arms(result, MEASURES)
 
 
-def draw(result, path):
-    (arm,) = result["arms"].values()
-    labels = {"base": "untrained verifier", "TOPR": "trained verifier", "majority": "majority vote"}
-    before = {name: arm[f"{name} before"] for name in ("accuracy", "invalid", "weighted")}
-    with picture(path, 1, 2) as (left, right):
-        bars(left, {"base": before, "TOPR": arm}, ("accuracy", "invalid"), labels)
-        left.set(ylabel="share of verdicts", ylim=(0, 1))
-        votes = {"majority": {"weighted": arm["majority"]}, "base": before, "TOPR": arm}
-        bars(right, votes, ["weighted"], labels)
-        right.set(ylabel="accuracy", xticks=[], xlabel=f"vote of {arm['solutions'][0]} solutions")
+def draw(result, axes):
+    left, right = axes
+    arms = result["arms"]
+    bars(left, arms, ("accuracy", "invalid"))
+    left.set(ylabel="share of verdicts", ylim=(0, 1))
+    votes = {"majority": {"vote": arms["TOPR"]["majority"]},
+             **{name: {"vote": arms[name]["weighted"]} for name in arms}}
+    bars(right, votes, ["vote"])
+    right.set(ylabel="accuracy", xlabel="majority; weighted before and after training")
 
 
 def claims(result):
-    (arm,) = result["arms"].values()
-    gain = np.subtract(arm["weighted"], arm["majority"])
-    gain_before = np.subtract(arm["weighted before"], arm["majority"])
-    accuracy, invalid = np.mean(arm["accuracy"]), np.mean(arm["invalid"])
+    accuracy, invalid, weighted, majority, solutions = (by_arm(result, measure)
+                                                        for measure in MEASURES)
+    gains = {name: weighted[name] - majority[name] for name in ("base", "TOPR")}
     yield ("The verifier's accuracy rises, 32.6% to 70.9%, and invalid verdicts end, 34.2% to "
            "0.9% (Table 2)",
-           f"accuracy {spread(arm['accuracy before'])} to {spread(arm['accuracy'])}, invalid "
-           f"{spread(arm['invalid before'])} to {spread(arm['invalid'])} "
+           f"accuracy {spread(accuracy['base'])} to {spread(accuracy['TOPR'])}, invalid "
+           f"{spread(invalid['base'])} to {spread(invalid['TOPR'])} "
            "(held to reproduce above 0.65 and below 0.02)",
-           verdict(accuracy > 0.65 and invalid < 0.02, accuracy > np.mean(arm["accuracy before"])))
+           verdict(accuracy["TOPR"].mean() > 0.65 and invalid["TOPR"].mean() < 0.02,
+                   accuracy["TOPR"].mean() > accuracy["base"].mean()))
     yield ("Its verdicts improve the vote (Table 2)",
-           f"majority of {arm['solutions'][0]} {spread(arm['majority'])}, weighted before "
-           f"{spread(gain_before, '+')}, after {spread(gain, '+')}",
-           verdict(min(gain) > 0 and np.mean(gain) > np.mean(gain_before), np.mean(gain) > 0))
+           f"majority of {solutions['TOPR'][0]:g} {spread(majority['TOPR'])}, weighted before "
+           f"{spread(gains['base'], '+')}, after {spread(gains['TOPR'], '+')}",
+           verdict(gains["TOPR"].min() > 0 and gains["TOPR"].mean() > gains["base"].mean(),
+                   gains["TOPR"].mean() > 0))
