@@ -36,6 +36,9 @@ class Chat(SimpleNamespace):
     __hash__ = object.__hash__
     all_special_tokens = ["</s>", "<|user|>", "<|assistant|>"]
 
+    def get_chat_template(self):
+        return self.chat_template
+
     def apply_chat_template(self, messages, **arguments):
         return f"<|user|>{messages[0]['content']}<|assistant|>"
 
