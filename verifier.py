@@ -20,8 +20,7 @@ import eval as evaluation
 import train
 from data import apples, load_task
 from data.grade import read_answer, same_maths
-from engine.common import (Problem, draw_lines, parse, run_main, say, setting, table,
-                           write_json)
+from engine.common import (Problem, draw_lines, parse, run_main, say, setting, table, write_json)
 from engine.measures import (group_answers, grouped, interval_text, majority_at_k, mean_by,
                              paired_interval, pass_at_k)
 from engine.parallel import barrier, rank, start_ranks
