@@ -23,13 +23,14 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     for row in rows:
         groups[row["id"]].append(row)
     rng, fewest = random.Random(seed), min(map(len, groups.values()))
+    known = set.intersection(*map(set, rows))  # the fields that every row has
     for group in groups.values():
         right = [row["reward"] > 0 for row in group]
         votes = group_answers([row.get("answer") for row in group], same_answer)
         found = {"pass@1": right, "invalid": [vote is None for vote in votes]}
-        if all("finish" in row for row in rows):
+        if "finish" in known:
             found["cut off"] = [row["finish"] == "length" for row in group]
-        if all("completion_ids" in row for row in rows):
+        if "completion_ids" in known:
             found["tokens"] = [len(row["completion_ids"]) for row in group]
         for k in (2**e for e in range(1, fewest.bit_length())):
             found[f"pass@{k}"] = pass_at_k(len(right), sum(right), k)
