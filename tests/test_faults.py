@@ -29,7 +29,8 @@ COMPLETION = "3 + 2 = 5 . The answer is 5 ."  # 11 words, and the end token
 def policy(tmp_path_factory):
     """(folder, model, tokenizer) of a small Llama with random weights."""
     folder = str(tmp_path_factory.mktemp("policy"))
-    apples.write_model(folder, apples.vocabulary(), 1, width=16, layers=1)
+    apples.write_beginner(folder, apples, 1, seed=1, width=16, layers=1)
+    folder += "/random"
     return folder, *sampler.load_model(folder, train.Settings(), "cpu")
 
 

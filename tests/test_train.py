@@ -360,7 +360,7 @@ def test_small_updates_are_not_lost_in_bfloat16(optimizer):
             steps.state.clear()  # as torch makes it, in the type of the weights
         for step in range(300):
             model.weight.grad = gradient.to(dtype)
-            steps.step() if kind == "rounded to nearest" else optim.update(run, steps, step)
+            steps.step() if kind == "rounded to nearest" else optim.update(run, steps, step, 300)
         moved[kind] = (model.weight.detach().float() - start).mean().item()
     assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.1)
     assert moved["float32"] < -1e-5

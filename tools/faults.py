@@ -39,8 +39,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def material(folder, questions=50):
     """A tiny model, and a rollout file that it wrote, with random rewards."""
-    model, path = f"{folder}/model", f"{folder}/rollouts.jsonl"
-    apples.write_model(model, apples.vocabulary(), 3, width=32, layers=2)
+    model, path = f"{folder}/random", f"{folder}/rollouts.jsonl"
+    apples.write_beginner(folder, apples, 1, seed=3, width=32, layers=2)
     code, output, _ = run([sys.executable, *sampling(model, path, questions, 12),
                            "--split", "train", "--no-greedy"], folder)
     assert code == 0, output
