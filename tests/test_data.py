@@ -42,17 +42,6 @@ def test_table():
         "name     mean\n-------------\npass@1  0.500\nn          12")
 
 
-def test_datasets_reads_it(tmp_path):
-    """Null answers and null settings of the sampling beside others."""
-    datasets = pytest.importorskip("datasets")
-    write_rollouts(tmp_path / "r.jsonl", [
-        {**GOOD, "answer": None, "sampling": {"top_k": None, "seed": 1}},
-        {**GOOD, "answer": "5", "sampling": {"top_k": 5, "seed": None}, "logprobs": [-1.5]}])
-    read = datasets.load_dataset("json", data_files=str(tmp_path / "r.jsonl"), split="train",
-                                 cache_dir=str(tmp_path / "cache"))
-    assert read["answer"][:] == [None, "5"] and read[1]["sampling"] == {"top_k": 5, "seed": None}
-
-
 # ---- tokens ----
 
 
@@ -83,7 +72,7 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(tokenizer):
     """vLLM keeps or drops special tokens and spaces, and cuts stop words off."""
     text = "3 + 2 = 5 . The answer is 5 ."
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    for near in (text, text + "</s>", " " + text, text + "\n", text[:-2], "<s>" + text, "3 + 2", ""):
+    for near in (text, text + "</s>", f" {text}\n", text[:-2], "<s>" + text, "3 + 2", ""):
         assert not is_foreign({"completion": near, "completion_ids": ids}, tokenizer), near
     for other in ("No", "Something else is written here .", "Die Antwort ist 5"):
         assert is_foreign({"completion": other, "completion_ids": ids}, tokenizer), other
