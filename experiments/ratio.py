@@ -27,7 +27,7 @@ RIVALS = {
     "negatives only": {"loss": "nsr"},
 }
 LONG_SEEDS = 2
-STEPS = (16, 64, 128, -1)  # of which the log is shown
+STEPS = (16, 64, 120, -1)  # of which the log is shown
 LOGGED = ("negative_weight", "d_negative", "d_positive")
 PANELS = 2
 
