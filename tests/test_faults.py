@@ -146,7 +146,7 @@ def test_nothing_is_written_outside_and_nothing_is_garbled(policy, good, tmp_pat
     rows = [{**good, "id": f"../../x{number}\x1b[2J", "completion": COMPLETION + "\x1b]0;mine\x07",
              "reward": 1.0 - 2 * (number % 2)} for number in range(4)]
     write_rollouts(folder / "rollouts.jsonl", rows)
-    common.say("\x1b[31mred\r\u202e", "fine \u00fc\n\ttoo")
+    common.say("\x1b[31mred\r\u202e fine \u00fc\n\ttoo")
     train.train(train_settings(policy[0], folder / "rollouts.jsonl", folder / "out", mu="start"))
     assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["b"]
     out = capsys.readouterr().out

@@ -193,15 +193,14 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
     """Sampled at another temperature; or two files joined, of which the first lines fit."""
     rows = read_rollouts(rollouts)
     halved = [{**row, "logprobs": [value / 2 for value in row["logprobs"]]} for row in rows]
-    for name, content in (("all", halved), ("joined", rows * 2 + halved)):
-        path = tmp_path / f"{name}.jsonl"
+    path, words = tmp_path / "bad.jsonl", r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start"
+    for content in (rows * 2 + halved, halved):
         write_rollouts(path, content)
-        with pytest.raises(Problem, match=r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start"):
-            train.train(train_settings(tiny, path, tmp_path / name))
-        assert not (tmp_path / name / "model.safetensors").exists()
-        for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
-            read_whole = train_settings(tiny, path, f"{tmp_path}/{name}-{changes}", **changes)
-            train.train(read_whole)
+        with pytest.raises(Problem, match=words):
+            train.train(train_settings(tiny, path, tmp_path / "out"))
+        assert not (tmp_path / "out/model.safetensors").exists()
+    for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
+        train.train(train_settings(tiny, path, f"{tmp_path}/{changes}", **changes))
 
 
 # ---- settings ----
@@ -209,7 +208,7 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     ("--epochs 0", "--epochs 0: 1 or more"), ("--learning-rate -1", "--learning-rate -1.0: 0 or"),
-    ("--warmup -1", "--warmup -1"), ("--grad-clip nan", "--grad-clip nan"),
+    ("--grad-clip nan", "--grad-clip nan"),
     ("--rounds 2", "--rounds and --eval-every need --task"), ("--eval-every 5", "need --task"),
     ("--loss dpo --baseline 0.5", "no place in --loss dpo"), ("--baseline 2", "--baseline 2.0"),
     ("--positive-share 1.5", "--positive-share 1.5: 0 to 1"), ("--shard", "more than one process"),
@@ -226,7 +225,7 @@ def test_mistakes_are_one_line(tiny, rollouts, tmp_path, options, words):
     result = in_process(ROOT / "train.py", "--model", tiny, "--rollouts", rollouts, "--out",
                         tmp_path / "out", *filter(None, options))
     assert result.returncode == 2 and words in result.stdout, result.stdout
-    lines = [line for line in result.stdout.splitlines() if "it/s" not in line and "B/s" not in line]
+    lines = [line for line in result.stdout.splitlines() if "/s" not in line]  # progress bars
     assert "Traceback" not in result.stdout and len(lines) <= 2  # argparse adds its usage
     assert not (tmp_path / "out/model.safetensors").exists() and furthest(before, tiny) == 0
 
@@ -319,7 +318,7 @@ def test_small_updates_are_not_lost_in_bfloat16(optimizer):
         model = torch.nn.Linear(256, 256, bias=False)
         start = (torch.randn(256, 256) * 0.02).bfloat16()
         model.weight.data, gradient = start.to(dtype, copy=True), torch.rand(256, 256) + 0.5
-        run = train.Settings(optimizer=optimizer)
+        run = train.Settings(optimizer=optimizer, learning_rate=5e-7)
         steps = optim.make_optimizer(run, model)
         for step in range(300):
             model.weight.grad = gradient.to(dtype)
