@@ -126,8 +126,7 @@ def free_memory():
 
 def fail(message, exit_code):
     """One line, and the end of this process."""
-    speakers = 2 if exit_code == 1 else 1  # another rank has died: it may have been the first
-    if rank() >= speakers:
+    if rank() > 0:
         time.sleep(3)  # the first rank says the same, most often, and torchrun then ends this one
     tqdm.write(visible(f"{os.path.basename(sys.argv[0])}: {message}"), file=sys.stderr)
     if world() > 1:

@@ -214,6 +214,5 @@ def test_killed_and_run_again(tmp_path, optimizer, ranks, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", faults.WAYS)
 def test_a_lost_rank_ends_the_run(tmp_path, way):
-    """Within 30 seconds, with a line in place of a traceback of ours; SIGTERM: with a checkpoint of
-    the step."""
+    """Within 30 seconds, without a traceback of ours; SIGTERM: with a checkpoint of the step."""
     assert faults.lost_rank(tmp_path, way, ranks=2)

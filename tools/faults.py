@@ -297,7 +297,8 @@ WAYS = ("SIGKILL rank 1", "SIGKILL rank 0", "raise rank 1", "SIGTERM rank 1")
 
 
 def lost_rank(folder, way, ranks=3):
-    """A rank is killed, or fails: the others end within 30 s, with a line and no traceback."""
+    """A rank is killed, or fails: the others end within 30 s, with a line of theirs or of torchrun,
+    and no traceback."""
     model, rollouts = material(folder)
     script, out = Path(folder, "broken.py"), f"{folder}/{way}"
     script.write_text(BROKEN)
@@ -318,6 +319,7 @@ def lost_rank(folder, way, ranks=3):
     print(f"  {way}: all ended after {seconds:.0f} s, exit code {code}, {lines}", flush=True)
     if what == "raise":
         return seconds < 30 and code != 0 and "a mistake of rank 1 alone" in output
+    lines = lines or "Root Cause" in output  # torchrun's report: it may be faster than the others
     if what == "SIGTERM":
         lines = run_folder.checkpoints(out) and "stopped by a signal after step" in output
     return bool(lines) and seconds < 30 and code != 0 and f'File "{ROOT}' not in output
