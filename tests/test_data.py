@@ -7,7 +7,7 @@ import pytest
 
 from data import apples
 from engine.common import table, whole_file
-from engine.rollouts import each_rollout, read_rollouts, write_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine.tokens import all_token_ids, is_foreign, prompt_tokens
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
@@ -26,7 +26,6 @@ def test_round_trip_keeps_every_field(tmp_path):
             {**GOOD, "completion": "line\nbreak \x00 and \"quotes\"", "reward": -0.3}]
     write_rollouts(tmp_path / "r.jsonl", rows)
     assert read_rollouts(tmp_path / "r.jsonl") == rows
-    assert [number for number, _ in each_rollout(tmp_path / "r.jsonl")] == [1, 2]
 
 
 def test_half_a_file_never_appears(tmp_path):

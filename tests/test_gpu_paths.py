@@ -146,9 +146,7 @@ def found(tmp_path_factory):
     (folder / "script.py").write_text(RANKS)
     result = torchrun(2, folder / "script.py", folder)
     assert result.returncode == 0, result.stdout
-    results = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
-    print(results)
-    return results
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.slow

@@ -152,15 +152,6 @@ def test_a_question_is_its_id_and_its_prompt(tiny, rollouts, tmp_path):
         assert len(kept) == len(topr.anna_karenina(read_rollouts(rollouts))) < len(rows)
 
 
-def test_many_ranks_share_prompts_too(tiny, rollouts):
-    """Rows of completions must not shrink to one only because there are many ranks."""
-    data = read(tiny, rollouts)
-    data.pack, sizes = True, []
-    for data.ranks in (1, 4):
-        sizes.append(max(len(rows) for _, _, rows in batches.make_bundles(data, data.units)))
-    assert sizes[0] == sizes[1] > 1
-
-
 # ---- log mu ----
 
 
