@@ -275,7 +275,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkey
     path, = run_folder.checkpoints(broken.out)
     assert path.endswith("checkpoint-00000004")
     monkeypatch.setattr(train, "backward", own)
-    for name, value in (("learning_rate", 2e-3), ("seed", 1), ("loss", "tis"), ("rounds", 2)):
+    for name, value in (("learning_rate", 2e-3), ("seed", 1), ("loss", "tis"), ("grad_clip", 2.0)):
         with pytest.raises(Problem, match=f"another run: {name} was .* and is {value!r}"):
             train.train(dataclasses.replace(broken, **{name: value}))
     # what is `free`, memory and speed alone, may differ: who ran out of it resumes with less
