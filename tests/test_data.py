@@ -7,7 +7,7 @@ import pytest
 
 from data import apples
 from engine.common import table, whole_file
-from engine.rollouts import each_rollout, read_rollouts, write_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 from engine.tokens import all_token_ids, is_foreign, prompt_tokens
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
@@ -26,7 +26,6 @@ def test_round_trip_keeps_every_field(tmp_path):
             {**GOOD, "completion": "line\nbreak \x00 and \"quotes\"", "reward": -0.3}]
     write_rollouts(tmp_path / "r.jsonl", rows)
     assert read_rollouts(tmp_path / "r.jsonl") == rows
-    assert [number for number, _ in each_rollout(tmp_path / "r.jsonl")] == [1, 2]
 
 
 def test_half_a_file_never_appears(tmp_path):
@@ -40,17 +39,6 @@ def test_half_a_file_never_appears(tmp_path):
 def test_table():
     assert table(("name", "mean"), [("pass@1", 0.5), ("n", 12)]) == (
         "name     mean\n-------------\npass@1  0.500\nn          12")
-
-
-def test_datasets_reads_it(tmp_path):
-    """Null answers and null settings of the sampling beside others."""
-    datasets = pytest.importorskip("datasets")
-    write_rollouts(tmp_path / "r.jsonl", [
-        {**GOOD, "answer": None, "sampling": {"top_k": None, "seed": 1}},
-        {**GOOD, "answer": "5", "sampling": {"top_k": 5, "seed": None}, "logprobs": [-1.5]}])
-    read = datasets.load_dataset("json", data_files=str(tmp_path / "r.jsonl"), split="train",
-                                 cache_dir=str(tmp_path / "cache"))
-    assert read["answer"][:] == [None, "5"] and read[1]["sampling"] == {"top_k": 5, "seed": None}
 
 
 # ---- tokens ----
@@ -83,7 +71,7 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(tokenizer):
     """vLLM keeps or drops special tokens and spaces, and cuts stop words off."""
     text = "3 + 2 = 5 . The answer is 5 ."
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    for near in (text, text + "</s>", " " + text, text + "\n", text[:-2], "<s>" + text, "3 + 2", ""):
+    for near in (text, text + "</s>", f" {text}\n", text[:-2], "<s>" + text, "3 + 2", ""):
         assert not is_foreign({"completion": near, "completion_ids": ids}, tokenizer), near
     for other in ("No", "Something else is written here .", "Die Antwort ist 5"):
         assert is_foreign({"completion": other, "completion_ids": ids}, tokenizer), other
@@ -95,7 +83,8 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(tokenizer):
 
 def test_every_word_is_one_token(tokenizer):
     """Every seeded figure hangs on the order of the words too."""
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == ["<unk>", "<s>", "</s>", "▁*", "▁+"]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == [
+        "<unk>", "<s>", "</s>", "▁*", "▁+"]
     rng = random.Random(0)
     for problem in problems_of("train", 1, 200):
         text = problem["question"] + " " + apples.demonstrate(problem, rng, apples.HABITS)

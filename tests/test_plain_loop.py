@@ -30,7 +30,8 @@ def test_train_does_what_the_plain_loop_does(tiny, rollouts, tmp_path, ranks):
     steps = batches.steps_per_epoch(data)
     order = [row for step in range(steps) for row in batches.step_units(settings, data, step).flat]
     rows = read_rollouts(path)
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # as the loop does
+    # as the loop does
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     placed = dict(zip(shuffled.tolist(), order, strict=True))
     write_rollouts(ordered, [rows[placed[place]] for place in range(len(rows))])
 

@@ -20,7 +20,16 @@ from engine import batches, parallel, run_folder
 from engine.common import Problem
 from engine.parallel import rank, barrier
 tied, rollouts, folder = sys.argv[1:]
-topr.max = lambda *_: 16  # tokens: the head in several chunks, run again in the backward pass
+own_logprobs = topr.completion_logprobs
+
+def in_chunks(model, *given, **more):  # of 16 tokens: the head runs again in the backward pass
+    vocabulary, model.config.vocab_size = model.config.vocab_size, 2**22
+    try:
+        return own_logprobs(model, *given, **more)
+    finally:
+        model.config.vocab_size = vocabulary
+
+topr.completion_logprobs = in_chunks
 own_clip, own_backward, own_passes = (
     torch.nn.utils.clip_grad_norm_, train.backward, batches.micro_batches)
 steps, uneven = [], []

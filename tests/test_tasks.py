@@ -12,7 +12,7 @@ from conftest import ROOT, in_process
 from data import load_task
 from engine import tasks
 from engine.common import Problem
-from engine.rollouts import read_rollouts
+from engine.rollouts import read_rollouts, write_rollouts
 
 TASK = '''
 """How many apples are left after some were found: small sums in the embedded policy's words."""
@@ -61,24 +61,19 @@ def test_sampled_trained_and_measured(tiny, write, tmp_path):
     rows = read_rollouts(out)
     assert len(rows) == 16 * 4 and {row["split"] for row in rows} == {"train"}
     assert {row["reward"] for row in rows} == {1.0, -1.0}
-    result = run("train.py", "--model", tiny, "--task", write(TASK + MEASURE), "--rounds", 2,
-                 "--sequences", 16, "--out", tmp_path / "out")
+    write_rollouts(out, [{**rows[0], "id": "test-Leo-2-1"}])  # figures would not be held out
+    result = run("train.py", "--model", tiny, "--rollouts", out, "--task", task)
+    assert result.returncode == 2 and "--split train" in result.stdout, result.stdout
+    command = ("train.py", "--model", tiny, "--task", write(TASK + MEASURE), "--rounds", 2,
+               "--eval-every", 3, "--sequences", 16, "--out", tmp_path / "out")
+    result = run(*command)
     assert result.returncode == 0 and "8 held-out questions" in result.stdout, result.stdout
     assert "even answers" in result.stdout and "maj@4" not in result.stdout
     first, second = (read_rollouts(tmp_path / f"out/rollouts-{number}.jsonl") for number in (1, 2))
     same = sum(a["completion"] == b["completion"] for a, b in zip(first, second))
     assert same < len(first) / 2  # every round has random numbers of its own
-
-
-@pytest.mark.slow
-def test_test_questions_are_not_trained_on(tiny, write, tmp_path):
-    """eval.py's default split is the test split: figures of it would not be held out."""
-    task, out = write(TASK), tmp_path / "rollouts.jsonl"
-    run("eval.py", "--model", tiny, "--task", task, "--out", out)
-    result = run("train.py", "--model", tiny, "--rollouts", out, "--task", task, "--out",
-                 tmp_path / "out")
-    assert result.returncode == 2 and "--split train" in result.stdout, result.stdout
-    assert "Traceback" not in result.stdout and not (tmp_path / "out").exists()
+    assert first[0]["sampling"]["weights"] != second[0]["sampling"]["weights"]
+    assert run(*command).stdout.count("trained before, reusing it") == 2
 
 
 def prompts(task, tokenizer=None, count=0, **changes):
@@ -90,7 +85,7 @@ def prompts(task, tokenizer=None, count=0, **changes):
 
 @pytest.mark.parametrize("text, words", [
     ("x = 1", "has no function questions"), ("def questions(split): return []", "function grade"),
-    ("def (", "cannot be imported: SyntaxError"), ("import nothing_like_this", "cannot be imported"),
+    ("def (", "cannot be imported: SyntaxError"), ("import nothing_like_this", "nothing_like"),
     ("raise SystemExit(3)", "cannot be imported: SystemExit"),
     (QUESTIONS + "return []", "no questions in split 'test'"),
     (QUESTIONS + "return 5", "questions of split 'test': TypeError"),
