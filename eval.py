@@ -165,7 +165,11 @@ def report_change(settings, before, after, logs, seconds):
                "after": summary(after), "curve": points, "seconds": seconds}
     title = f"{results['before']['questions']} held-out questions"
     say(table((title, "before", "after", "change"), rows))
-    say(f"the trained policy, results.json and the log are in {settings.out}")
+    name, *_ = before
+    gain = paired_interval(before[name], after[name])
+    rose = "rose" if gain["low"] > 0 else "fell" if gain["high"] < 0 else "did not change"
+    say(f"{name} {rose}, by its 95% interval ({interval_text(gain, '+')}); the trained policy, its "
+        f"completions, results.json and the log are in {settings.out}")
     if rank() == 0:
         write_json(f"{settings.out}/results.json", results)
         if points:

@@ -39,7 +39,7 @@ class Settings(train.Job):
     max_new_tokens: int = setting(64, "longest expansion in tokens", least=1, free=True)
 
 
-EMBEDDED = dict(metric="recall@10", optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128,
+EMBEDDED = dict(metric="recall@10", learning_rate=1e-3, epochs=2, sequences=128,
                 tokens_per_pass=4096, max_new_tokens=12, batch_size=512)
 
 # ---- the prompt: a query, and how to ask for words ----

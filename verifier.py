@@ -41,8 +41,8 @@ class Settings(train.Job):
 
 EMBEDDED = dict(
     questions=768, test_questions=1000, solutions_per_question=8, samples=10, epochs=2,
-    sequences=32, optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096,
-    max_new_tokens=48, batch_size=512)
+    sequences=32, learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48,
+    batch_size=512)
 
 
 # ---- the prompt ----
@@ -286,7 +286,7 @@ def embedded(settings):
     barrier()
     train.train_once(train.Settings(
         model=policy, rollouts=demonstrations, out=settings.model, seed=settings.seed, loss="sft",
-        optimizer="adamw", learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32,
+        learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32,
         tokens_per_pass=4096))
     return settings
 

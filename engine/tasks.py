@@ -27,7 +27,7 @@ import types
 from engine.common import Problem, first_line
 
 OPTIONAL = {"STOP": [], "same_answer": operator.eq, "ASK": "", "EXAMPLES": "", "measure": None}
-A_DAY = datetime.date(2024, 7, 26)  # what chat templates call today: prompts stay overnight
+DATED = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")  # in a chat template
 
 
 def make_task(name, source):
@@ -125,8 +125,14 @@ def make_prompt(task, row, tokenizer, settings):
         messages = [{"role": "user", "content": without_marks(messages, tokenizer)}]
     with one_line("--template-arguments needs a JSON object, or does not suit the chat template"):
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, strftime_now=A_DAY.strftime,
+            messages, tokenize=False, add_generation_prompt=True,
+            chat_template=DATED.sub(same_date, tokenizer.get_chat_template()),
             **json.loads(settings.template_arguments))
+
+
+def same_date(match):
+    """Instead of today's date in a template: a prompt must not change overnight."""
+    return repr(datetime.date(2024, 7, 26).strftime(match[2]))
 
 
 def without_marks(text, tokenizer):

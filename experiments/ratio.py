@@ -27,7 +27,7 @@ RIVALS = {
     "negatives only": {"loss": "nsr"},
 }
 LONG_SEEDS = 2
-STEPS = (16, 64, 128, -1)  # of which the log is shown
+STEPS = (16, 64, 120, -1)  # of which the log is shown
 LOGGED = ("negative_weight", "d_negative", "d_positive")
 PANELS = 2
 
@@ -47,14 +47,19 @@ def gspo_loss(logp, mu_logp, reward, mask, count=None):
 train.OTHER_LOSSES["gspo"] = gspo_loss
 
 
+def run_version(seed, arm, rate, split):
+    """run_arm, but in a module whose import makes gspo known to every process."""
+    return run_arm(seed, arm, rate, split)
+
+
 def run(settings):
     rates = [WORKING_RATE] if settings.quick else RATES
     few = dataclasses.replace(settings, seeds=min(LONG_SEEDS, settings.seeds))
     long = {name: {"base": "long", **arm} for name, arm in VERSIONS.items()}
-    return {"arms": compare(settings, run_arm, {"base": {}, **VERSIONS, **RIVALS}),
+    return {"arms": compare(settings, run_version, {"base": {}, **VERSIONS, **RIVALS}),
             "rates": {f"{rate:g}": compare(settings, run_logged, VERSIONS, [rate])
                       for rate in rates},
-            "long": compare(few, run_arm, {"base": {"base": "long"}, **long})}
+            "long": compare(few, run_version, {"base": {"base": "long"}, **long})}
 
 
 def run_logged(seed, arm, rate, split):
