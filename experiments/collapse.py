@@ -6,7 +6,7 @@ import numpy as np
 
 import eval as evaluation
 from experiments.common import (WORKING_RATE, beyond_noise, by_arm, compare, line, run_arm,
-                                show_arms, spread, train_arm, verdict)
+                                spread, train_arm, verdict)
 
 LOSSES = {
     "TOPR": {"loss": "topr"},
@@ -41,13 +41,7 @@ def curve(arm, measure):
     return steps, np.transpose([[one[measure] for one in seeds] for seeds in points])
 
 
-def show(result):
-    along = [f"all at {rate}\n{show_arms({'arms': arms})}" for rate, arms in
-             result["along"].items()]
-    return "\n\n".join([show_arms(result), *along])
-
-
-def draw(result, axes):
+def draw(result, *axes):
     panels = itertools.product(("pass@1", "invalid"), result["along"].items())
     for ax, (measure, (rate, arms)) in zip(axes, panels):
         for name, arm in arms.items():

@@ -1,7 +1,8 @@
 """What the experiments share: arms, their learning rates, the embedded task, tables, pictures.
 
 A finding is a module with run(settings) -> {"arms": what compare() returns, ...}, with
-claims(result), which yields (claim, what was measured, verdict), and with draw(result, axes).
+claims(result), which yields (claim, what was measured, verdict), and with draw(result, *axes), on
+so many axes as PANELS says.
 
 An arm is a method to compare: a dict of the train.py settings that differ from the embedded job's.
 Two of its keys are not settings: "positives" is the share of positives in the data set that is
@@ -130,12 +131,6 @@ def compare(settings, run, arms, rates=RATES):
         arm.update({measure: [one[measure] for one in found] for measure in found[0]
                     if measure not in ("score", "right")})
     return compared
-
-
-def best_arm(arms, names):
-    """The name with the best validation score; the first if nothing was validated (--quick)."""
-    scores = {name: sum(arms[name]["validation"][arms[name]["learning_rate"]]) for name in names}
-    return max(scores, key=scores.get)
 
 
 # ---- the embedded task: base policies, data sets, arms, measures ----
@@ -326,7 +321,7 @@ def line(axes, x, values, name, label=None, **changes):
     axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
-def bars(axes, arms, groups):
+def bars(axes, arms, groups, **labels):
     """Bars side by side with their standard deviation. arms: {name: {group: values of seeds}}"""
     width = 0.8 / len(arms)
     for number, (name, arm) in enumerate(arms.items()):
@@ -338,3 +333,4 @@ def bars(axes, arms, groups):
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)  # room for the numbers
+    axes.set(**labels)

@@ -15,15 +15,14 @@ def run(settings):
     return {"arms": compare(settings, run_arm, {"base": {}, **arms})}
 
 
-def draw(result, axes):
+def draw(result, *axes):
     for ax, measure in zip(axes, ("pass@1", "invalid")):
         values = by_arm(result, measure)
         groups = {f"clipped at {norm:g}": clip for clip, norm in CLIPS.items()}
         clipped = {name: {group: values[f"{name}, clipped {clip}"]
                           for group, clip in groups.items()} for name in LOSSES}
-        bars(ax, clipped, groups)
+        bars(ax, clipped, groups, ylabel=measure)
         ax.axhline(values["base"].mean(), color="grey", linestyle="--", label="base")
-        ax.set(ylabel=measure)
 
 
 def claims(result):

@@ -52,14 +52,12 @@ def show(result):
     return "\n\n".join(show_arms(result, names) for names in (MEASURES, groups, LOGGED))
 
 
-def draw(result, axes):
-    left, right = axes
+def draw(result, left, right):
     passed, cuts, shares = by_arm(result, "pass@1"), ("cut at 1", "cut at 100"), all_shares(result)
     arms = {name: {cut: passed[f"{name}, high rate, {cut}"] for cut in cuts}
             for name in ("TOPR", "importance sampling")}
-    bars(left, arms, cuts)
+    bars(left, arms, cuts, ylabel="pass@1", xlabel="gradients")
     left.axhline(passed["base"].mean(), color="black", linestyle="--", label="base")
-    left.set(ylabel="pass@1", xlabel="gradients")
     points = np.transpose([passed[name] for name in shares])
     line(right, list(shares.values()), points, "TOPR")
     right.set(xlabel="effective share of positives", ylabel="pass@1")

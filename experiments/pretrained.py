@@ -35,7 +35,8 @@ SEEDS = 3  # of the rollouts and of their order in training
 QUESTIONS = {  # --quick takes a tenth of each, and all demonstrations
     "demonstrations": (0, 1000), "round 1": (1000, 1300), "round 2": (1300, 1600),
     "validation": (2300, 2400), "held out": (2400, 2650), "SVAMP": (0, 500)}
-PRECISION = "bfloat16"  # twice as fast as float32 where the processor has it
+TRAINING = {"optimizer": "adamw", "sequences": 16, "warmup": 10, "schedule": "cosine",
+            "precision": "bfloat16"}  # twice as fast as float32 where the processor has it
 RATES = (6e-6, 2e-5)
 ARMS = {
     "base": {},
@@ -138,17 +139,16 @@ def prepare(settings):
 
 def train_on(model, rollouts, out, **changes):
     """The log."""
-    changes = {"optimizer": "adamw", "sequences": 16, "warmup": 10, "schedule": "cosine",
-               "precision": PRECISION, **changes}
-    return train.train_once(train.Settings(model=model, rollouts=rollouts, out=out, **changes))
+    return train.train_once(train.Settings(model=model, rollouts=rollouts, out=out,
+                                           **{**TRAINING, **changes}))
 
 
-def sample(settings, policy, part, out, **changes):
-    """Graded answers of a policy to the questions of a part, made once."""
-    sampling = train.Settings(max_new_tokens=64, batch_size=128, precision=PRECISION)
-    questions, grade = read_questions(settings, part), load_task("svamp").grade
-    with FileLock(f"{out}.lock"):  # several arms need the same rollouts
-        return evaluation.sample_once(sampling, policy, lambda _: questions, grade, out, **changes)
+def sampling(settings, part, samples, out):
+    """(train.py's settings, SVAMP with the questions of a part alone)"""
+    task = load_task("svamp")
+    task.questions = lambda split: read_questions(settings, part)
+    return train.Settings(**TRAINING, max_new_tokens=64, batch_size=128, samples=samples,
+                          out=out), task
 
 
 def train_arm(settings, seed, arm, rate):
@@ -158,8 +158,10 @@ def train_arm(settings, seed, arm, rate):
     out = f"{folder_of(settings)}/seed{seed}/{name_of(changes, rate)}"
     for number in range(1, rounds + 1):  # each has questions of its own
         rollouts = f"{policy}-rollouts-{seed}.jsonl"
-        sample(settings, policy, f"round {number}", rollouts, seed=seed + 100 * (number - 1),
-               samples=8)
+        job, task = sampling(settings, f"round {number}", 8, "")
+        job.seed = seed + 100 * (number - 1)
+        with FileLock(f"{rollouts}.lock"):  # all arms need the first
+            evaluation.sample_rollout_file(job, task, policy, rollouts)
         start, policy = policy, f"{out}-round{number}"
         log = train_on(start, rollouts, policy, seed=seed, learning_rate=rate, **changes)
     return policy, log
@@ -168,16 +170,13 @@ def train_arm(settings, seed, arm, rate):
 def run_arm(settings, seed, arm, rate, split):
     """The measures of an arm; its answers are kept in its folder."""
     policy, _ = train_arm(settings, seed, arm, rate)
-    measures, answers = {}, []
+    measures, invalid = {}, []
     for part in PARTS if split == "test" else ["validation"]:
-        for name, temperature, samples in ((part, 1.0, 4), (f"{part}, greedy", 0.0, 1)):
-            rows = sample(settings, policy, part, f"{policy}/{name}.jsonl", logprobs=False, seed=1,
-                          samples=samples, temperature=temperature)
-            right = np.reshape([row["reward"] > 0 for row in rows], (-1, samples)).mean(1)
-            measures |= {name: right.mean(), f"by question, {name}": right}  # [questions]
-            answers += [row["answer"] for row in rows]
-    return {**measures, "invalid": answers.count(None) / len(answers),
-            "score": measures.get("validation")}
+        values = evaluation.measure_once(*sampling(settings, part, 4, policy), policy, part)
+        measures |= {part: np.mean(values["pass@1"]), f"{part}, greedy": np.mean(values["greedy"]),
+                     f"by question, {part}": values["pass@1"]}
+        invalid += values["invalid"]
+    return {**measures, "invalid": np.mean(invalid), "score": measures.get("validation")}
 
 
 # ---- what came of it ----
@@ -187,55 +186,47 @@ def show(result):
     return "\n\n".join([show_arms(result, MEASURES), show_paired(result)])
 
 
-def draw(result, axes):
-    (ax,) = axes
+def draw(result, ax):
     arms = result["arms"]
     shown = {name: arms[name] for name in arms if name in STYLES}
-    bars(ax, {**shown, "AsymRE": arms["AsymRE, baseline -0.9"]}, PARTS)
-    ax.set(ylabel="pass@1")
+    bars(ax, {**shown, "AsymRE": arms["AsymRE, baseline -0.9"]}, PARTS,
+         ylabel="pass@1")
 
 
 def claims(result):
-    arms, truncated = result["arms"], "truncated importance sampling"
+    at = {name: f"{name} {spread(arm['held out'])}" for name, arm in result["arms"].items()}
+    gain = {pair: parts["held out"] for pair, parts in result["paired"].items()}
+    text = {pair: interval_text(interval, "+") for pair, interval in gain.items()}
 
-    def at(name):
-        return f"{name} {spread(arms[name]['held out'])}"
-
-    def gain(name, other):
-        return result["paired"][f"{name} minus {other}"]["held out"]
-
-    def as_text(interval):
-        return interval_text(interval, "+")
-
-    over_base, ahead = gain(BEST, "base"), gain(BEST, OTHER)
+    over_base, ahead = f"{BEST} minus base", f"{BEST} minus {OTHER}"
     yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
-           f"135 million weights, pass@1 on held-out questions: {at('base')}, "
-           f"{at(OTHER)}, {at(BEST)}: over the base {as_text(over_base)}, over "
-           f"positives only {as_text(ahead)}",
-           verdict(over_base["low"] > 0, ahead["low"] > 0))
+           f"135 million weights, pass@1 on held-out questions: {at['base']}, {at[OTHER]}, "
+           f"{at[BEST]}: over the base {text[over_base]}, over positives only {text[ahead]}",
+           verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0))
 
-    again, ahead = gain(TWICE, BEST), gain(TWICE, OTHER_TWICE)
+    again, ahead = f"{TWICE} minus {BEST}", f"{TWICE} minus {OTHER_TWICE}"
     yield ("Sampling again and training again keeps helping (iterations, 135 million weights)",
-           f"pass@1 on held-out questions after a second round, with new questions: {at(TWICE)}, "
-           f"over one round {as_text(again)}; {at(OTHER_TWICE)}: TOPR over that {as_text(ahead)}",
-           verdict(again["low"] > 0, ahead["low"] > 0))
+           f"pass@1 on held-out questions after a second round, with new questions: {at[TWICE]}, "
+           f"over one round {text[again]}; {at[OTHER_TWICE]}: TOPR over that {text[ahead]}",
+           verdict(gain[again]["low"] > 0, gain[ahead]["low"] > 0))
 
-    naive = gain("naive REINFORCE", "base")
-    before, worst = (min(arms[name]["validation"].values()) for name in ("base", "naive REINFORCE"))
+    naive = "naive REINFORCE minus base"
+    before, worst = (min(result["arms"][name]["validation"].values())
+                     for name in ("base", "naive REINFORCE"))
     yield ("Naive REINFORCE harms a pretrained model (Figures 1, 3)",
-           f"pass@1 over the base at its best rate {as_text(naive)}; on the validation questions "
+           f"pass@1 over the base at its best rate {text[naive]}; on the validation questions "
            f"{spread(worst)} at its worst rate, the base {spread(before)}",
-           verdict(naive["high"] < 0, worst < before))
+           verdict(gain[naive]["high"] < 0, worst < before))
 
-    over_base, ahead = gain("DPO", "base"), gain(BEST, "DPO")
+    over_base, ahead = "DPO minus base", f"{BEST} minus DPO"
     yield ("DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
-           f"pass@1 on held-out questions: {at('DPO')}, over the base {as_text(over_base)}; "
-           f"TOPR's best over DPO {as_text(ahead)}",
-           verdict(over_base["low"] > 0, ahead["low"] > 0))
+           f"pass@1 on held-out questions: {at['DPO']}, over the base {text[over_base]}; "
+           f"TOPR's best over DPO {text[ahead]}",
+           verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0))
 
-    ahead = gain("TOPR", truncated)
+    ahead = "TOPR minus truncated importance sampling"
     yield ("Right answers at full weight, wrong ones fading, is better than all of them fading "
            "(Figure 7, 135 million weights)",
-           f"without a baseline, pass@1 on held-out questions: {at('TOPR')}, {at(truncated)}: "
-           f"{as_text(ahead)}",
-           verdict(ahead["low"] > 0))
+           f"without a baseline, pass@1 on held-out questions: {at['TOPR']}, "
+           f"{at['truncated importance sampling']}: {text[ahead]}",
+           verdict(gain[ahead]["low"] > 0))

@@ -3,87 +3,77 @@
 import dataclasses
 import functools
 
+import numpy as np
+from filelock import FileLock
+
+import eval as evaluation
 import search
 import train
-from engine.common import part_of
-from experiments.common import (
-    bars, by_arm, by_seed, compare, name_of, picture, rows_of, show_arms, spread, verdict)
+from data import library
+from experiments.common import bars, by_arm, compare, name_of, show_arms, spread, verdict
 
-ARMS = {"positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
+ARMS = {"base": {}, "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
 MEASURE, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
 OUT = "runs/search-library"
+PANELS = 1
 
 
-def run(settings, each):
-    seeds = range(settings.seeds)
-    each(collection, [()], "the collection and its index")
-    each(expander, [(seed,) for seed in seeds], "base expanders")
-    none = each(measure_once, [(collection()[0], None, "none", "test")], "the queries alone")
-    jobs = [(settings_of(seed, "test"), f"{OUT}/seed{seed}/base", "base", "test") for seed in seeds]
-    base = each(measure_once, jobs, "base expanders: test")
-    arms = compare(settings, each, run_expander, ARMS, "queries")
-    return {"no expansion": none[0]["sampled"], "base": by_seed(base), "arms": arms}
+def run(settings):
+    arms = compare(settings, run_expander, ARMS)
+    _, task = make_job(0, "test")
+    alone = task.measure([{**query, "split": "test", "answer": ""}
+                          for query in task.questions("test")])
+    return {"no expansion": np.mean(list(alone[MEASURE])), "arms": arms}
 
 
 @functools.cache
-def collection():
-    """search.py's settings and its index: made once, opened once by each process."""
-    settings = search.Settings(**search.EMBEDDED, out=OUT)
-    return settings, search.prepare(settings)
+def make_job(seed, split):
+    """(search.py's settings with a base expander and its rollouts, the task)"""
+    settings = search.Settings(**search.EMBEDDED, seed=seed, out=OUT)
+    with FileLock(f"{OUT}.lock"):
+        index = search.prepare(settings)
+        splits = search.read_splits(settings, index)
+        if split == "validation":
+            queries = list(splits["train"].items())
+            splits = {"train": dict(queries[:-HELD_OUT]), "test": dict(queries[-HELD_OUT:])}
+        task = search.make_task(settings, index, splits, embedded=True)
+        settings.out = f"{OUT}/seed{seed}/{split}"
+        settings.model = train.base_policy(f"{OUT}-seed{seed}", seed, library, steps=500, layers=2)
+        return with_rollouts(settings, task), task
 
 
-def settings_of(seed, split, **changes):
-    """search.py's settings for a seed; the test split has the folder of `torchrun search.py`."""
-    out = f"{OUT}/seed{seed}" + ("" if split == "test" else f"/{split}")
-    return dataclasses.replace(collection()[0], seed=seed, out=out, **changes)
+def with_rollouts(settings, task):
+    """The settings, with the rollouts of the base expander."""
+    rollouts = f"{settings.out}/rollouts.jsonl"
+    evaluation.sample_rollout_file(settings, task, settings.model, rollouts)
+    return dataclasses.replace(settings, rollouts=rollouts)
 
 
-def expander(seed):
-    """Makes the base expander and its rollouts, with and without the queries of the validation."""
-    base = search.base_expander(OUT, seed)
-    for split in ("test", "validation"):
-        learn, _ = topics(split)
-        search.make_rollouts(settings_of(seed, split), collection()[1], learn, base)
-
-
-def topics(split):
-    """(queries to learn from, queries to measure on)"""
-    learn, test = search.read_splits(*collection())
-    if split == "test":
-        return learn, test
-    queries = list(learn.items())
-    return dict(queries[:-HELD_OUT]), dict(queries[-HELD_OUT:])
+def measure_arm(settings, task, arm, rate, split):
+    """{measure: its value for each query} of an arm's sampled expansions, and "greedy"."""
+    policy = settings.model
+    this = dataclasses.replace(settings, learning_rate=rate, **arm,
+                               out=f"{settings.out}/{name_of(arm, rate)}")
+    if rate:
+        train.train_once(this)
+        policy = this.out
+    return evaluation.measure_once(this, task, policy, split)
 
 
 def run_expander(seed, arm, rate, split):
-    settings = settings_of(seed, split, learning_rate=rate, **arm)
-    rollouts = f"{settings.out}/rollouts.jsonl"
-    settings.out += f"/{name_of(arm, rate)}"
-    policy = f"{settings.out}/{settings.loss}"
-    train.train_once(part_of(train.Settings, settings, model=f"{OUT}/seed{seed}/base",
-                             rollouts=rollouts, out=policy))
-    return measure_once(settings, policy, settings.loss, split)
-
-
-def measure_once(settings, policy, name, split):
-    _, test = topics(split)
-    means = {}
-    for kind in search.KINDS:
-        found = search.measure_once(settings, collection()[1], test, policy, name, kind)
-        means[kind] = float(found[:, 0].mean())  # the rewarded measure is the first
-    return {"score": means["sampled"], **means}
+    values = measure_arm(*make_job(seed, split), arm, rate, split)
+    sampled = np.mean(values[MEASURE])
+    return {"sampled": sampled, "greedy": np.mean(values["greedy"]), "score": sampled}
 
 
 def show(result):
-    return (f"the queries alone: {result['no expansion']:.3f}\n\n"
-            + show_arms(rows_of(result), search.KINDS, MEASURE))
+    arms = show_arms(result, ("sampled", "greedy"))
+    return f"{arms}\n\n{MEASURE}; the queries alone: {result['no expansion']:.3f}"
 
 
-def draw(result, path):
-    with picture(path) as (axes,):
-        bars(axes, rows_of(result), search.KINDS)
-        axes.axhline(result["no expansion"], color="black", linestyle="--", label="no expansion")
-        axes.set(ylabel=MEASURE)
+def draw(result, ax):
+    bars(ax, result["arms"], ("sampled", "greedy"), ylabel=MEASURE)
+    ax.axhline(result["no expansion"], color="black", linestyle="--", label="no expansion")
 
 
 def claims(result):

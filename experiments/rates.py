@@ -1,6 +1,5 @@
 """The learning rate for a model's size: the best of a grid, and what the log says at step 20."""
 
-from engine.common import table
 from experiments import common, pretrained
 
 GRIDS = {  # {size: (base policy, learning rates)}
@@ -18,14 +17,16 @@ def run(settings):
     sizes = ["0.14 million"] if settings.quick else list(GRIDS)
     if "135 million" in sizes:
         pretrained.prepare(settings)
-    runs = {f"{size}, {optimizer}": common.each(settings, run_rate, [
-                (settings, GRIDS[size][0], optimizer, rate) for rate in GRIDS[size][1]])
-            for size in reversed(sizes) for optimizer in OPTIMIZERS}
-    return {"runs": runs}
+    jobs = [(settings, size, optimizer, rate) for size in reversed(sizes)
+            for optimizer in OPTIMIZERS for rate in GRIDS[size][1]]
+    found = common.each(settings, run_rate, jobs)
+    return {"arms": {f"{size}, {optimizer}, {rate:g}": one
+                     for (_, size, optimizer, rate), one in zip(jobs, found)}}
 
 
-def run_rate(settings, base, optimizer, rate):
+def run_rate(settings, size, optimizer, rate):
     """pass@1 on validation questions after a pass of TOPR, and the log of step 20."""
+    base, _ = GRIDS[size]
     if base == "pretrained":  # the two larger rates with AdamW are runs of pretrained.py, too
         other = {} if optimizer == "adamw" else {"optimizer": optimizer}
         arm = {**pretrained.MAIN[pretrained.BEST], **other}
@@ -37,23 +38,22 @@ def run_rate(settings, base, optimizer, rate):
         measures = common.run_arm(0, arm, rate, "validation")
         _, log = common.train_arm(0, arm, rate)
     passed = measures.get("validation") or measures["pass@1"]
-    return {"rate": rate, "pass@1": passed, "invalid": measures["invalid"],
-            **{field: log[SHOWN - 1][field] for field in FIELDS}}
+    return {"learning_rate": rate, "pass@1": [passed], "invalid": [measures["invalid"]],
+            **{field: [log[SHOWN - 1][field]] for field in FIELDS}}
 
 
 def show(result):
-    rows = [(name, f"{one['rate']:g}", *list(one.values())[1:])
-            for name, runs in result["runs"].items() for one in runs]
-    fields = [f"{field} at step {SHOWN}" for field in FIELDS]
-    return table(("size, optimizer", "rate", "pass@1", "invalid", *fields), rows)
+    return f"in the log at step {SHOWN}: {', '.join(FIELDS)}\n" + common.show_arms(
+        result, ("pass@1", "invalid", *FIELDS))
 
 
-def draw(result, axes):
-    (ax,) = axes
-    for number, (name, runs) in enumerate(result["runs"].items()):
-        marker, dashes = "osD^"[number // 2], "-:"[number % 2]
-        ax.plot([one["rate"] for one in runs], [one["pass@1"] for one in runs], dashes,
-                marker=marker, label=name)
+def draw(result, ax):
+    for size, marker in zip(GRIDS, "osD^"):
+        for optimizer, dashes in zip(OPTIMIZERS, "-:"):
+            series = f"{size}, {optimizer}"
+            runs = [arm for name, arm in result["arms"].items() if name.startswith(series)]
+            ax.plot([arm["learning_rate"] for arm in runs], [arm["pass@1"] for arm in runs],
+                    dashes, marker=marker, label=series)
     ax.set(xscale="log", xlabel="learning rate", ylabel="pass@1")
 
 

@@ -44,8 +44,7 @@ def passed_by_round(result, name):
     return np.column_stack([arms["base"]["pass@1"], arms[name]["rounds"]])
 
 
-def draw(result, axes):
-    (ax,) = axes
+def draw(result, ax):
     for name in ARMS:
         method, comma, _ = name.partition(",")
         other = {"linestyle": ":", "markerfacecolor": "white"} if comma else {}

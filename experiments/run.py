@@ -70,7 +70,7 @@ def show(name, folder):
     say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{tables(name, result)}\n")
     try:
         with picture(f"{folder}/{name}.png", finding.PANELS) as axes:
-            finding.draw(result, axes)
+            finding.draw(result, *axes)
     except ImportError:
         say("no picture: matplotlib is not installed")
 

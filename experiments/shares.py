@@ -17,7 +17,7 @@ def run(settings):
     return {"arms": compare(settings, run_arm, arms)}
 
 
-def draw(result, axes):
+def draw(result, *axes):
     for ax, measure in zip(axes, ("pass@1", "maj@16")):
         values = by_arm(result, measure)
         for data, style in LINES.items():

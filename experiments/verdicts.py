@@ -48,15 +48,12 @@ def show(result):
     return show_arms(result, MEASURES)
 
 
-def draw(result, axes):
-    left, right = axes
+def draw(result, left, right):
     arms = result["arms"]
-    bars(left, arms, ("accuracy", "invalid"))
-    left.set(ylabel="share of verdicts", ylim=(0, 1))
+    bars(left, arms, ("accuracy", "invalid"), ylabel="share of verdicts", ylim=(0, 1))
     votes = {"majority": {"vote": arms["TOPR"]["majority"]},
              **{name: {"vote": arms[name]["weighted"]} for name in arms}}
-    bars(right, votes, ["vote"])
-    right.set(ylabel="accuracy", xlabel="majority; weighted before and after training")
+    bars(right, votes, ["vote"], ylabel="accuracy", xlabel="majority; weighted before and after")
 
 
 def claims(result):
