@@ -274,17 +274,6 @@ def verdict(*conditions):
     return "in part" if any(conditions) else "does not at this size"
 
 
-def harmed(passed, invalid, name):
-    """In the mean of the seeds pass@1 is below the base policies', or more answers are invalid."""
-    worse, broken = passed["base"] - passed[name], invalid[name] - invalid["base"]
-    return worse.mean() > 0 or broken.mean() > 0
-
-
-def beyond_noise(gains):
-    """The mean over the seeds is more than two standard errors above 0."""
-    return gains.mean() > 2 * gains.std() / len(gains) ** 0.5
-
-
 # ---- pictures ----
 
 

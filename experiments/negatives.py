@@ -34,17 +34,6 @@ def run_by_group(seed, arm, rate, split):
     return measures
 
 
-def gains_by_group(result, best):
-    """{group: mean gain over positives only, of the seeds that have such questions}"""
-    gains = {}
-    for group in GROUPS:
-        passed = by_arm(result, f"pass@1 where {group}")
-        gain = passed[best] - passed["positives only"]  # [seeds]
-        if not np.isnan(gain).all():
-            gains[group] = np.nanmean(gain)
-    return gains
-
-
 def show(result):
     return show_arms(result, [*MEASURES, *(f"pass@1 where {group}" for group in GROUPS)])
 
@@ -68,13 +57,21 @@ def claims(result):
            f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, '+')}",
            verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0))
 
-    gains, none = gains_by_group(result, best), by_arm(result, "share with none")
-    many = max(gains.get("5 to 16", 0), 0)
-    more = [gains[group] > many for group in ("none", "1 to 4") if group in gains]
-    fewer = none[best].mean() < none["positives only"].mean()
-    yield ("What negatives add is on questions with few or no solutions (Figure 4)",
-           "pass@1 gained over positives only, by the base policy's right answers of 16: "
-           + ", ".join(f"{group} {gain:+.3f}" for group, gain in gains.items())
-           + f"; questions without any right answer: positives only "
-           f"{spread(none['positives only'])}, TOPR {spread(none[best])}",
-           verdict(all(more) and any(more) and fewer, any(more)))
+    yield group_claim(result, best, "Figure 4")
+
+
+def group_claim(result, topr, where):
+    """The gain of each group is the mean over the seeds that have such questions."""
+    gains = {}
+    for group in GROUPS:
+        passed = by_arm(result, f"pass@1 where {group}")
+        gain = passed[topr] - passed["positives only"]  # [seeds]
+        if not np.isnan(gain).all():
+            gains[group] = np.nanmean(gain)
+    many = max(gains.pop("5 to 16", 0), 0)
+    more = [gain > many for gain in gains.values()]
+    shown = ", ".join(f"{group} {gain:+.3f}" for group, gain in gains.items())
+    return (f"What negatives add is on questions with few or no solutions ({where})",
+            f"pass@1 of {topr} over positives only, by the base policy's right answers of 16: "
+            f"{shown}, 5 to 16 {many:+.3f}",
+            verdict(all(more) and any(more), any(more)))

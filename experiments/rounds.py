@@ -56,22 +56,27 @@ def draw(result, ax):
            xticks=range(ROUNDS + 1))
 
 
+def karenina_claim(passed, where):
+    topr, karenina = passed["TOPR"], passed["TOPR, Anna Karenina"]
+    gain = karenina - topr
+    return ("Keeping one right answer of each question and all wrong ones (Anna Karenina) beats "
+            f"keeping all ({where})",
+            f"TOPR {spread(topr)} with all, Anna Karenina {spread(karenina)}: {spread(gain, '+')}",
+            verdict(gain.min() > 0, gain.mean() > 0))
+
+
 def claims(result):
     last = by_arm(result, "pass@1")
-    topr, karenina = last["TOPR"], last["TOPR, Anna Karenina"]
+    topr = last["TOPR"]
     means = passed_by_round(result, "TOPR").mean(0)  # [1 + rounds]
-    ahead, gain, rises = topr - last["positives only"], karenina - topr, (np.diff(means) > 0).all()
+    ahead, rises = topr - last["positives only"], (np.diff(means) > 0).all()
     yield ("Sampling again and training again keeps helping (iterations)",
            "TOPR's pass@1 at first and after each round "
            f"{' '.join(f'{mean:.3f}' for mean in means)}; ahead of positives only in the end by "
            f"{spread(ahead, '+')}",
            verdict(rises, rises and ahead.min() > 0))
 
-    yield ("Keeping one right answer of each question and all wrong ones (Anna Karenina) beats "
-           "keeping all (iterations)",
-           f"TOPR after {ROUNDS} rounds: all {spread(topr)}, Anna Karenina {spread(karenina)}: "
-           f"{spread(gain, '+')}",
-           verdict(gain.min() > 0, gain.mean() > 0))
+    yield karenina_claim(last, f"iterations, after {ROUNDS} rounds")
 
     large, small = last[LARGER], passed_by_round(result, "positives only")[:, 1]
     yield ("A small model with TOPR reaches one several times larger that had supervision alone "
