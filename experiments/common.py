@@ -2,7 +2,7 @@
 
 A finding is a module with run(settings) -> {"arms": what compare() returns, ...}, with
 claims(result), which yields (claim, what was measured, verdict), and with draw(result, *axes), on
-so many axes as PANELS says.
+so many axes as PANELS says. If it has MEASURES, its table shows these.
 
 An arm is a method to compare: a dict of the train.py settings that differ from the embedded job's.
 Two of its keys are not settings: "positives" is the share of positives in the data set that is
@@ -27,8 +27,8 @@ import eval as evaluation
 import train
 from data import load_task
 from engine import run_folder, tasks
-from engine.common import Problem, progress, read_json, setting, table, write_json
-from engine.measures import interval_text, measure, paired_interval
+from engine.common import Problem, progress, read_json, setting, write_json
+from engine.measures import measure, paired_interval
 from engine.rollouts import read_rollouts, write_rollouts
 from experiments import long_apples
 
@@ -221,7 +221,7 @@ def measure_once(policy, seed, split, base="small"):
     return read_json(path)
 
 
-# ---- tables ----
+# ---- what came of it ----
 
 
 def spread(values, sign=""):
@@ -233,14 +233,6 @@ def spread(values, sign=""):
     return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
-def show_arms(result, measures=MEASURES):
-    """A row for each arm: its rate and its measures."""
-    rows = [[name, f"{arm['learning_rate']:g}", *(spread(arm.get(measure, []))
-                                                  for measure in measures)]
-            for name, arm in result["arms"].items()]
-    return table(("", "rate", *measures), rows)
-
-
 def by_arm(result, measure):
     """{name: values of all seeds, [seeds]}, NaN for None"""
     return {name: np.array(arm[measure], float) for name, arm in result["arms"].items()
@@ -248,23 +240,16 @@ def by_arm(result, measure):
 
 
 def differences(arms, parts, pairs):
-    """{"one minus other": {part: paired interval over the questions, in the mean of the seeds}}
+    """{part: {"one minus other": paired interval over the questions, in the mean of the seeds}}
 
     Takes "by question, PART" out of the arms: [seeds] of [questions].
     """
-    paired = {f"{one} minus {other}": {} for one, other in pairs}
+    paired = {}
     for part in parts:
         values = {name: np.mean(arm.pop(f"by question, {part}"), 0) for name, arm in arms.items()}
-        for one, other in pairs:
-            paired[f"{one} minus {other}"][part] = paired_interval(values[other], values[one])
+        paired[part] = {f"{one} minus {other}": paired_interval(values[other], values[one])
+                        for one, other in pairs}
     return paired
-
-
-def show_paired(result):
-    parts = list(next(iter(result["paired"].values())))
-    rows = [(name, *(interval_text(interval, "+") for interval in intervals.values()))
-            for name, intervals in result["paired"].items()]
-    return table(("95% intervals over questions", *parts), rows)
 
 
 def verdict(*conditions):

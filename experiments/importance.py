@@ -18,10 +18,9 @@ def run(settings):
 def draw(result, *axes):
     for ax, measure in zip(axes, ("pass@1", "invalid")):
         values = by_arm(result, measure)
-        groups = {f"clipped at {norm:g}": clip for clip, norm in CLIPS.items()}
-        clipped = {name: {group: values[f"{name}, clipped {clip}"]
-                          for group, clip in groups.items()} for name in LOSSES}
-        bars(ax, clipped, groups, ylabel=measure)
+        arms = {name: {clip: values[f"{name}, clipped {clip}"] for clip in CLIPS}
+                for name in LOSSES}
+        bars(ax, arms, CLIPS, ylabel=measure, xlabel="gradients clipped")
         ax.axhline(values["base"].mean(), color="grey", linestyle="--", label="base")
 
 

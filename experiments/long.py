@@ -6,7 +6,7 @@ import operator
 import numpy as np
 
 from experiments import collapse, importance, negatives, rounds, shares
-from experiments.common import MEASURES, bars, by_arm, compare, line, show_arms, train_arm
+from experiments.common import bars, by_arm, compare, line, train_arm
 
 SEEDS = 2
 RATE, HIGH = 3e-4, 1e-3  # TOPR does as well with either
@@ -26,6 +26,7 @@ CUT = {  # at the high rate
     for norm in (1.0, 100.0) for name, loss in (("TOPR", "topr"), ("importance sampling", "is"))}
 LOGGED = {"d_min": min, "d_max": max, "gradient_norm": max, "positive_share": np.mean,
           "d_mean": operator.itemgetter(-1), "negative_weight": operator.itemgetter(-1)}
+MEASURES = ("pass@1", "maj@16", "invalid", "d_mean", "negative_weight")
 PANELS = 2
 
 
@@ -46,11 +47,6 @@ def run_logged(seed, arm, rate, split):
     return measures
 
 
-def show(result):
-    groups = [f"pass@1 where {group}" for group in negatives.GROUPS]
-    return "\n\n".join(show_arms(result, names) for names in (MEASURES, groups, LOGGED))
-
-
 def draw(result, left, right):
     passed, cuts, points = by_arm(result, "pass@1"), ("cut at 1", "cut at 100"), all_shares(result)
     arms = {name: {cut: passed[f"{name}, high rate, {cut}"] for cut in cuts}
@@ -68,7 +64,7 @@ def all_shares(result):
 
 
 def claims(result):
-    passed, _, invalid = (by_arm(result, measure) for measure in MEASURES)
+    passed, invalid = by_arm(result, "pass@1"), by_arm(result, "invalid")
     topr, loose, tight = "TOPR, high rate, cut at 100", *(
         f"importance sampling, high rate, cut at {norm}" for norm in (100, 1))
     yield importance.harm_claim(passed, invalid, topr, loose, tight,

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from experiments.common import (MEASURES, bars, by_arm, compare, run_arm, show_arms,
-                                spread, verdict)
+from experiments.common import bars, by_arm, compare, run_arm, spread, verdict
 
 TOPR = {  # --quick validates nothing and takes the first
     "TOPR, share 0.33": {"loss": "topr", "positive_share": 0.33},
@@ -12,6 +11,7 @@ TOPR = {  # --quick validates nothing and takes the first
     "TOPR, share 0.75": {"loss": "topr", "positive_share": 0.75},
 }
 GROUPS = {"none": (0, 0), "1 to 4": (1, 4), "5 to 16": (5, 16)}  # right answers of 16
+MEASURES = ("pass@1", "maj@16", "invalid", *(f"pass@1 where {group}" for group in GROUPS))
 PANELS = 2
 
 
@@ -32,10 +32,6 @@ def run_by_group(seed, arm, rate, split):
         measures[f"pass@1 where {group}"] = now[chosen].mean() / 16 if chosen.any() else None
         measures[f"share with {group}"] = np.mean((low <= now) & (now <= high))
     return measures
-
-
-def show(result):
-    return show_arms(result, [*MEASURES, *(f"pass@1 where {group}" for group in GROUPS)])
 
 
 def draw(result, left, right):

@@ -12,7 +12,6 @@ On a GPU add --processes 1.
 """
 
 import dataclasses
-import functools
 import operator
 import os
 import random
@@ -27,14 +26,14 @@ from data import load_task
 from data.maths import exact, shown
 from engine.measures import interval_text
 from engine.rollouts import write_rollouts
-from experiments.common import (STYLES, bars, compare, differences, name_of, show_arms,
-                                show_paired, spread, verdict)
+from experiments.common import (STYLES, bars, compare, differences, name_of, spread,
+                                verdict)
 
-FOLDER = "runs/smollm2"
+FOLDER = "runs/smollm2/full"
 SEEDS = 3  # of the rollouts and of their order in training
-QUESTIONS = {  # --quick takes a tenth of each, and all demonstrations
-    "demonstrations": (0, 1000), "round 1": (1000, 1300), "round 2": (1300, 1600),
-    "validation": (2300, 2400), "held out": (2400, 2650), "SVAMP": (0, 500)}
+QUESTIONS = {
+    "demonstrations": slice(0, 1000), "round 1": slice(1000, 1300), "round 2": slice(1300, 1600),
+    "validation": slice(2300, 2400), "held out": slice(2400, 2650), "SVAMP": slice(0, 500)}
 TRAINING = {"optimizer": "adamw", "sequences": 16, "warmup": 10, "schedule": "cosine",
             "precision": "bfloat16"}  # twice as fast as float32 where the processor has it
 RATES = (6e-6, 2e-5)
@@ -64,10 +63,9 @@ PANELS = 1
 
 def run(settings):
     prepare(settings)
-    run = functools.partial(run_arm, settings)
-    arms = compare(dataclasses.replace(settings, seeds=1), run, ARMS, RATES)
+    arms = compare(dataclasses.replace(settings, seeds=1), run_arm, ARMS, RATES)
     several = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
-    arms |= compare(several, run, MAIN, RATES)
+    arms |= compare(several, run_arm, MAIN, RATES)
     pairs = [(name, "base") for name in arms if name != "base"]
     return {"arms": arms, "paired": differences(arms, PARTS, [*pairs, *PAIRS])}
 
@@ -75,16 +73,13 @@ def run(settings):
 # ---- the questions ----
 
 
-def read_questions(settings, part):
+def read_questions(part):
     """SVAMP is the test set; the other parts are slices of the shuffled training set."""
     questions = load_task("svamp").questions
     rows = list(questions("test")) if part == "SVAMP" else with_solutions(questions("train"))
     random.Random(0).shuffle(rows)
-    first, end = QUESTIONS[part]
-    if settings.quick and part != "demonstrations":  # with fewer the base policy is no use
-        end = first + (end - first) // 10
     return [{**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]}
-            for row in rows[first:end]]
+            for row in rows[QUESTIONS[part]]]
 
 
 def with_solutions(rows):
@@ -122,18 +117,14 @@ def work_out(equation):
 # ---- policies, their answers, their measures ----
 
 
-def folder_of(settings):
-    return f"{FOLDER}/{'quick' if settings.quick else 'full'}"
-
-
 def prepare(settings):
     """Makes the base policy, which imitates demonstrations."""
-    demonstrations = f"{folder_of(settings)}/demonstrations.jsonl"
+    demonstrations = f"{FOLDER}/demonstrations.jsonl"
     if not os.path.exists(demonstrations):
         write_rollouts(demonstrations, [
             {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
-             "reward": 1.0} for row in read_questions(settings, "demonstrations")])
-    train_on(settings.pretrained, demonstrations, f"{folder_of(settings)}/base", loss="sft",
+             "reward": 1.0} for row in read_questions("demonstrations")])
+    train_on(settings.pretrained, demonstrations, f"{FOLDER}/base", loss="sft",
              learning_rate=5e-5)
 
 
@@ -143,22 +134,22 @@ def train_on(model, rollouts, out, **changes):
                                            **{**TRAINING, **changes}))
 
 
-def sampling(settings, part, samples, out):
+def sampling(part, samples, out):
     """(train.py's settings, SVAMP with the questions of a part alone)"""
     task = load_task("svamp")
-    task.questions = lambda split: read_questions(settings, part)
+    task.questions = lambda split: read_questions(part)
     return train.Settings(**TRAINING, max_new_tokens=64, batch_size=128, samples=samples,
                           out=out), task
 
 
-def train_arm(settings, seed, arm, rate):
+def train_arm(seed, arm, rate):
     """(The folder of the policy that an arm makes in its rounds of sample-then-train, its log)"""
-    policy, log, changes = f"{folder_of(settings)}/base", [], dict(arm)
+    policy, log, changes = f"{FOLDER}/base", [], dict(arm)
     rounds = changes.pop("rounds", 1) if rate else 0
-    out = f"{folder_of(settings)}/seed{seed}/{name_of(changes, rate)}"
+    out = f"{FOLDER}/seed{seed}/{name_of(changes, rate)}"
     for number in range(1, rounds + 1):  # each has questions of its own
         rollouts = f"{policy}-rollouts-{seed}.jsonl"
-        job, task = sampling(settings, f"round {number}", 8, "")
+        job, task = sampling(f"round {number}", 8, "")
         job.seed = seed + 100 * (number - 1)
         with FileLock(f"{rollouts}.lock"):  # all arms need the first
             evaluation.sample_rollout_file(job, task, policy, rollouts)
@@ -167,12 +158,12 @@ def train_arm(settings, seed, arm, rate):
     return policy, log
 
 
-def run_arm(settings, seed, arm, rate, split):
+def run_arm(seed, arm, rate, split):
     """The measures of an arm; its answers are kept in its folder."""
-    policy, _ = train_arm(settings, seed, arm, rate)
+    policy, _ = train_arm(seed, arm, rate)
     measures, invalid = {}, []
     for part in PARTS if split == "test" else ["validation"]:
-        values = evaluation.measure_once(*sampling(settings, part, 4, policy), policy, part)
+        values = evaluation.measure_once(*sampling(part, 4, policy), policy, part)
         measures |= {part: np.mean(values["pass@1"]), f"{part}, greedy": np.mean(values["greedy"]),
                      f"by question, {part}": values["pass@1"]}
         invalid += values["invalid"]
@@ -180,10 +171,6 @@ def run_arm(settings, seed, arm, rate, split):
 
 
 # ---- what came of it ----
-
-
-def show(result):
-    return "\n\n".join([show_arms(result, MEASURES), show_paired(result)])
 
 
 def draw(result, ax):
@@ -195,7 +182,7 @@ def draw(result, ax):
 
 def claims(result):
     at = {name: f"{name} {spread(arm['held out'])}" for name, arm in result["arms"].items()}
-    gain = {pair: parts["held out"] for pair, parts in result["paired"].items()}
+    gain = result["paired"]["held out"]
     text = {pair: interval_text(interval, "+") for pair, interval in gain.items()}
 
     over_base, ahead = f"{BEST} minus base", f"{BEST} minus {OTHER}"

@@ -10,10 +10,11 @@ import eval as evaluation
 import search
 import train
 from data import library
-from experiments.common import bars, by_arm, compare, name_of, show_arms, spread, verdict
+from experiments.common import bars, by_arm, compare, name_of, spread, verdict
 
 ARMS = {"base": {}, "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
-MEASURE, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
+REWARDED, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
+MEASURES = ("sampled", "greedy")
 OUT = "runs/search-library"
 PANELS = 1
 
@@ -21,9 +22,11 @@ PANELS = 1
 def run(settings):
     arms = compare(settings, run_expander, ARMS)
     _, task = make_job(0, "test")
-    alone = task.measure([{**query, "split": "test", "answer": ""}
+    found = task.measure([{**query, "split": "test", "answer": ""}
                           for query in task.questions("test")])
-    return {"no expansion": np.mean(list(alone[MEASURE])), "arms": arms}
+    value = np.mean(list(found[REWARDED]))
+    alone = {"learning_rate": 0, "sampled": [value], "greedy": [value]}
+    return {"arms": {"no expansion": alone, **arms}}
 
 
 @functools.cache
@@ -62,18 +65,12 @@ def measure_arm(settings, task, arm, rate, split):
 
 def run_expander(seed, arm, rate, split):
     values = measure_arm(*make_job(seed, split), arm, rate, split)
-    sampled = np.mean(values[MEASURE])
+    sampled = np.mean(values[REWARDED])
     return {"sampled": sampled, "greedy": np.mean(values["greedy"]), "score": sampled}
 
 
-def show(result):
-    arms = show_arms(result, ("sampled", "greedy"))
-    return f"{arms}\n\n{MEASURE}; the queries alone: {result['no expansion']:.3f}"
-
-
 def draw(result, ax):
-    bars(ax, result["arms"], ("sampled", "greedy"), ylabel=MEASURE)
-    ax.axhline(result["no expansion"], color="black", linestyle="--", label="no expansion")
+    bars(ax, result["arms"], MEASURES, ylabel=REWARDED)
 
 
 def claims(result):
@@ -81,7 +78,7 @@ def claims(result):
     base, positives, topr = found["base"], found["positives only"], found["TOPR"]
     ahead = topr - positives
     yield ("A query expander learns from nothing but a search engine's score (search)",
-           f"sampled {MEASURE}: no expansion {result['no expansion']:.3f}, base {spread(base)}, "
+           f"sampled {REWARDED}: no expansion {spread(found['no expansion'])}, base {spread(base)}, "
            f"positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
            f"{spread(ahead, '+')}",
            verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))

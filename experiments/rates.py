@@ -9,6 +9,7 @@ GRIDS = {  # {size: (base policy, learning rates)}
     "135 million": ("pretrained", (2e-6, 6e-6, 2e-5))}
 OPTIMIZERS = ("adamw", "adafactor")
 SHOWN = 20  # the step to look at
+MEASURES = ("pass@1", "negative_weight")  # the weight in the log at step 20
 PANELS = 1
 
 
@@ -16,21 +17,21 @@ def run(settings):
     sizes = ["0.14 million"] if settings.quick else list(GRIDS)
     if "135 million" in sizes:
         pretrained.prepare(settings)
-    jobs = [(settings, size, optimizer, rate) for size in reversed(sizes)
+    jobs = [(size, optimizer, rate) for size in reversed(sizes)
             for optimizer in OPTIMIZERS for rate in GRIDS[size][1]]
     found = common.each(settings, run_rate, jobs)
     return {"arms": {f"{size}, {optimizer}, {rate:g}": one
-                     for (_, size, optimizer, rate), one in zip(jobs, found)}}
+                     for (size, optimizer, rate), one in zip(jobs, found)}}
 
 
-def run_rate(settings, size, optimizer, rate):
+def run_rate(size, optimizer, rate):
     """pass@1 on validation questions after a pass of TOPR, and the log of step 20."""
     base, _ = GRIDS[size]
     if base == "pretrained":  # the two larger rates with AdamW are runs of pretrained.py, too
         other = {} if optimizer == "adamw" else {"optimizer": optimizer}
         arm = {**pretrained.MAIN[pretrained.BEST], **other}
-        measures = pretrained.run_arm(settings, 0, arm, rate, "validation")
-        _, log = pretrained.train_arm(settings, 0, arm, rate)
+        measures = pretrained.run_arm(0, arm, rate, "validation")
+        _, log = pretrained.train_arm(0, arm, rate)
     else:
         # 2,400 rollouts of which a fifth is right, whatever the size
         arm = {"loss": "topr", "optimizer": optimizer, "base": base, "positives": 0.2, "epochs": 1}
@@ -39,10 +40,6 @@ def run_rate(settings, size, optimizer, rate):
     passed = measures.get("validation") or measures["pass@1"]
     return {"learning_rate": rate, "pass@1": [passed],
             "negative_weight": [log[SHOWN - 1]["negative_weight"]]}
-
-
-def show(result):
-    return common.show_arms(result, ("pass@1", "negative_weight"))
 
 
 def draw(result, ax):

@@ -46,14 +46,13 @@ def passed_by_round(result, name):
 
 def draw(result, ax):
     for name in ARMS:
-        method, comma, _ = name.partition(",")
-        other = {"linestyle": ":", "markerfacecolor": "white"} if comma else {}
-        line(ax, range(ROUNDS + 1), passed_by_round(result, name), method, name, **other)
+        method, _, karenina = name.partition(",")
+        line(ax, range(ROUNDS + 1), passed_by_round(result, name), method, name,
+             markerfacecolor="white" if karenina else None)
     for name, dashes in ((LARGER_BASE, "--"), (LARGER, ":")):
-        height, colour = np.mean(result["arms"][name]["pass@1"]), "grey"
-        ax.axhline(height, color=colour, linestyle=dashes, label=name)
-    ax.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1),
-           xticks=range(ROUNDS + 1))
+        height = np.mean(result["arms"][name]["pass@1"])
+        ax.axhline(height, color="grey", linestyle=dashes, label=name)
+    ax.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1))
 
 
 def karenina_claim(passed, where):

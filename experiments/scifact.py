@@ -19,7 +19,7 @@ import search
 from engine.bm25 import analyse, is_common, read_texts, row_of
 from engine.common import Problem
 from engine.measures import interval_text
-from experiments.common import bars, compare, differences, show_arms, show_paired, spread, verdict
+from experiments.common import bars, compare, differences, spread, verdict
 from experiments.pretrained import TRAINING
 from experiments.queries import measure_arm, with_rollouts
 
@@ -29,7 +29,8 @@ CLAIMED = "TOPR, share 0.5"  # the README's advice where few are right
 ARMS = {"base": {}, "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"},
         CLAIMED: {"loss": "topr", "positive_share": 0.5}}
 LEARN, CHOOSE = 200, 100  # training queries to learn from; to choose the rates on
-MEASURES = ("recall@100", "recall@10", "ndcg@10")
+COMPARED = ("recall@100", "recall@10", "ndcg@10")
+MEASURES = (*COMPARED, "without fault")
 FORM = 3, 10, 4  # Rocchio's documents, words, weight of the query: the best of 27 on the CHOOSE queries
 PANELS = 1
 
@@ -46,7 +47,7 @@ def run(settings):
         arms[name] = {"learning_rate": 0, **{key: [found[key]] for key in found}}
     arms |= trained
     pairs = [(later, earlier) for earlier, later in itertools.combinations(arms, 2)]
-    return {"arms": arms, "paired": differences(arms, MEASURES, pairs)}
+    return {"arms": arms, "paired": differences(arms, COMPARED, pairs)}
 
 
 @functools.cache
@@ -65,7 +66,7 @@ def make_job(corpus, model, split):
             splits["test"] = dict(queries[-CHOOSE:])
         task = search.make_task(settings, index, splits)
         settings = with_rollouts(settings, task)
-    reported = dataclasses.replace(settings, metric=MEASURES[0])
+    reported = dataclasses.replace(settings, metric=COMPARED[0])
     task.measure = search.make_task(reported, index, splits).measure
     return settings, task, index
 
@@ -79,8 +80,7 @@ def run_arm(job, seed, arm, rate, split):
 def with_means(values):
     found = {measure: list(values[measure]) for measure in MEASURES}
     return {**{measure: np.mean(found[measure]) for measure in MEASURES},
-            **{f"by question, {measure}": found[measure] for measure in MEASURES},
-            "without fault": np.mean(list(values["without fault"])),
+            **{f"by question, {measure}": found[measure] for measure in COMPARED},
             "score": np.mean(found["ndcg@10"])}
 
 
@@ -119,17 +119,13 @@ def words_of(corpus):
 # ---- what came of it ----
 
 
-def show(result):
-    return "\n\n".join([show_arms(result, (*MEASURES, "without fault")), show_paired(result)])
-
-
 def draw(result, ax):
-    bars(ax, result["arms"], MEASURES)
+    bars(ax, result["arms"], COMPARED)
 
 
 def claims(result):
     arms = result["arms"]
-    over = [result["paired"][f"{CLAIMED} minus {other}"]["ndcg@10"]
+    over = [result["paired"]["ndcg@10"][f"{CLAIMED} minus {other}"]
             for other in ("no expansion", "base", "positives only")]
     over_none, over_base, _ = (interval_text(interval, "+") for interval in over)
     # What is faulty adds nothing, and does no harm.

@@ -7,8 +7,8 @@ from filelock import FileLock
 
 import verifier
 from engine.common import read_json
-from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepare, show_arms,
-                                spread, verdict)
+from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepare, spread,
+                                verdict)
 
 MEASURES = ("accuracy", "invalid", "weighted", "majority", "solutions")
 PANELS = 2
@@ -42,10 +42,6 @@ def run_verifier(seed, arm, rate, split):
         found = {**results[time], **vote, "weighted": vote[f"weighted, {time}"]}
         measures |= {measure + name: found[measure] for measure in MEASURES}
     return {**measures, "score": measures["accuracy"]}
-
-
-def show(result):
-    return show_arms(result, MEASURES)
 
 
 def draw(result, left, right):
