@@ -27,7 +27,7 @@ import eval as evaluation
 import train
 from data import load_task
 from engine import run_folder, tasks
-from engine.common import Problem, progress, read_json, setting, write_json
+from engine.common import read_json, say, setting, write_json
 from engine.measures import measure, paired_interval
 from engine.rollouts import read_rollouts, write_rollouts
 from experiments import long_apples
@@ -57,7 +57,6 @@ STYLES = {  # colour, line, marker, hatch: one look per method, distinct without
     "base": "#868e96 : . xx",
     "no expansion": "#ced4da - p",
     "Rocchio": "#b5651d -- h ..",
-    "majority": "#ced4da -- .",
     "importance sampling": "#b5651d -. D ..",
     "truncated importance sampling": "#a9c46c : P //",
 }
@@ -80,15 +79,9 @@ class Settings:
 # ---- many arms at once ----
 
 
-def each(settings, function, jobs):
-    """[function(*job) for job in jobs], on all cores."""
-    results = pool(settings.processes).map(function, *zip(*jobs))
-    try:
-        return list(progress(results, len(jobs), "arms", "arm"))
-    except concurrent.futures.process.BrokenProcessPool:
-        raise Problem("a process died, perhaps out of memory (--processes 1 needs less); "
-                      "runs/experiments.log has its last output. "
-                      "Rerun the same command: it keeps what is finished")
+def submit(settings, function, *job):
+    """function(*job) in another process: its result() is what that returns."""
+    return pool(settings.processes).submit(function, *job)
 
 
 @functools.cache
@@ -114,22 +107,22 @@ def compare(settings, run, arms, rates=RATES):
     if settings.quick:
         arms = {name: {**arm, "epochs": 1} for name, arm in arms.items()}
         rates = [rates[len(rates) // 2]]
-    seeds = range(min(settings.seeds, TUNING_SEEDS)) if len(rates) > 1 else []
-    grids = {name: rates if "loss" in arm else [0] for name, arm in arms.items()}
-    compared, scores = {}, iter(each(settings, run, [(seed, arms[name], rate, "validation") for name in arms
-                                                 for rate in grids[name] for seed in seeds]))
-    for name in arms:
-        found = {rate: [next(scores)["score"] for _ in seeds] for rate in grids[name]}
-        best = max(found, key=lambda rate: sum(found[rate]))
-        compared[name] = {"settings": arms[name], "learning_rate": best, "validation": found}
-
-    seeds = range(settings.seeds)
-    tests = iter(each(settings, run, [(seed, arm["settings"], arm["learning_rate"], "test")
-                                      for arm in compared.values() for seed in seeds]))
-    for arm in compared.values():
-        found = [next(tests) for _ in seeds]
+    seeds, compared = range(settings.seeds), {}
+    tuning = seeds[:TUNING_SEEDS] if len(rates) > 1 else []
+    tries = {name: {rate: [submit(settings, run, seed, arm, rate, "validation") for seed in tuning]
+                    for rate in (rates if "loss" in arm else [0])} for name, arm in arms.items()}
+    for name, arm in arms.items():
+        scores = {rate: [job.result()["score"] for job in jobs]
+                  for rate, jobs in tries[name].items()}
+        best = max(scores, key=lambda rate: sum(scores[rate]))
+        compared[name] = {"settings": arm, "learning_rate": best, "validation": scores,
+                          "jobs": [submit(settings, run, seed, arm, best, "test")
+                                   for seed in seeds]}
+    for name, arm in compared.items():
+        found = [job.result() for job in arm.pop("jobs")]
         arm.update({measure: [one[measure] for one in found] for measure in found[0]
                     if measure not in ("score", "right")})
+        say(f"{name}: measured, at rate {arm['learning_rate']:g}")
     return compared
 
 
@@ -208,8 +201,7 @@ def measure_once(policy, seed, split, base="small"):
     task = load_task(settings.task)
 
     def questions(tokenizer):
-        count = QUESTIONS["validation"].stop
-        rows = tasks.load_questions(task, "test", count, settings.seed, tokenizer, settings)
+        rows = tasks.load_questions(task, "test", 750, settings.seed, tokenizer, settings)
         return rows[QUESTIONS[split]]
 
     if not os.path.exists(path):
@@ -265,20 +257,17 @@ def verdict(*conditions):
 @contextlib.contextmanager
 def picture(path, panels):
     """`with picture(path, 2) as (left, right):` axes to draw on."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+    rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
     rows = (panels + 1) // 2
-    figure, axes = pyplot.subplots(rows, panels // rows, figsize=(10.8, 4.2 * rows),
-                                   squeeze=False, layout="constrained")
+    figure = Figure(figsize=(10.8, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, panels // rows, squeeze=False)
     yield axes.ravel()
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3 if len(names) < 6 else 2)
     figure.savefig(path, dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def over_seeds(values):
@@ -296,7 +285,11 @@ def line(axes, x, values, name, label=None, **changes):
 
 
 def bars(axes, arms, groups, **labels):
-    """Bars side by side with their standard deviation. arms: {name: {group: values of seeds}}"""
+    """Bars side by side with their standard deviation, for the arms with a style.
+
+    arms: {name: {group: values of all seeds}}
+    """
+    arms = {name: arms[name] for name in arms if name in STYLES}
     width = 0.8 / len(arms)
     for number, (name, arm) in enumerate(arms.items()):
         colour, _, _, *hatch = STYLES[name].split()

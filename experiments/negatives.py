@@ -64,10 +64,10 @@ def group_claim(result, topr, where):
         gain = passed[topr] - passed["positives only"]  # [seeds]
         if not np.isnan(gain).all():
             gains[group] = np.nanmean(gain)
+    shown = ", ".join(f"{group} {gain:+.3f}" for group, gain in gains.items())
     many = max(gains.pop("5 to 16", 0), 0)
     more = [gain > many for gain in gains.values()]
-    shown = ", ".join(f"{group} {gain:+.3f}" for group, gain in gains.items())
     return (f"What negatives add is on questions with few or no solutions ({where})",
             f"pass@1 of {topr} over positives only, by the base policy's right answers of 16: "
-            f"{shown}, 5 to 16 {many:+.3f}",
+            f"{shown}",
             verdict(all(more) and any(more), any(more)))

@@ -12,7 +12,7 @@ import train
 from data import library
 from experiments.common import bars, by_arm, compare, name_of, spread, verdict
 
-ARMS = {"base": {}, "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
+ARMS = {"no expansion": {"alone": True}, "base": {}, "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
 REWARDED, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
 MEASURES = ("sampled", "greedy")
 OUT = "runs/search-library"
@@ -20,13 +20,7 @@ PANELS = 1
 
 
 def run(settings):
-    arms = compare(settings, run_expander, ARMS)
-    _, task = make_job(0, "test")
-    found = task.measure([{**query, "split": "test", "answer": ""}
-                          for query in task.questions("test")])
-    value = np.mean(list(found[REWARDED]))
-    alone = {"learning_rate": 0, "sampled": [value], "greedy": [value]}
-    return {"arms": {"no expansion": alone, **arms}}
+    return {"arms": compare(settings, run_expander, ARMS)}
 
 
 @functools.cache
@@ -54,6 +48,8 @@ def with_rollouts(settings, task):
 
 def measure_arm(settings, task, arm, rate, split):
     """{measure: its value for each query} of an arm's sampled expansions, and "greedy"."""
+    if "alone" in arm:
+        return measure_added(task, lambda query: "")
     policy = settings.model
     this = dataclasses.replace(settings, learning_rate=rate, **arm,
                                out=f"{settings.out}/{name_of(arm, rate)}")
@@ -61,6 +57,14 @@ def measure_arm(settings, task, arm, rate, split):
         train.train_once(this)
         policy = this.out
     return evaluation.measure_once(this, task, policy, split)
+
+
+def measure_added(task, words):
+    """The same for the words that a function adds to each query."""
+    values = task.measure([{**query, "split": "test", "answer": words(query["question"])}
+                           for query in task.questions("test")])
+    values = {name: list(of_queries) for name, of_queries in values.items()}
+    return {**values, "greedy": next(iter(values.values()))}
 
 
 def run_expander(seed, arm, rate, split):
@@ -78,7 +82,7 @@ def claims(result):
     base, positives, topr = found["base"], found["positives only"], found["TOPR"]
     ahead = topr - positives
     yield ("A query expander learns from nothing but a search engine's score (search)",
-           f"sampled {REWARDED}: no expansion {spread(found['no expansion'])}, base {spread(base)}, "
+           f"sampled {REWARDED}: no expansion {found['no expansion'].mean():.3f}, base {spread(base)}, "
            f"positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
            f"{spread(ahead, '+')}",
            verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))

@@ -17,11 +17,9 @@ def run(settings):
     sizes = ["0.14 million"] if settings.quick else list(GRIDS)
     if "135 million" in sizes:
         pretrained.prepare(settings)
-    jobs = [(size, optimizer, rate) for size in reversed(sizes)
-            for optimizer in OPTIMIZERS for rate in GRIDS[size][1]]
-    found = common.each(settings, run_rate, jobs)
-    return {"arms": {f"{size}, {optimizer}, {rate:g}": one
-                     for (size, optimizer, rate), one in zip(jobs, found)}}
+    jobs = {f"{size}, {optimizer}, {rate:g}": common.submit(settings, run_rate, size, optimizer, rate)
+            for size in reversed(sizes) for optimizer in OPTIMIZERS for rate in GRIDS[size][1]}
+    return {"arms": {name: job.result() for name, job in jobs.items()}}
 
 
 def run_rate(size, optimizer, rate):
@@ -29,26 +27,23 @@ def run_rate(size, optimizer, rate):
     base, _ = GRIDS[size]
     if base == "pretrained":  # the two larger rates with AdamW are runs of pretrained.py, too
         other = {} if optimizer == "adamw" else {"optimizer": optimizer}
-        arm = {**pretrained.MAIN[pretrained.BEST], **other}
-        measures = pretrained.run_arm(0, arm, rate, "validation")
-        _, log = pretrained.train_arm(0, arm, rate)
-    else:
-        # 2,400 rollouts of which a fifth is right, whatever the size
-        arm = {"loss": "topr", "optimizer": optimizer, "base": base, "positives": 0.2, "epochs": 1}
-        measures = common.run_arm(0, arm, rate, "validation")
-        _, log = common.train_arm(0, arm, rate)
-    passed = measures.get("validation") or measures["pass@1"]
-    return {"learning_rate": rate, "pass@1": [passed],
+        source, arm = pretrained, {**pretrained.MAIN[pretrained.BEST], **other}
+    else:  # 2,400 rollouts of which a fifth is right, whatever the size
+        source, arm = common, {"loss": "topr", "optimizer": optimizer, "base": base,
+                               "positives": 0.2, "epochs": 1}
+    measures = source.run_arm(0, arm, rate, "validation")
+    _, log = source.train_arm(0, arm, rate)
+    return {"learning_rate": rate, "pass@1": [measures.get("pass@1", measures["score"])],
             "negative_weight": [log[SHOWN - 1]["negative_weight"]]}
 
 
 def draw(result, ax):
-    for size, marker in zip(GRIDS, "osD^"):
-        for optimizer, dashes in zip(OPTIMIZERS, "-:"):
+    for size in GRIDS:
+        for optimizer, dashes in zip(OPTIMIZERS, ("o-", "s--")):
             series = f"{size}, {optimizer}"
             runs = [arm for name, arm in result["arms"].items() if name.startswith(series)]
             ax.plot([arm["learning_rate"] for arm in runs], [arm["pass@1"] for arm in runs],
-                    dashes, marker=marker, label=series)
+                    dashes, label=series)
     ax.set(xscale="log", xlabel="learning rate", ylabel="pass@1")
 
 

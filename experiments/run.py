@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,9 +58,14 @@ def make(names, settings, folder):
             size = {"seeds": settings.seeds, "quick": settings.quick}
             write_json(f"{folder}/{name}.json", {**size, **load(name).run(settings)})
             show(name, folder)
-    finally:
+    except BaseException as error:
         for process in multiprocessing.active_children():
             process.kill()  # what it has not finished goes on with the next call
+        if isinstance(error, BrokenProcessPool):
+            raise Problem("a process died, perhaps out of memory (--processes 1 needs less); "
+                          "runs/experiments.log has its last output. "
+                          "Rerun the same command: it keeps what is finished")
+        raise
 
 
 def load(name):

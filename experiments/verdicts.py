@@ -11,7 +11,7 @@ from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepa
                                 verdict)
 
 MEASURES = ("accuracy", "invalid", "weighted", "majority", "solutions")
-PANELS = 2
+PANELS = 1
 
 
 def run(settings):
@@ -44,12 +44,8 @@ def run_verifier(seed, arm, rate, split):
     return {**measures, "score": measures["accuracy"]}
 
 
-def draw(result, left, right):
-    arms = result["arms"]
-    bars(left, arms, ("accuracy", "invalid"), ylabel="share of verdicts", ylim=(0, 1))
-    votes = {"majority": {"vote": arms["TOPR"]["majority"]},
-             **{name: {"vote": arms[name]["weighted"]} for name in arms}}
-    bars(right, votes, ["vote"], ylabel="accuracy", xlabel="majority; weighted before and after")
+def draw(result, ax):
+    bars(ax, result["arms"], MEASURES[:-1], ylabel="share of verdicts; accuracy of the vote")
 
 
 def claims(result):

@@ -1,7 +1,7 @@
-"""The two pictures of the README's lesson, for which matplotlib is needed.
+"""Draws the two pictures of the README's lesson; matplotlib is needed.
 
     torchrun train.py                       the embedded job, if runs/apples-seed0/topr is not there
-    python experiments/pictures.py          docs/weights.png and docs/ratios.png
+    python tools/pictures.py          docs/weights.png and docs/ratios.png
 """
 
 import sys
