@@ -22,7 +22,7 @@ if __name__ == "__main__":
 from engine.common import (Problem, parse, read_json, run_main, say, table, whole_file,
                            write_json)
 from engine.measures import interval_text
-from experiments.common import MEASURES, Settings, picture, spread
+from experiments.common import MEASURES, Settings, picture, pool, spread
 
 FINDINGS = ("collapse", "negatives", "shares", "importance", "rounds", "verdicts", "queries")
 ALL = (*FINDINGS, "long", "rates", "pretrained", "scifact")
@@ -58,6 +58,7 @@ def make(names, settings, folder):
             size = {"seeds": settings.seeds, "quick": settings.quick}
             write_json(f"{folder}/{name}.json", {**size, **load(name).run(settings)})
             show(name, folder)
+        pool(settings.processes).shutdown()
     except BaseException as error:
         for process in multiprocessing.active_children():
             process.kill()  # what it has not finished goes on with the next call
