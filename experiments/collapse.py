@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 import eval as evaluation
-from experiments.common import (WORKING_RATE, by_arm, compare, line, run_arm,
+from experiments.common import (WORKING_RATE, beyond_noise, by_arm, compare, line, run_arm,
                                 spread, train_arm, verdict)
 
 LOSSES = {
@@ -53,8 +53,7 @@ def draw(result, *axes):
 def dpo_claim(passed, where):
     """TOPR is best if it is ahead of both by more than two standard errors."""
     topr, dpo, positives = (passed[name] for name in ("TOPR", "DPO", "positives only"))
-    best = all(gain.mean() > 2 * gain.std() / len(gain) ** 0.5
-               for gain in (topr - dpo, topr - positives))
+    best = beyond_noise(topr - dpo) and beyond_noise(topr - positives)
     each = ", ".join(f"{name} {spread(passed[name])}" for name in LOSSES if name in passed)
     return (f"DPO does well, TOPR is best ({where})",
             f"pass@1 {each}; TOPR minus DPO {spread(topr - dpo, '+')}",

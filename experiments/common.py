@@ -2,7 +2,8 @@
 
 A finding is a module with run(settings) -> {"arms": what compare() returns, ...}, with
 claims(result), which yields (claim, what was measured, verdict), and with draw(result, *axes), on
-so many axes as PANELS says. If it has MEASURES, its table shows these.
+so many axes as PANELS says. If it has MEASURES, its table shows these; if it has show(result),
+that makes its tables.
 
 An arm is a method to compare: a dict of the train.py settings that differ from the embedded job's.
 Two of its keys are not settings: "positives" is the share of positives in the data set that is
@@ -27,8 +28,8 @@ import eval as evaluation
 import train
 from data import load_task
 from engine import run_folder, tasks
-from engine.common import read_json, say, setting, write_json
-from engine.measures import measure, paired_interval
+from engine.common import read_json, say, setting, table, write_json
+from engine.measures import interval_text, measure, paired_interval
 from engine.rollouts import read_rollouts, write_rollouts
 from experiments import long_apples
 
@@ -225,6 +226,19 @@ def spread(values, sign=""):
     return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
+def show_arms(result, measures=MEASURES):
+    """A row for each arm: its rate and its measures; and paired differences, if there are any."""
+    rows = []
+    for name, arm in result["arms"].items():
+        values = [spread(arm.get(measure, [])) for measure in measures]
+        rows.append((name, f"{arm['learning_rate']:g}", *values))
+    found = table(("", "rate", *measures), rows)
+    for part, paired in result.get("paired", {}).items():
+        rows = [(pair, interval_text(interval, "+")) for pair, interval in paired.items()]
+        found += "\n\n" + table((f"{part}, 95% intervals over questions", ""), rows)
+    return found
+
+
 def by_arm(result, measure):
     """{name: values of all seeds, [seeds]}, NaN for None"""
     return {name: np.array(arm[measure], float) for name, arm in result["arms"].items()
@@ -249,6 +263,11 @@ def verdict(*conditions):
     if all(conditions):
         return "reproduces"
     return "in part" if any(conditions) else "does not at this size"
+
+
+def beyond_noise(gains):
+    """The mean over the seeds is more than two standard errors above 0."""
+    return gains.mean() > 2 * gains.std() / len(gains) ** 0.5
 
 
 # ---- pictures ----

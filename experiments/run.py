@@ -19,10 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # started as a script: find the scripts beside the folder
 
-from engine.common import (Problem, parse, read_json, run_main, say, table, whole_file,
-                           write_json)
-from engine.measures import interval_text
-from experiments.common import MEASURES, Settings, picture, pool, spread
+from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
+from experiments.common import MEASURES, Settings, picture, pool, show_arms
 
 FINDINGS = ("collapse", "negatives", "shares", "importance", "rounds", "verdicts", "queries")
 ALL = (*FINDINGS, "long", "rates", "pretrained", "scifact")
@@ -85,17 +83,10 @@ def show(name, folder):
 
 
 def tables(name, result):
-    """A row for each arm: its rate and its measures; and paired differences, if there are any."""
-    measures, rows = getattr(load(name), "MEASURES", MEASURES), []
-    for title, arm in result["arms"].items():
-        values = [spread(arm.get(measure, [])) for measure in measures]
-        rows.append((title, f"{arm['learning_rate']:g}", *values))
-    found = table(("", "rate", *measures), rows)
-    for part in result.get("paired", []):
-        rows = [(pair, interval_text(interval, "+")) for pair, interval in
-                result["paired"][part].items()]
-        found += "\n\n" + table((f"{part}, 95% intervals over questions", ""), rows)
-    return found
+    finding = load(name)
+    if hasattr(finding, "show"):
+        return finding.show(result)
+    return show_arms(result, getattr(finding, "MEASURES", MEASURES))
 
 
 def there(folder):

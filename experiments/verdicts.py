@@ -39,7 +39,8 @@ def run_verifier(seed, arm, rate, split):
     results = read_json(f"{settings.out}/results.json")
     vote, measures = read_json(f"{settings.out}/voting.json")[-1], {}
     for time, name in (("before", " before"), ("after", "")):
-        found = {**results[time], **vote, "weighted": vote[f"weighted, {time}"]}
+        found = {**vote, "weighted": vote[f"weighted, {time}"]}
+        found |= {measure: results[time][measure]["mean"] for measure in ("accuracy", "invalid")}
         measures |= {measure + name: found[measure] for measure in MEASURES}
     return {**measures, "score": measures["accuracy"]}
 

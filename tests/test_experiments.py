@@ -150,7 +150,7 @@ def word_problems(name):
     def grade(question, completion):
         return ("1", 1.0) if len(completion) % 3 == 0 else (None, -1.0)
 
-    return types.SimpleNamespace(questions=questions, grade=grade)
+    return tasks.make_task(name, types.SimpleNamespace(questions=questions, grade=grade))
 
 
 @pytest.mark.slow
