@@ -76,7 +76,7 @@ def main(argv=None):
         options = [name]
     elif name not in PUBLISHED:
         raise Problem("which data set? python data/maths.py gsm8k, math or svamp")
-    settings = parse(Settings, options, __doc__)
+    settings = parse(Settings, __doc__, argv=options)
     for split, (url, checksum) in PUBLISHED[name].items():
         rows, source = [], getattr(settings, split) or url
         with one_line(f"{source}: cannot be read"):
@@ -86,6 +86,8 @@ def main(argv=None):
             with one_line(f"{source}: question {number} is not as published in {name}"):
                 if row.get("unique_id", split).startswith(split):
                     rows.append({"id": f"{name}-{split}-{len(rows) + 1:04d}", **FIELDS[name](row)})
+        if not rows:
+            raise Problem(f"{source}: 0 questions for {name} {split}")
         path = f"{settings.out}/{name}/{split}.jsonl"
         write_rollouts(path, rows)
         say(f"{path}: {len(rows)} questions")

@@ -44,7 +44,7 @@ def setting(default, help, choices=None, least=0, most=sys.float_info.max, main=
         "help": help, "choices": choices, "limits": (least, most), "main": main, "free": free})
 
 
-def parse(settings_class, description=None, embedded=None):
+def parse(settings_class, description=None, embedded=None, argv=None):
     """Reads the command line into the dataclass; an unknown or mistyped option is an error.
 
     embedded: other defaults, which hold when --model is not given.
@@ -56,10 +56,10 @@ def parse(settings_class, description=None, embedded=None):
     fields, own = dataclasses.fields(settings_class), inspect.get_annotations(settings_class)
     for field in sorted(fields, key=lambda field: field.name not in own):  # own ones first
         add_option(parser if field.metadata["main"] else more, field)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if embedded and not arguments.model:
         parser.set_defaults(**embedded)
-        arguments = parser.parse_args()
+        arguments = parser.parse_args(argv)
     for field in fields:
         value, (least, most) = getattr(arguments, field.name), field.metadata["limits"]
         if type(value) in (int, float) and not least <= value <= most:
