@@ -202,8 +202,8 @@ def show_examples(settings, index, topics):
         text, grades = topics[row["id"]]
         say(f"\nquery  {text}\nadded  {row['answer']}")
         for when, added in (("before", ""), ("after ", row["answer"] or "")):
-            ranks = [str(place) for place, number in enumerate(find(index, row["id"], text, added), 1)
-                     if grades.get(number, 0) > 0]
+            found = find(index, row["id"], text, added)
+            ranks = [str(rank) for rank, number in enumerate(found, 1) if grades.get(number, 0) > 0]
             say(f"{when} ranks of relevant documents: {', '.join(ranks[:10]) or 'none is found'}")
 
 

@@ -22,11 +22,12 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     """
     groups, values = grouped(rows, "id"), collections.defaultdict(list)
     rng, fewest = random.Random(seed), min(map(len, groups.values()))
+    knows_finish = all("finish" in row for row in rows)
     for group in groups.values():
         right = [row["reward"] > 0 for row in group]
         votes = group_answers([row.get("answer") for row in group], same_answer)
         found = {"pass@1": right, "invalid": [vote is None for vote in votes]}
-        if all("finish" in row for row in rows):
+        if knows_finish:
             found["cut off"] = [row["finish"] == "length" for row in group]
         if fewest > 1:
             found[f"pass@{fewest}"] = pass_at_k(len(right), sum(right), fewest)

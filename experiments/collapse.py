@@ -6,7 +6,7 @@ import numpy as np
 
 import eval as evaluation
 from experiments.common import (WORKING_RATE, beyond_noise, by_arm, compare, line, run_arm,
-                                show_arms, spread, train_arm, verdict)
+                                spread, train_arm, verdict)
 
 LOSSES = {
     "TOPR": {"loss": "topr"},
@@ -41,19 +41,23 @@ def curve(arm, measure):
     return steps, np.transpose([[one[measure] for one in seeds] for seeds in points])
 
 
-def show(result):
-    along = [f"all at {rate}\n{show_arms({'arms': arms})}" for rate, arms in
-             result["along"].items()]
-    return "\n\n".join([show_arms(result), *along])
-
-
-def draw(result, axes):
+def draw(result, *axes):
     panels = itertools.product(("pass@1", "invalid"), result["along"].items())
     for ax, (measure, (rate, arms)) in zip(axes, panels):
         for name, arm in arms.items():
             line(ax, *curve(arm, measure), name)
         ax.set(title=f"learning rate {rate}", xlabel="optimizer step", ylabel=measure,
                ylim=(-0.03, 1.03))
+
+
+def dpo_claim(passed, where):
+    """TOPR is best if it is ahead of both by more than two standard errors."""
+    topr, dpo, positives = (passed[name] for name in ("TOPR", "DPO", "positives only"))
+    best = beyond_noise(topr - dpo) and beyond_noise(topr - positives)
+    each = ", ".join(f"{name} {spread(passed[name])}" for name in LOSSES if name in passed)
+    return (f"DPO does well, TOPR is best ({where})",
+            f"pass@1 {each}; TOPR minus DPO {spread(topr - dpo, '+')}",
+            verdict(dpo.mean() > positives.mean(), best))
 
 
 def claims(result):
@@ -76,15 +80,7 @@ def claims(result):
            "the base)",
            verdict(abs(moved.mean()) < 0.1))
 
-    topr, dpo, positives = (passed[name] for name in ("TOPR", "DPO", "positives only"))
-    others = (dpo, positives, passed["PPO"], passed["naive REINFORCE"])
-    best = all(beyond_noise(topr - other) for other in others)
-    yield ("DPO does well, TOPR is best (Figures 1, 3)",
-           f"pass@1 at the best rate of each: TOPR {spread(topr)}, DPO {spread(dpo)}, positives "
-           f"only {spread(positives)} (TOPR without a baseline); TOPR minus DPO "
-           f"{spread(topr - dpo, '+')} (best if beyond two standard errors); AsymRE, not in the "
-           f"paper, {spread(passed['AsymRE'])}",
-           verdict(dpo.mean() > positives.mean(), best))
+    yield dpo_claim(passed, "Figures 1, 3")
 
     left = invalid["TOPR"].mean() / invalid["base"].mean()
     yield ("TOPR nearly ends invalid answers (Figures 1, 3)",

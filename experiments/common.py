@@ -1,7 +1,9 @@
 """What the experiments share: arms, their learning rates, the embedded task, tables, pictures.
 
 A finding is a module with run(settings) -> {"arms": what compare() returns, ...}, with
-claims(result), which yields (claim, what was measured, verdict), and with draw(result, axes).
+claims(result), which yields (claim, what was measured, verdict), and with draw(result, *axes), on
+so many axes as PANELS says. If it has MEASURES, its table shows these; if it has show(result),
+that makes its tables.
 
 An arm is a method to compare: a dict of the train.py settings that differ from the embedded job's.
 Two of its keys are not settings: "positives" is the share of positives in the data set that is
@@ -26,7 +28,7 @@ import eval as evaluation
 import train
 from data import load_task
 from engine import run_folder, tasks
-from engine.common import Problem, progress, read_json, setting, table, write_json
+from engine.common import read_json, say, setting, table, write_json
 from engine.measures import interval_text, measure, paired_interval
 from engine.rollouts import read_rollouts, write_rollouts
 from experiments import long_apples
@@ -58,7 +60,6 @@ STYLES = {  # colour, line, marker, hatch: one look per method, distinct without
     "base": "#868e96 : . xx",
     "no expansion": "#ced4da - p",
     "Rocchio": "#b5651d -- h ..",
-    "majority": "#ced4da -- .",
     "importance sampling": "#b5651d -. D ..",
     "truncated importance sampling": "#a9c46c : P //",
 }
@@ -81,15 +82,9 @@ class Settings:
 # ---- many arms at once ----
 
 
-def each(settings, function, jobs):
-    """[function(*job) for job in jobs], on all cores."""
-    results = pool(settings.processes).map(function, *zip(*jobs))
-    try:
-        return list(progress(results, len(jobs), "arms", "arm"))
-    except concurrent.futures.process.BrokenProcessPool:
-        raise Problem("a process died, perhaps out of memory (--processes 1 needs less); "
-                      "runs/experiments.log has its last output. "
-                      "Rerun the same command: it keeps what is finished")
+def submit(settings, function, *job):
+    """function(*job) in another process: its result() is what that returns."""
+    return pool(settings.processes).submit(function, *job)
 
 
 @functools.cache
@@ -115,29 +110,23 @@ def compare(settings, run, arms, rates=RATES):
     if settings.quick:
         arms = {name: {**arm, "epochs": 1} for name, arm in arms.items()}
         rates = [rates[len(rates) // 2]]
-    seeds = range(min(settings.seeds, TUNING_SEEDS)) if len(rates) > 1 else []
-    grids = {name: rates if "loss" in arm else [0] for name, arm in arms.items()}
-    compared, scores = {}, iter(each(settings, run, [(seed, arms[name], rate, "validation") for name in arms
-                                                 for rate in grids[name] for seed in seeds]))
-    for name in arms:
-        found = {rate: [next(scores)["score"] for _ in seeds] for rate in grids[name]}
-        best = max(found, key=lambda rate: sum(found[rate]))
-        compared[name] = {"settings": arms[name], "learning_rate": best, "validation": found}
-
-    seeds = range(settings.seeds)
-    tests = iter(each(settings, run, [(seed, arm["settings"], arm["learning_rate"], "test")
-                                      for arm in compared.values() for seed in seeds]))
-    for arm in compared.values():
-        found = [next(tests) for _ in seeds]
+    seeds, compared = range(settings.seeds), {}
+    tuning = seeds[:TUNING_SEEDS] if len(rates) > 1 else []
+    tries = {name: {rate: [submit(settings, run, seed, arm, rate, "validation") for seed in tuning]
+                    for rate in (rates if "loss" in arm else [0])} for name, arm in arms.items()}
+    for name, arm in arms.items():
+        scores = {rate: [job.result()["score"] for job in jobs]
+                  for rate, jobs in tries[name].items()}
+        best = max(scores, key=lambda rate: sum(scores[rate]))
+        compared[name] = {"settings": arm, "learning_rate": best, "validation": scores,
+                          "jobs": [submit(settings, run, seed, arm, best, "test")
+                                   for seed in seeds]}
+    for name, arm in compared.items():
+        found = [job.result() for job in arm.pop("jobs")]
         arm.update({measure: [one[measure] for one in found] for measure in found[0]
                     if measure not in ("score", "right")})
+        say(f"{name}: measured, at rate {arm['learning_rate']:g}")
     return compared
-
-
-def best_arm(arms, names):
-    """The name with the best validation score; the first if nothing was validated (--quick)."""
-    scores = {name: sum(arms[name]["validation"][arms[name]["learning_rate"]]) for name in names}
-    return max(scores, key=scores.get)
 
 
 # ---- the embedded task: base policies, data sets, arms, measures ----
@@ -215,8 +204,7 @@ def measure_once(policy, seed, split, base="small"):
     task = load_task(settings.task)
 
     def questions(tokenizer):
-        count = QUESTIONS["validation"].stop
-        rows = tasks.load_questions(task, "test", count, settings.seed, tokenizer, settings)
+        rows = tasks.load_questions(task, "test", 750, settings.seed, tokenizer, settings)
         return rows[QUESTIONS[split]]
 
     if not os.path.exists(path):
@@ -228,7 +216,7 @@ def measure_once(policy, seed, split, base="small"):
     return read_json(path)
 
 
-# ---- tables ----
+# ---- what came of it ----
 
 
 def spread(values, sign=""):
@@ -241,11 +229,16 @@ def spread(values, sign=""):
 
 
 def show_arms(result, measures=MEASURES):
-    """A row for each arm: its rate and its measures."""
-    rows = [[name, f"{arm['learning_rate']:g}", *(spread(arm.get(measure, []))
-                                                  for measure in measures)]
-            for name, arm in result["arms"].items()]
-    return table(("", "rate", *measures), rows)
+    """A row for each arm: its rate and its measures; and paired differences, if there are any."""
+    rows = []
+    for name, arm in result["arms"].items():
+        values = [spread(arm.get(measure, [])) for measure in measures]
+        rows.append((name, f"{arm['learning_rate']:g}", *values))
+    found = table(("", "rate", *measures), rows)
+    for part, paired in result.get("paired", {}).items():
+        rows = [(pair, interval_text(interval, "+")) for pair, interval in paired.items()]
+        found += "\n\n" + table((f"{part}, 95% intervals over questions", ""), rows)
+    return found
 
 
 def by_arm(result, measure):
@@ -255,23 +248,16 @@ def by_arm(result, measure):
 
 
 def differences(arms, parts, pairs):
-    """{"one minus other": {part: paired interval over the questions, in the mean of the seeds}}
+    """{part: {"one minus other": paired interval over the questions, in the mean of the seeds}}
 
     Takes "by question, PART" out of the arms: [seeds] of [questions].
     """
-    paired = {f"{one} minus {other}": {} for one, other in pairs}
+    paired = {}
     for part in parts:
         values = {name: np.mean(arm.pop(f"by question, {part}"), 0) for name, arm in arms.items()}
-        for one, other in pairs:
-            paired[f"{one} minus {other}"][part] = paired_interval(values[other], values[one])
+        paired[part] = {f"{one} minus {other}": paired_interval(values[other], values[one])
+                        for one, other in pairs}
     return paired
-
-
-def show_paired(result):
-    parts = list(next(iter(result["paired"].values())))
-    rows = [(name, *(interval_text(interval, "+") for interval in intervals.values()))
-            for name, intervals in result["paired"].items()]
-    return table(("95% intervals over questions", *parts), rows)
 
 
 def verdict(*conditions):
@@ -279,12 +265,6 @@ def verdict(*conditions):
     if all(conditions):
         return "reproduces"
     return "in part" if any(conditions) else "does not at this size"
-
-
-def harmed(passed, invalid, name):
-    """In the mean of the seeds pass@1 is below the base policies', or more answers are invalid."""
-    worse, broken = passed["base"] - passed[name], invalid[name] - invalid["base"]
-    return worse.mean() > 0 or broken.mean() > 0
 
 
 def beyond_noise(gains):
@@ -298,20 +278,17 @@ def beyond_noise(gains):
 @contextlib.contextmanager
 def picture(path, panels):
     """`with picture(path, 2) as (left, right):` axes to draw on."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+    rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
     rows = (panels + 1) // 2
-    figure, axes = pyplot.subplots(rows, panels // rows, figsize=(10.8, 4.2 * rows),
-                                   squeeze=False, layout="constrained")
+    figure = Figure(figsize=(10.8, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, panels // rows, squeeze=False)
     yield axes.ravel()
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3 if len(names) < 6 else 2)
     figure.savefig(path, dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def over_seeds(values):
@@ -328,8 +305,12 @@ def line(axes, x, values, name, label=None, **changes):
     axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
-def bars(axes, arms, groups):
-    """Bars side by side with their standard deviation. arms: {name: {group: values of seeds}}"""
+def bars(axes, arms, groups, **labels):
+    """Bars side by side with their standard deviation, for the arms with a style.
+
+    arms: {name: {group: values of all seeds}}
+    """
+    arms = {name: arms[name] for name in arms if name in STYLES}
     width = 0.8 / len(arms)
     for number, (name, arm) in enumerate(arms.items()):
         colour, _, _, *hatch = STYLES[name].split()
@@ -340,3 +321,4 @@ def bars(axes, arms, groups):
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)  # room for the numbers
+    axes.set(**labels)

@@ -12,7 +12,6 @@ On a GPU add --processes 1.
 """
 
 import dataclasses
-import functools
 import operator
 import os
 import random
@@ -27,15 +26,16 @@ from data import load_task
 from data.maths import exact, shown
 from engine.measures import interval_text
 from engine.rollouts import write_rollouts
-from experiments.common import (STYLES, bars, compare, differences, name_of, show_arms,
-                                show_paired, spread, verdict)
+from experiments.common import (bars, compare, differences, name_of, spread,
+                                verdict)
 
-FOLDER = "runs/smollm2"
+FOLDER = "runs/smollm2/full"
 SEEDS = 3  # of the rollouts and of their order in training
-QUESTIONS = {  # --quick takes a tenth of each, and all demonstrations
-    "demonstrations": (0, 1000), "round 1": (1000, 1300), "round 2": (1300, 1600),
-    "validation": (2300, 2400), "held out": (2400, 2650), "SVAMP": (0, 500)}
-PRECISION = "bfloat16"  # twice as fast as float32 where the processor has it
+QUESTIONS = {
+    "demonstrations": slice(0, 1000), "round 1": slice(1000, 1300), "round 2": slice(1300, 1600),
+    "validation": slice(2300, 2400), "held out": slice(2400, 2650), "SVAMP": slice(0, 500)}
+TRAINING = {"optimizer": "adamw", "sequences": 16, "warmup": 10, "schedule": "cosine",
+            "precision": "bfloat16"}  # twice as fast as float32 where the processor has it
 RATES = (6e-6, 2e-5)
 ARMS = {
     "base": {},
@@ -43,8 +43,8 @@ ARMS = {
     "naive REINFORCE": {"loss": "reinforce"},
     "DPO": {"loss": "dpo"},
     "truncated importance sampling": {"loss": "tis"},
-    "AsymRE": {"loss": "reinforce", "baseline": -0.7},  # below the mean reward, about -0.62
-    "AsymRE, baseline -0.9": {"loss": "reinforce", "baseline": -0.9},
+    "AsymRE": {"loss": "reinforce", "baseline": -0.9},
+    "AsymRE, baseline -0.7": {"loss": "reinforce", "baseline": -0.7},  # the mean reward: -0.62
 }
 BEST, TWICE = "TOPR, share 0.5", "TOPR, share 0.5, two rounds"  # where four of five are wrong
 OTHER, OTHER_TWICE = "positives only", "positives only, two rounds"
@@ -63,10 +63,9 @@ PANELS = 1
 
 def run(settings):
     prepare(settings)
-    run = functools.partial(run_arm, settings)
-    arms = compare(dataclasses.replace(settings, seeds=1), run, ARMS, RATES)
+    arms = compare(dataclasses.replace(settings, seeds=1), run_arm, ARMS, RATES)
     several = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
-    arms |= compare(several, run, MAIN, RATES)
+    arms |= compare(several, run_arm, MAIN, RATES)
     pairs = [(name, "base") for name in arms if name != "base"]
     return {"arms": arms, "paired": differences(arms, PARTS, [*pairs, *PAIRS])}
 
@@ -74,16 +73,13 @@ def run(settings):
 # ---- the questions ----
 
 
-def read_questions(settings, part):
+def read_questions(part):
     """SVAMP is the test set; the other parts are slices of the shuffled training set."""
     questions = load_task("svamp").questions
     rows = list(questions("test")) if part == "SVAMP" else with_solutions(questions("train"))
     random.Random(0).shuffle(rows)
-    first, end = QUESTIONS[part]
-    if settings.quick and part != "demonstrations":  # with fewer the base policy is no use
-        end = first + (end - first) // 10
     return [{**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]}
-            for row in rows[first:end]]
+            for row in rows[QUESTIONS[part]]]
 
 
 def with_solutions(rows):
@@ -121,121 +117,100 @@ def work_out(equation):
 # ---- policies, their answers, their measures ----
 
 
-def folder_of(settings):
-    return f"{FOLDER}/{'quick' if settings.quick else 'full'}"
-
-
 def prepare(settings):
     """Makes the base policy, which imitates demonstrations."""
-    demonstrations = f"{folder_of(settings)}/demonstrations.jsonl"
+    demonstrations = f"{FOLDER}/demonstrations.jsonl"
     if not os.path.exists(demonstrations):
         write_rollouts(demonstrations, [
             {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
-             "reward": 1.0} for row in read_questions(settings, "demonstrations")])
-    train_on(settings.pretrained, demonstrations, f"{folder_of(settings)}/base", loss="sft",
+             "reward": 1.0} for row in read_questions("demonstrations")])
+    train_on(settings.pretrained, demonstrations, f"{FOLDER}/base", loss="sft",
              learning_rate=5e-5)
 
 
 def train_on(model, rollouts, out, **changes):
     """The log."""
-    changes = {"optimizer": "adamw", "sequences": 16, "warmup": 10, "schedule": "cosine",
-               "precision": PRECISION, **changes}
-    return train.train_once(train.Settings(model=model, rollouts=rollouts, out=out, **changes))
+    return train.train_once(train.Settings(model=model, rollouts=rollouts, out=out,
+                                           **{**TRAINING, **changes}))
 
 
-def sample(settings, policy, part, out, **changes):
-    """Graded answers of a policy to the questions of a part, made once."""
-    sampling = train.Settings(max_new_tokens=64, batch_size=128, precision=PRECISION)
-    questions, grade = read_questions(settings, part), load_task("svamp").grade
-    with FileLock(f"{out}.lock"):  # several arms need the same rollouts
-        return evaluation.sample_once(sampling, policy, lambda _: questions, grade, out, **changes)
+def sampling(part, samples, out):
+    """(train.py's settings, SVAMP with the questions of a part alone)"""
+    task = load_task("svamp")
+    task.questions = lambda split: read_questions(part)
+    return train.Settings(**TRAINING, max_new_tokens=64, batch_size=128, samples=samples,
+                          out=out), task
 
 
-def train_arm(settings, seed, arm, rate):
+def train_arm(seed, arm, rate):
     """(The folder of the policy that an arm makes in its rounds of sample-then-train, its log)"""
-    policy, log, changes = f"{folder_of(settings)}/base", [], dict(arm)
+    policy, log, changes = f"{FOLDER}/base", [], dict(arm)
     rounds = changes.pop("rounds", 1) if rate else 0
-    out = f"{folder_of(settings)}/seed{seed}/{name_of(changes, rate)}"
+    out = f"{FOLDER}/seed{seed}/{name_of(changes, rate)}"
     for number in range(1, rounds + 1):  # each has questions of its own
         rollouts = f"{policy}-rollouts-{seed}.jsonl"
-        sample(settings, policy, f"round {number}", rollouts, seed=seed + 100 * (number - 1),
-               samples=8)
+        job, task = sampling(f"round {number}", 8, "")
+        job.seed = seed + 100 * (number - 1)
+        with FileLock(f"{rollouts}.lock"):  # all arms need the first
+            evaluation.sample_rollout_file(job, task, policy, rollouts)
         start, policy = policy, f"{out}-round{number}"
         log = train_on(start, rollouts, policy, seed=seed, learning_rate=rate, **changes)
     return policy, log
 
 
-def run_arm(settings, seed, arm, rate, split):
+def run_arm(seed, arm, rate, split):
     """The measures of an arm; its answers are kept in its folder."""
-    policy, _ = train_arm(settings, seed, arm, rate)
-    measures, answers = {}, []
+    policy, _ = train_arm(seed, arm, rate)
+    measures, invalid = {}, []
     for part in PARTS if split == "test" else ["validation"]:
-        for name, temperature, samples in ((part, 1.0, 4), (f"{part}, greedy", 0.0, 1)):
-            rows = sample(settings, policy, part, f"{policy}/{name}.jsonl", logprobs=False, seed=1,
-                          samples=samples, temperature=temperature)
-            right = np.reshape([row["reward"] > 0 for row in rows], (-1, samples)).mean(1)
-            measures |= {name: right.mean(), f"by question, {name}": right}  # [questions]
-            answers += [row["answer"] for row in rows]
-    return {**measures, "invalid": answers.count(None) / len(answers),
-            "score": measures.get("validation")}
+        values = evaluation.measure_once(*sampling(part, 4, policy), policy, part)
+        measures |= {part: np.mean(values["pass@1"]), f"{part}, greedy": np.mean(values["greedy"]),
+                     f"by question, {part}": values["pass@1"]}
+        invalid += values["invalid"]
+    return {**measures, "invalid": np.mean(invalid), "score": measures.get("validation")}
 
 
 # ---- what came of it ----
 
 
-def show(result):
-    return "\n\n".join([show_arms(result, MEASURES), show_paired(result)])
-
-
-def draw(result, axes):
-    (ax,) = axes
-    arms = result["arms"]
-    shown = {name: arms[name] for name in arms if name in STYLES}
-    bars(ax, {**shown, "AsymRE": arms["AsymRE, baseline -0.9"]}, PARTS)
-    ax.set(ylabel="pass@1")
+def draw(result, ax):
+    bars(ax, result["arms"], PARTS, ylabel="pass@1")
 
 
 def claims(result):
-    arms, truncated = result["arms"], "truncated importance sampling"
+    at = {name: f"{name} {spread(arm['held out'])}" for name, arm in result["arms"].items()}
+    gain = result["paired"]["held out"]
+    text = {pair: interval_text(interval, "+") for pair, interval in gain.items()}
 
-    def at(name):
-        return f"{name} {spread(arms[name]['held out'])}"
-
-    def gain(name, other):
-        return result["paired"][f"{name} minus {other}"]["held out"]
-
-    def as_text(interval):
-        return interval_text(interval, "+")
-
-    over_base, ahead = gain(BEST, "base"), gain(BEST, OTHER)
+    over_base, ahead = f"{BEST} minus base", f"{BEST} minus {OTHER}"
     yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
-           f"135 million weights, pass@1 on held-out questions: {at('base')}, "
-           f"{at(OTHER)}, {at(BEST)}: over the base {as_text(over_base)}, over "
-           f"positives only {as_text(ahead)}",
-           verdict(over_base["low"] > 0, ahead["low"] > 0))
+           f"135 million weights, pass@1 on held-out questions: {at['base']}, {at[OTHER]}, "
+           f"{at[BEST]}: over the base {text[over_base]}, over positives only {text[ahead]}",
+           verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0))
 
-    again, ahead = gain(TWICE, BEST), gain(TWICE, OTHER_TWICE)
+    again, ahead = f"{TWICE} minus {BEST}", f"{TWICE} minus {OTHER_TWICE}"
     yield ("Sampling again and training again keeps helping (iterations, 135 million weights)",
-           f"pass@1 on held-out questions after a second round, with new questions: {at(TWICE)}, "
-           f"over one round {as_text(again)}; {at(OTHER_TWICE)}: TOPR over that {as_text(ahead)}",
-           verdict(again["low"] > 0, ahead["low"] > 0))
+           f"pass@1 on held-out questions after a second round, with new questions: {at[TWICE]}, "
+           f"over one round {text[again]}; {at[OTHER_TWICE]}: TOPR over that {text[ahead]}",
+           verdict(gain[again]["low"] > 0, gain[ahead]["low"] > 0))
 
-    naive = gain("naive REINFORCE", "base")
-    before, worst = (min(arms[name]["validation"].values()) for name in ("base", "naive REINFORCE"))
+    naive = "naive REINFORCE minus base"
+    before, worst = (min(result["arms"][name]["validation"].values())
+                     for name in ("base", "naive REINFORCE"))
     yield ("Naive REINFORCE harms a pretrained model (Figures 1, 3)",
-           f"pass@1 over the base at its best rate {as_text(naive)}; on the validation questions "
+           f"pass@1 over the base at its best rate {text[naive]}; on the validation questions "
            f"{spread(worst)} at its worst rate, the base {spread(before)}",
-           verdict(naive["high"] < 0, worst < before))
+           verdict(gain[naive]["high"] < 0, worst < before))
 
-    over_base, ahead = gain("DPO", "base"), gain(BEST, "DPO")
+    over_base, ahead = "DPO minus base", f"{BEST} minus DPO"
     yield ("DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
-           f"pass@1 on held-out questions: {at('DPO')}, over the base {as_text(over_base)}; "
-           f"TOPR's best over DPO {as_text(ahead)}",
-           verdict(over_base["low"] > 0, ahead["low"] > 0))
+           f"pass@1 on held-out questions: {at['DPO']}, over the base {text[over_base]}; "
+           f"TOPR's best over DPO {text[ahead]}",
+           verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0))
 
-    ahead = gain("TOPR", truncated)
+    ahead = "TOPR minus truncated importance sampling"
     yield ("Right answers at full weight, wrong ones fading, is better than all of them fading "
            "(Figure 7, 135 million weights)",
-           f"without a baseline, pass@1 on held-out questions: {at('TOPR')}, {at(truncated)}: "
-           f"{as_text(ahead)}",
-           verdict(ahead["low"] > 0))
+           f"without a baseline, pass@1 on held-out questions: {at['TOPR']}, "
+           f"{at['truncated importance sampling']}: {text[ahead]}",
+           verdict(gain[ahead]["low"] > 0))

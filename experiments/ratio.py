@@ -26,7 +26,7 @@ RIVALS = {
     "PPO": {"loss": "ppo"},
     "negatives only": {"loss": "nsr"},
 }
-LONG_SEEDS = 2
+LONG_SEEDS, LONG_RATES = 2, (3e-4, 1e-3)
 STEPS = (16, 64, 120, -1)  # of which the log is shown
 LOGGED = ("negative_weight", "d_negative", "d_positive")
 PANELS = 2
@@ -59,7 +59,7 @@ def run(settings):
     return {"arms": compare(settings, run_version, {"base": {}, **VERSIONS, **RIVALS}),
             "rates": {f"{rate:g}": compare(settings, run_logged, VERSIONS, [rate])
                       for rate in rates},
-            "long": compare(few, run_version, {"base": {"base": "long"}, **long})}
+            "long": compare(few, run_version, {"base": {"base": "long"}, **long}, LONG_RATES)}
 
 
 def run_logged(seed, arm, rate, split):

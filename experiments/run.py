@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # started as a script: find the scripts beside the folder
 
 from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
-from experiments.common import Settings, picture, show_arms
+from experiments.common import MEASURES, Settings, picture, pool, show_arms
 
 FINDINGS = ("collapse", "ratio", "negatives", "shares", "importance", "rounds", "verdicts",
             "queries")
@@ -56,9 +57,15 @@ def make(names, settings, folder):
             size = {"seeds": settings.seeds, "quick": settings.quick}
             write_json(f"{folder}/{name}.json", {**size, **load(name).run(settings)})
             show(name, folder)
-    finally:
+        pool(settings.processes).shutdown()
+    except BaseException as error:
         for process in multiprocessing.active_children():
             process.kill()  # what it has not finished goes on with the next call
+        if isinstance(error, BrokenProcessPool):
+            raise Problem("a process died, perhaps out of memory (--processes 1 needs less); "
+                          "runs/experiments.log has its last output. "
+                          "Rerun the same command: it keeps what is finished")
+        raise
 
 
 def load(name):
@@ -71,13 +78,16 @@ def show(name, folder):
     say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{tables(name, result)}\n")
     try:
         with picture(f"{folder}/{name}.png", finding.PANELS) as axes:
-            finding.draw(result, axes)
+            finding.draw(result, *axes)
     except ImportError:
         say("no picture: matplotlib is not installed")
 
 
 def tables(name, result):
-    return getattr(load(name), "show", show_arms)(result)
+    finding = load(name)
+    if hasattr(finding, "show"):
+        return finding.show(result)
+    return show_arms(result, getattr(finding, "MEASURES", MEASURES))
 
 
 def there(folder):

@@ -7,11 +7,11 @@ from filelock import FileLock
 
 import verifier
 from engine.common import read_json
-from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepare, show_arms,
-                                spread, verdict)
+from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepare, spread,
+                                verdict)
 
 MEASURES = ("accuracy", "invalid", "weighted", "majority", "solutions")
-PANELS = 2
+PANELS = 1
 
 
 def run(settings):
@@ -39,24 +39,14 @@ def run_verifier(seed, arm, rate, split):
     results = read_json(f"{settings.out}/results.json")
     vote, measures = read_json(f"{settings.out}/voting.json")[-1], {}
     for time, name in (("before", " before"), ("after", "")):
-        found = {**results[time], **vote, "weighted": vote[f"weighted, {time}"]}
+        found = {**vote, "weighted": vote[f"weighted, {time}"]}
+        found |= {measure: results[time][measure]["mean"] for measure in ("accuracy", "invalid")}
         measures |= {measure + name: found[measure] for measure in MEASURES}
     return {**measures, "score": measures["accuracy"]}
 
 
-def show(result):
-    return show_arms(result, MEASURES)
-
-
-def draw(result, axes):
-    left, right = axes
-    arms = result["arms"]
-    bars(left, arms, ("accuracy", "invalid"))
-    left.set(ylabel="share of verdicts", ylim=(0, 1))
-    votes = {"majority": {"vote": arms["TOPR"]["majority"]},
-             **{name: {"vote": arms[name]["weighted"]} for name in arms}}
-    bars(right, votes, ["vote"])
-    right.set(ylabel="accuracy", xlabel="majority; weighted before and after training")
+def draw(result, ax):
+    bars(ax, result["arms"], MEASURES[:-1], ylabel="share of verdicts; accuracy of the vote")
 
 
 def claims(result):

@@ -1,7 +1,7 @@
-"""The two pictures of the README's lesson, for which matplotlib is needed.
+"""Draws the two pictures of the README's lesson; matplotlib is needed.
 
     torchrun train.py                       the embedded job, if runs/apples-seed0/topr is not there
-    python experiments/pictures.py          docs/weights.png and docs/ratios.png
+    python tools/pictures.py          docs/weights.png and docs/ratios.png
 """
 
 import sys
@@ -14,22 +14,20 @@ if not __package__:  # started as a script: find the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import topr
 import train
-from engine import batches, mu, packing, run_folder, sampler
+from engine import mu, run_folder
 from engine.common import Problem, run_main
-from experiments.common import picture
+from experiments.common import STYLES, picture
 
 FOLDER = "runs/apples-seed0"
-LOOKS = {"topr": ("#1f4e9c", "-"), "reinforce": ("#c92a2a", ":"), "is": ("#b5651d", "-."),
-         "tis": ("#a9c46c", "--"), "sft": ("#2f9e44", "--")}
+NAMES = {"topr": "TOPR", "reinforce": "naive REINFORCE", "is": "importance sampling",
+         "tis": "truncated importance sampling", "sft": "positives only"}
 
 
 def log_ratios(policy):
     """d of each rollout under a policy, and which rollouts are right. two of [rows]"""
-    settings = train.Settings(model=policy, rollouts=f"{FOLDER}/rollouts-512x16.jsonl")
+    settings = train.Settings(model=policy, rollouts=f"{FOLDER}/rollouts-512x16.jsonl", mu="file")
     device = torch.device("cpu")
-    model, tokenizer = sampler.load_model(policy, settings, device)
-    data = batches.read_data(settings, model, tokenizer, device)
-    policy = packing.LogProbs(model, settings.precision)
+    _, _, data, policy, *_ = train.set_up(settings, device)
     scores = mu.score_rows(settings, policy, data, range(len(data.rows)), device)
     d = [(scores[number] - row.logprobs).sum() for number, row in enumerate(data.rows)]
     return np.array(d), data.rewards > 0
@@ -39,7 +37,7 @@ def draw_weights(axes):
     d = torch.linspace(-4, 2, 601)
     for side, sign, title in zip(axes, (1.0, -1.0), ("a right answer", "a wrong answer")):
         for name, taper in topr.TAPERS.items():
-            colour, dashes = LOOKS[name]
+            colour, dashes, *_ = STYLES[NAMES[name]].split()
             weight = topr.taper_weights(d, torch.full_like(d, sign), taper)
             side.plot(d, weight, color=colour, linestyle=dashes, label=name, linewidth=2.5)
         side.set(xlabel="d = log pi/mu of the sequence", ylabel="weight", title=title,
