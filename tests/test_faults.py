@@ -60,7 +60,7 @@ def in_a_file(folder, *lines):
 
 # ---- lines and files ----
 
-NO_JSON = [b"{broken\n", b"17\n", b"[1]\n", b"{} {}\n", b"\0" * 50 + b"\n",
+NO_JSON = [b"{broken\n", b"17\n", b"{} {}\n", b"\0" * 50 + b"\n",
            b'{"id": ' + b"[" * 100000 + b"\n", b"\xef\xbb\xbf{}\n", b'{"\x1b[2J": 1}\n',
            b'{"reward":%s}\n' % (b"1" * 5000), b"PK\x03\x04" + bytes(200)]
 NO_UTF8 = [b'{"id": "\xff"}\n', '{"id": "caf\u00e9"}\n'.encode("latin-1"), gzip.compress(b"{}"),
