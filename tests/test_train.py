@@ -198,9 +198,9 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    ("--epochs 0", "--epochs 0: 1 or more"), ("--learning-rate -1", "--learning-rate -1.0: 0 or"),
+    ("--epochs 0", "--epochs 0: 1 or more"),
     ("--grad-clip nan", "--grad-clip nan"),
-    ("--rounds 2", "--rounds and --eval-every need --task"), ("--eval-every 5", "need --task"),
+    ("--rounds 2", "--rounds and --eval-every need --task"),
     ("--loss dpo --baseline 0.5", "no place in --loss dpo"), ("--baseline 2", "--baseline 2.0"),
     ("--positive-share 1.5", "--positive-share 1.5: 0 to 1"), ("--shard", "more than one process"),
     ("--positive-share 0.1 --baseline 0.1", "no --baseline"), ("--map-rewards=-1,1", "only 0 and"),
@@ -248,8 +248,6 @@ def test_every_loss_trains(tiny, rollouts, tmp_path, changes):
     assert len(log) == 2 and all(math.isfinite(entry["loss"]) for entry in log)
     if "positive_share" in changes:
         assert log[0]["positive_share"] == pytest.approx(0.1)
-    if "weights" in changes:
-        assert weights_of(tmp_path)["lm_head.weight"].dtype == torch.bfloat16
 
 
 # ---- resuming ----

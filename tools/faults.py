@@ -353,7 +353,7 @@ def restarts(folder):
 
 
 def write_many(path, count, tokenizer, with_ids):
-    words = "the answer is 7 + 4 = 11 . He finds 4 . Ann buys 3 . How many ?".split()
+    words = "The answer is 7 + 4 = 11 . He finds 4 . Ann buys 3 . How many ?".split()
     with open(path, "w") as file:
         for number in range(count):
             if number % 16 == 0:
