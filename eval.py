@@ -23,6 +23,8 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from data import OURS, load_task
 from engine import mu, server
 from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
@@ -78,9 +80,9 @@ def measured(task, rows, seed):
     """The task's own measures, or ours; of no rows, which other ranks than the first have, none."""
     if not rows:
         return {}
-    if not task.measure:
-        return measure(rows, seed, same_answer=task.same_answer)
-    with one_line(f"{task.name}: measure"):
+    with one_line(f"{task.name}: measure or same_answer"):
+        if not task.measure:
+            return measure(rows, seed, same_answer=task.same_answer)
         values = {name: list(map(float, each)) for name, each in task.measure(rows).items()}
     if not all(0 <= value <= 1 for each in values.values() for value in each):
         raise Problem(f"{task.name}: measure must return values from 0 to 1")
@@ -240,8 +242,9 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
                             for completion in completions]
             if out:
                 add_line(own_part, [number, mine[number]])
-    finished = collections.ChainMap(finished, *gather_on_first(mine))
+    finished = collections.ChainMap(*gather_on_first(mine), finished)
     rows = [row for number in sorted(finished) for row in finished[number]]
+    rows = [make_row(grade, row, {}, sampling) for row in rows]  # the grader may be another now
     if out and rank() == 0:
         write_rollouts(out, rows)
         for part in glob.glob(glob.escape(parts) + "*"):
@@ -353,6 +356,8 @@ def main():
     else:
         raise Problem("--model is needed: a directory or a hub name (train.py makes one)")
     say(report(values, settings.grade or settings.model))
+    if np.mean(values.get("cut off", 0)) > 0.2:
+        say("many completions are cut off: raise --max-new-tokens, or give the task a STOP")
     if settings.out and rank() == 0:
         path = settings.out.removesuffix(".jsonl") + ".json"
         write_json(path, {"settings": dataclasses.asdict(settings), **summary(values)})

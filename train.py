@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ import torch
 import eval as evaluation
 import topr
 from data import apples, load_task
-from engine import advice, batches, mu, optim, packing, run_folder
+from engine import advice, batches, losses, mu, optim, packing, run_folder
 from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say, setting,
                            writing)
 from engine.parallel import (barrier, from_first, gather, rank, replicate, shard, start_ranks,
@@ -47,7 +46,7 @@ class Job(Sampling):
                                   free=True)
     eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
                               free=True)
-    loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"), main=True)
+    loss: str = setting("topr", "what to minimise", (*topr.TAPERS, *losses.OTHERS), main=True)
     learning_rate: float = setting(0.0, "step size (0: 0.1 / sqrt(trained weights); the paper's is "
                                    "5e-7, for Adafactor and 8 billion)", main=True)
     optimizer: str = setting("adamw", "update rule", ("adamw", "adafactor"), main=True)
@@ -93,7 +92,9 @@ class Settings(Job):
 EMBEDDED = dict(task="apples", learning_rate=1e-3, schedule="cosine", epochs=2, eval_every=32,
                 questions=512, test_questions=250, max_new_tokens=40, tokens_per_pass=4096,
                 batch_size=512)
-OTHER_LOSSES = {"ppo": topr.ppo_loss, "dpo": topr.dpo_loss}
+
+
+SAVE_AFTER = 300  # seconds without a checkpoint
 
 
 def train(settings, evaluate=None):
@@ -110,7 +111,7 @@ def train(settings, evaluate=None):
     steps = batches.steps_per_epoch(data) * settings.epochs
     steps = min(steps, settings.max_steps or steps)
     bar = progress(range(first, steps), steps, f"training ({settings.loss})", initial=first)
-    log_file = run_folder.open_log(settings.out)
+    log_file, saved = run_folder.open_log(settings.out), time.time()
     with log_file, writing(log_file.name), run_folder.catch_signals() as signals:
         for step in bar:
             # Now and then a point of the learning curve; sampling turns checkpointing off.
@@ -120,23 +121,24 @@ def train(settings, evaluate=None):
 
             # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
             start = time.time()
-            units, parts = backward(settings, policy, data, step, loss_function, device)
+            units, parts = backward(settings, policy, data, step, loss_function, device, signals)
+            if signals and data.ranks == 1:  # this step is given up
+                stop(settings, model, optimizer, step, signals)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
                                                   settings.grad_clip or math.inf)
             norm = float(norm.full_tensor() if settings.shard else norm)
             if not math.isfinite(norm):
-                raise Problem(f"step {step}: the gradient norm is {norm}; nothing was updated. "
-                              f"{run_folder.last_checkpoint(settings.out)}. The rollouts: "
-                              f"{batches.line_numbers(data, units.ravel())}")
+                raise run_folder.broken_off(settings, step, f"the gradient norm is {norm}, of "
+                                            + batches.line_numbers(data, units.ravel()))
 
             # The update.
             optim.update(settings, optimizer, step, steps)
             optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
-            everyone = gather((parts, signals))  # of all ranks: all stop together
-            metrics = step_metrics([theirs for theirs, _ in everyone], data.mu is not None)
-            stop = [number for _, numbers in everyone for number in numbers]
+            everyone = gather((parts, signals, start - saved))  # of all ranks: all stop together
+            metrics = step_metrics([theirs for theirs, *_ in everyone], data.mu is not None)
+            numbers = [number for _, theirs, _ in everyone for number in theirs]
             seconds = time.time() - start
             write_log(log, log_file, {
                 "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
@@ -144,11 +146,12 @@ def train(settings, evaluate=None):
                 "tokens_per_second": data.lengths[units].sum() / seconds})
             if step in (advice.LOOK_AT, steps - 1):
                 say(*advice.of_log(log))
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, norm {norm:.2f}", refresh=False)
-            if stop or (step + 1) % (settings.checkpoint_every or math.inf) == 0:
+            if numbers:
+                stop(settings, model, optimizer, step + 1, numbers)
+            is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
+            if is_due or everyone[0][2] > SAVE_AFTER:
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
-            if stop:
-                raise Stopped(f"stopped by a signal after step {step}: rerun to go on", stop[0])
+                saved = time.time()
         if evaluate and settings.eval_every:
             write_log(log, log_file, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
@@ -156,7 +159,7 @@ def train(settings, evaluate=None):
     return log
 
 
-def backward(settings, policy, data, step, loss_function, device):
+def backward(settings, policy, data, step, loss_function, device, signals):
     """Adds the gradient of the rows of this step, which are the same for any number of ranks.
 
     Returns the rows, [rows, 1], or for DPO [pairs, 2], and the numbers of each forward pass.
@@ -164,17 +167,29 @@ def backward(settings, policy, data, step, loss_function, device):
     units, parts = batches.step_units(settings, data, step), []
     micro_batches = batches.micro_batches(settings, data, units, device)
     for number, batch in enumerate(micro_batches, 1):
+        if signals and data.ranks == 1:  # of many ranks, each waits for the others' step
+            break
         # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
         policy.require_backward_grad_sync = number == len(micro_batches)
         logp = policy(batch.packed, batch.mask)  # [batch, time]
         # N / ranks: each rank's loss comes out `ranks` times too large, and the mean over ranks
         # that DDP and FSDP take undoes that.
-        loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask,
-                                    count=units.size / data.ranks)
+        try:
+            loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask,
+                                        count=units.size / data.ranks)
+        except ValueError as error:  # log pi is NaN, say: the policy has diverged
+            lines = batches.line_numbers(data, batch.rows)
+            raise run_folder.broken_off(settings, step, f"{error}, of {lines}")
         loss.backward()
         stats["loss"] = loss  # one number; the others are [batch]
         parts.append({name: value.tolist() for name, value in stats.items()})
     return units, parts
+
+
+def stop(settings, model, optimizer, step, signals):
+    run_folder.save_checkpoint(settings, model, optimizer, step)
+    raise Stopped(f"stopped by a signal; {step} steps are done and saved: the same command goes on",
+                  signals[0])
 
 
 def step_metrics(ranks, has_mu):
@@ -212,7 +227,7 @@ def set_up(settings, device):
     weights = from_first(fingerprint(model) if rank() == 0 else None)
     run = run_folder.describe_run(settings, data.fingerprint, weights)
     run_folder.check_same_run(settings, run)
-    loss_function, needs_mu, silent = make_loss(settings, data)
+    loss_function, needs_mu, silent = losses.make_loss(settings, data)
     optim.prepare_model(settings, model)
     known, data.pack = from_first(rank() == 0 and packing.abilities(
         model, data.lengths.max(), settings.precision, data.mask_dtype))
@@ -223,36 +238,9 @@ def set_up(settings, device):
     data.silent = silent
     if world() > 1 and not settings.shard:
         policy = replicate(policy, batches.filler_batch(data, device))
-    positive = (data.rewards[data.units] > 0).mean()
-    say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
-        f"{settings.loss}, {settings.sequences} completions a step, log mu {source}",
-        *advice.before_the_first_step(settings, positive))
+    say(*advice.before_the_first_step(settings, data), f"loss {settings.loss}, "
+        f"{settings.sequences} completions a step, log mu {source}, results in {settings.out}")
     return model, tokenizer, data, policy, loss_function, run
-
-
-def make_loss(settings, data):
-    """(loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), whether it needs mu,
-    for which rows it is silent: it gives them no gradient, whatever pi is)"""
-    if settings.loss in OTHER_LOSSES:
-        return OTHER_LOSSES[settings.loss], True, data.silent
-    rewards, baseline = data.rewards[data.units], settings.baseline
-    taper = topr.TAPERS[settings.loss]
-    if settings.ratio:
-        taper = dataclasses.replace(taper, ratio=settings.ratio)
-    is_binary = (np.abs(rewards) == 1).all()
-    if settings.positive_share is not None:
-        if settings.baseline or not is_binary:
-            raise Problem("--positive-share needs rewards of +1 and -1, and no --baseline")
-        try:
-            baseline = topr.baseline_for_share((rewards > 0).mean(), settings.positive_share)
-        except ValueError as error:
-            raise Problem(f"--positive-share {settings.positive_share}: {error}")
-    if is_binary and abs(baseline) > 1:
-        raise Problem(f"--baseline {baseline}: above 1 or below -1 the sign of a reward would turn")
-    advantage = data.rewards - baseline  # [rows]
-    largest = np.where(advantage > 0, taper.pos[1], taper.neg[1])  # weight [rows]
-    silent = (advantage == 0) | (largest == 0)  # [rows]
-    return partial(topr.topr_loss, taper=taper, baseline=baseline), taper.needs_mu, silent
 
 
 # ---- the whole job: a policy, its rollouts, training, and what came of it ----
@@ -287,6 +275,7 @@ def job(settings, task=None):
     """Rounds of sample-then-train, measured before and after if there is a task."""
     start = time.time()
     check_settings(settings, task)
+    run_folder.make_folder(settings.out)
     if task is None:
         train_once(settings)
         return say(f"the trained policy and the log are in {settings.out}")
@@ -326,7 +315,7 @@ def train_once(settings, evaluate=None):
 
 def check_settings(settings, task):
     """What would only fail, or do nothing, after hours of work."""
-    if settings.loss in OTHER_LOSSES and (settings.baseline or settings.positive_share is not None):
+    if settings.loss in losses.OTHERS and (settings.baseline or settings.positive_share is not None):
         raise Problem(f"--baseline and --positive-share have no place in --loss {settings.loss}")
     if settings.rollouts and not os.path.isfile(settings.rollouts):
         raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")

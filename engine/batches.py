@@ -68,6 +68,8 @@ def read_data(settings, model, tokenizer, device):
     rows, prompts = [], {}
     for line, row, prompt, completion in each_tokenized(settings, model, tokenizer):
         fault = find_fault(prompt, completion, config)
+        if row.get("split") == "test":
+            fault = "a question of the test split: sample rollouts with eval.py --split train"
         if fault is None and len(rows) < CHECKED_ROWS and is_foreign(row, tokenizer):
             fault = f"its completion_ids do not decode to its completion. {TEXT_ALONE}"
         if fault:

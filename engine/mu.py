@@ -36,6 +36,8 @@ def make_mu(settings, policy, data, device, needs_mu, model_fingerprint):
         tokens.update(np.array([*row.prompt, -1, *row.completion]).tobytes())
     name = f"{model_fingerprint[:8]}-{tokens.hexdigest()[:8]}-{settings.precision}"
     path = f"{data.path}.mu-{name}.npy"
+    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        path = f"{settings.out}/{os.path.basename(path)}"
     if not from_first(os.path.exists(path)):
         scores = score_rows(settings, policy, data, range(len(data.rows)), device)
         if rank() == 0:

@@ -7,11 +7,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import json
 import os
 import shutil
 import signal
+import sys
 import warnings
 
 import torch
@@ -24,6 +26,14 @@ from engine.parallel import barrier, from_first, is_sharded, rank, whole_weights
 # ---- one run at a time ----
 
 
+def make_folder(path):
+    """Makes a folder that can be written: this is found out before hours of work."""
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+
+
 def lock_folder(settings):
     """Makes the folder; the lock that is returned holds until its release or the process's end."""
     if os.path.realpath(settings.out) == os.path.realpath(settings.model):
@@ -31,9 +41,8 @@ def lock_folder(settings):
     lock = FileLock(os.path.join(settings.out, ".lock"))
     if rank() == 0:
         try:
-            with writing(settings.out):
-                os.makedirs(settings.out, exist_ok=True)
-                lock.acquire(timeout=0)
+            make_folder(settings.out)
+            lock.acquire(timeout=0)
         except Timeout:
             raise Problem(f"{settings.out}: another process is training in this folder")
     barrier()
@@ -45,11 +54,12 @@ def lock_folder(settings):
 @contextlib.contextmanager
 def catch_signals():
     """`with catch_signals() as signals:` SIGTERM and Ctrl-C are appended to a list, so that the
-    loop can finish its step first."""
+    loop can save its state first."""
     signals = []
 
     def note(number, _):
         signals.append(number)
+        print("stopping", file=sys.stderr)
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -87,8 +97,12 @@ def finished(folder):
 
 
 def read_log(folder):
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # the last may be torn
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
+    except (OSError, ValueError) as error:
+        raise Problem(f"{path}: cannot be read: {error}. Remove {folder} to start anew")
 
 
 # ---- checkpoints ----
@@ -99,9 +113,10 @@ def checkpoints(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 8)))
 
 
-def last_checkpoint(folder):
-    paths = checkpoints(folder)
-    return f"The last checkpoint is {paths[-1]}" if paths else "There is no checkpoint"
+def broken_off(settings, step, why):
+    paths = checkpoints(settings.out)
+    last = f"the last checkpoint is {paths[-1]}" if paths else "there is no checkpoint"
+    return Problem(f"step {step}: {why}; nothing was updated, {last}")
 
 
 def run_tensors(model, optimizer):

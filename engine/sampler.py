@@ -36,7 +36,8 @@ class Sampling:
                                   free=True)
     batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)",
                               free=True)
-    seed: int = setting(0, "of the sampling, the data order, generated questions", main=True)
+    seed: int = setting(0, "of the sampling, the data order, generated questions", main=True,
+                        most=2**32)
     weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
                            "bfloat16 halves the memory; updates are rounded at random, so that "
                            "small ones count", ("auto", "float32", "bfloat16"))
@@ -65,7 +66,9 @@ def load_model(name, settings, device):
     tokenizer = load_tokenizer(name)
     with one_line(f"model {name!r} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=settings.weights, use_safetensors=True).to(device)
+            name, dtype=settings.weights, use_safetensors=True, trust_remote_code=False).to(device)
+    if not model.generation_config.do_sample:  # or some versions refuse to save the model
+        model.generation_config.update(temperature=None, top_p=None, top_k=None)
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # for so little work one thread is faster than several
     return model.eval(), tokenizer
@@ -83,7 +86,9 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer
 
     with one_line(f"model {name!r} cannot be loaded"):
-        return AutoTokenizer.from_pretrained(name)
+        if os.path.isabs(name) and not os.path.isdir(name):
+            raise FileNotFoundError("there is no such folder")
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def fingerprint(model):

@@ -110,7 +110,8 @@ def post(url, body):
         connection.request("POST", url.path, json.dumps(body), headers)
         response = connection.getresponse()
         content = response.read(LARGEST)
-    message = f"HTTP {response.status}: {plain(content.decode('utf-8', 'replace'))}"
+    words = content.decode("utf-8", "replace").replace(key or "\n", " ")  # it may echo the key
+    message = f"HTTP {response.status}: {plain(words)}"
     if response.status in (408, 409, 425, 429) or response.status >= 500:
         raise OSError(message)
     if response.status >= 300:

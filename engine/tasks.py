@@ -20,8 +20,10 @@ import json
 import math
 import numbers
 import operator
+import os
 import re
 import sys
+import traceback
 import types
 
 from engine.common import Problem, first_line
@@ -38,6 +40,8 @@ def make_task(name, source):
     optional = {key: getattr(source, key, default) for key, default in OPTIONAL.items()}
     if isinstance(optional["STOP"], str):
         optional["STOP"] = [optional["STOP"]]
+    if not all(isinstance(mark, str) for mark in optional["STOP"]):
+        raise Problem(f"{name}: STOP is {optional['STOP']!r}, not a list of strings")
     grade = functools.partial(grade_checked, name, source.grade)
     return types.SimpleNamespace(name=name, questions=source.questions, grade=grade, **optional)
 
@@ -58,7 +62,9 @@ def one_line(what):
     except Problem:
         raise
     except (Exception, SystemExit) as error:
-        raise Problem(f"{what}: {type(error).__name__}: {first_line(error)}")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise Problem(f"{what}: {type(error).__name__}: {first_line(error)} "
+                      f"({os.path.basename(place.filename)}, line {place.lineno})")
 
 
 def grade_checked(name, grade, question, completion):
@@ -116,8 +122,11 @@ def make_prompt(task, row, tokenizer, settings):
     if messages is None and plain is not None:
         return plain
     if messages is None:
-        messages = f"{row['question']}\n\n{task.ASK}".rstrip()
-        one_paragraph = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", row["question"])
+        question = row.get("question")
+        if not isinstance(question, str):
+            return None
+        messages = f"{question}\n\n{task.ASK}".rstrip()
+        one_paragraph = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
         plain = f"{task.EXAMPLES}\n\nQuestion: {one_paragraph}\nAnswer:".lstrip()
     if settings.plain_prompt or not getattr(tokenizer, "chat_template", None):
         return plain and without_marks(plain, tokenizer)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import topr
-import train
+from engine import losses
 from experiments.common import (MEASURES, RATES, WORKING_RATE, beyond_noise, by_arm, compare, line,
                                 run_arm, show_arms, spread, table, train_arm, verdict)
 
@@ -44,7 +44,7 @@ def gspo_loss(logp, mu_logp, reward, mask, count=None):
     return loss, {**stats, "log_ratio": stats["log_ratio"] * length[:, 0]}
 
 
-train.OTHER_LOSSES["gspo"] = gspo_loss
+losses.OTHERS["gspo"] = gspo_loss
 
 
 def run_version(seed, arm, rate, split):

@@ -13,7 +13,7 @@ import torch
 import topr
 import train
 from conftest import ROOT, furthest, in_process, torchrun, train_settings, weights_of
-from engine import batches, optim, packing, run_folder, sampler
+from engine import batches, losses, optim, packing, run_folder, sampler
 from engine.common import Problem
 from engine.rollouts import read_rollouts, write_rollouts
 
@@ -88,7 +88,7 @@ def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monk
                                                   changes):
     """They cost a forward pass each; and left out of N, too, the others would count for more."""
     changes |= {"loss": loss, "optimizer": "adafactor"}
-    own_passes, own_loss, seen = batches.micro_batches, train.make_loss, []
+    own_passes, own_loss, seen = batches.micro_batches, losses.make_loss, []
 
     def micro_batches(*given):
         passes = own_passes(*given)
@@ -98,7 +98,7 @@ def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monk
     monkeypatch.setattr(batches, "micro_batches", micro_batches)
     log = train.train(train_settings(tiny, rollouts, tmp_path / "without", **changes))
     assert len(set(itertools.chain(*seen))) == 1
-    monkeypatch.setattr(train, "make_loss", lambda settings, data: (
+    monkeypatch.setattr(losses, "make_loss", lambda settings, data: (
         *own_loss(settings, data)[:2], data.silent))
     other = train.train(train_settings(tiny, rollouts, tmp_path / "with", **changes))
     assert len(set(itertools.chain(*seen))) == 2

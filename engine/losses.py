@@ -1,0 +1,36 @@
+"""The loss that the settings ask for, and the rows that it leaves alone."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+
+import topr
+from engine.common import Problem
+
+OTHERS = {"ppo": topr.ppo_loss, "dpo": topr.dpo_loss}  # than those of topr.TAPERS
+
+
+def make_loss(settings, data):
+    """(loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), whether it needs mu,
+    for which rows it is silent: it gives them no gradient, whatever pi is)"""
+    if settings.loss in OTHERS:
+        return OTHERS[settings.loss], True, data.silent
+    rewards, baseline = data.rewards[data.units], settings.baseline
+    taper = topr.TAPERS[settings.loss]
+    if settings.ratio:
+        taper = dataclasses.replace(taper, ratio=settings.ratio)
+    is_binary = (np.abs(rewards) == 1).all()
+    if settings.positive_share is not None:
+        if settings.baseline or not is_binary:
+            raise Problem("--positive-share needs rewards of +1 and -1, and no --baseline")
+        try:
+            baseline = topr.baseline_for_share((rewards > 0).mean(), settings.positive_share)
+        except ValueError as error:
+            raise Problem(f"--positive-share {settings.positive_share}: {error}")
+    if is_binary and abs(baseline) > 1:
+        raise Problem(f"--baseline {baseline}: above 1 or below -1 the sign of a reward would turn")
+    advantage = data.rewards - baseline  # [rows]
+    largest = np.where(advantage > 0, taper.pos[1], taper.neg[1])  # weight [rows]
+    silent = (advantage == 0) | (largest == 0)  # [rows]
+    return partial(topr.topr_loss, taper=taper, baseline=baseline), taper.needs_mu, silent
