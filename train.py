@@ -183,6 +183,8 @@ def backward(settings, policy, data, step, loss_function, device, signals):
         loss.backward()
         stats["loss"] = loss  # one number; the others are [batch]
         parts.append({name: value.tolist() for name, value in stats.items()})
+    if data.check_mu and step == 0:
+        mu.check_fit(settings, data, sum((part["log_ratio"] for part in parts), []))
     return units, parts
 
 

@@ -20,18 +20,12 @@ def before_the_first_step(settings, data):
 
 def of_log(log):
     """log: the entries of the steps so far."""
-    log = [entry for entry in log if "loss" in entry]
-    first, latest = log[0], log[-5:]
+    latest = [entry for entry in log if "loss" in entry][-5:]
 
     def mean(name):
         values = [entry[name] for entry in latest if entry.get(name) is not None]
         return np.mean(values) if values else 0.0
 
-    distance = max(-first.get("d_min", 0), first.get("d_max", 0))
-    if distance > 0.5:
-        yield (f"the largest |log pi/mu| before the first step was {distance:.2g}, not 0: other "
-               "weights, another template or precision wrote the logprobs. If this model wrote "
-               "the text: --mu start")
     weight = mean("negative_weight")
     if weight > 0.95 and mean("d_negative") > -0.1:
         yield (f"nothing moves: the mean weight of a negative is still {weight:.2f}: triple "

@@ -23,7 +23,7 @@ from engine.tokens import all_token_ids, end_token_of, is_foreign
 
 DEFAULT_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a forward pass; more is slower on a CPU
 PROMPT_GROUP = 4  # completions of a prompt that stay adjacent in the random order, to be packed
-CHECKED_ROWS = 64  # of a file, whose tokens and log mu are compared with the model's
+CHECKED_ROWS = 64  # of a file, whose tokens are compared with their text
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -54,6 +54,7 @@ class Data:
     units_per_step: int = 0
     silent: np.ndarray = None  # [rows]: True where the loss gives no gradient whatever pi is
     mu: list = None  # [rows] of [time], log mu of the run; None if it is not needed
+    check_mu: bool = False  # whether it is to fit the starting weights, at the first step
     pack: bool = False  # several completions of a prompt in one row
     ranks: int = 1
     rank: int = 0

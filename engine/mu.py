@@ -7,7 +7,7 @@ import os
 import numpy as np
 import torch
 
-from engine.batches import CHECKED_ROWS, completions_per_row, micro_batches
+from engine.batches import completions_per_row, micro_batches
 from engine.common import Problem, first_line, progress, say, whole_file
 from engine.packing import LogProbs, abilities, pack
 from engine.parallel import barrier, from_first, gather, rank
@@ -25,8 +25,7 @@ def make_mu(settings, policy, data, device, needs_mu, model_fingerprint):
     if not needs_mu:
         return "not needed"
     if settings.mu != "start" and not missing:
-        if settings.mu == "checked":
-            check_fit(settings, policy, data, device)
+        data.check_mu = settings.mu == "checked"
         return "from the file"
     if settings.mu == "file":
         raise Problem(f"{data.path}: {missing:,} of {len(data.rows):,} rows hold no logprobs, "
@@ -66,14 +65,15 @@ def score_rows(settings, policy, data, rows, device):
     return collections.ChainMap(*gather(scores))
 
 
-def check_fit(settings, policy, data, device):
-    """Refuses logprobs that the starting weights did not write: pi/mu is 1 at the start."""
+def check_fit(settings, data, log_ratios):
+    """Refuses logprobs that the starting weights did not write: before the first update pi/mu is 1.
+
+    log_ratios: log pi/mu of the completions of the first step, this rank's.
+    """
     tolerance = 0.1 if data.mask_dtype == torch.float32 else 2.0
-    rows = np.unique(np.linspace(0, len(data.rows) - 1, CHECKED_ROWS).astype(int))  # from all of it
-    scores = score_rows(settings, policy, data, rows, device)
-    largest = max(abs((scores[row] - data.mu[row]).sum()) for row in rows)
-    say(f"{data.path}: before the first step the largest |log pi/mu| of {len(rows)} completions is "
-        f"{largest:.2g}")
+    largest = max(map(abs, log_ratios), default=0.0)
+    say(f"{data.path}: before the first step the largest |log pi/mu| of {len(log_ratios)} "
+        f"completions is {largest:.2g}")
     if not largest <= tolerance:
         raise Problem(
             f"{data.path}: its logprobs do not fit {settings.model}: |log pi/mu| is {largest:.3g} "
