@@ -71,6 +71,8 @@ class Job(Sampling):
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
     tokens_per_pass: int = setting(
         0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True)
+    lora: int = setting(0, "rank of LoRA adapters, trained in place of the weights (0: none; needs "
+                        "the package peft)")
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: slower, less memory", free=True)
     shard: bool = setting(False, "a part of every weight, gradient and optimizer state on each "

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from engine import lora
 from engine.common import say
 from engine.parallel import is_sharded, local_shard, rank
 
@@ -23,6 +24,8 @@ def prepare_model(settings, model):
                for p in part.parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) in reached)
+    if settings.lora:
+        lora.add_adapters(settings, model)
     checkpoint_layers(settings, model)
 
 
@@ -42,9 +45,10 @@ def make_optimizer(settings, model):
     """The optimizer with all of its state: a checkpoint is then loaded in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in weights)
-    rate = settings.learning_rate or 0.1 / math.sqrt(count)
+    factor = 1 if settings.lora else 0.1
+    rate = settings.learning_rate or factor / math.sqrt(count)
     say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}"
-        + " = 0.1 / sqrt(weights)" * (not settings.learning_rate))
+        + f" = {factor} / sqrt(weights)" * (not settings.learning_rate))
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
         optimizer = torch.optim.AdamW(weights, rate, fused=True, weight_decay=0)
         for p in weights:

@@ -19,6 +19,7 @@ import warnings
 import torch
 from filelock import FileLock, Timeout  # a requirement of torch
 
+from engine import lora
 from engine.common import Problem, first_line, read_json, say, whole_file, write_json, writing
 from engine.parallel import barrier, from_first, is_sharded, rank, whole_weights
 
@@ -123,7 +124,8 @@ def run_tensors(model, optimizer):
     """The tensors of a run by name; torch.distributed.checkpoint writes and fills them in place."""
     tensors = {}
     for name, p in model.named_parameters():
-        tensors[name] = p
+        if p.requires_grad:
+            tensors[name] = p
         for key, value in optimizer.state.get(p, {}).items():
             if torch.is_tensor(value) and value.ndim > 0:  # numbers follow from the step
                 tensors[f"{key} of {name}"] = value
@@ -205,9 +207,13 @@ def quiet():
 
 def save_policy(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens; the checkpoints are removed."""
-    weights = whole_weights(model) if any(map(is_sharded, model.parameters())) else None
+    sharded = any(map(is_sharded, model.parameters()))
+    weights = whole_weights(model) if sharded or settings.lora else None
     if rank() == 0:
         with writing(settings.out, (OSError, RuntimeError)):
+            if settings.lora:
+                lora.save_adapters(settings, weights)
+                weights = lora.merged(weights)
             model.save_pretrained(settings.out, state_dict=weights)
             tokenizer.save_pretrained(settings.out)
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})

@@ -1,0 +1,54 @@
+"""LoRA: adapters of low rank beside all linear layers are trained in place of the weights.
+
+An adapter changes nothing at its start, so log mu of the starting weights is that of the run.
+"""
+
+import torch
+from safetensors.torch import save_file
+
+from engine.common import Problem
+
+SCALE = 2  # of an adapter's output: alpha / rank
+
+
+def make_config(settings):
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise Problem("--lora needs the package peft: pip install peft")
+    return LoraConfig(r=settings.lora, lora_alpha=SCALE * settings.lora, task_type="CAUSAL_LM",
+                      target_modules="all-linear", base_model_name_or_path=settings.model)
+
+
+def add_adapters(settings, model):
+    """Freezes the weights and adds adapters, in float32, equal on all ranks."""
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(settings.seed)
+    inject_adapter_in_model(make_config(settings), model)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def save_adapters(settings, weights):
+    """Writes OUT/adapter, for PeftModel.from_pretrained."""
+    folder = f"{settings.out}/adapter"
+    make_config(settings).save_pretrained(folder)
+    save_file({f"base_model.model.{name.replace('.default', '')}": tensor.contiguous()
+               for name, tensor in weights.items() if "lora_" in name},
+              f"{folder}/adapter_model.safetensors")
+
+
+def merged(weights):
+    """The state dict of the model itself, adapters added to its weights: W + scale B A."""
+    whole = {name.replace(".base_layer", ""): tensor.clone() for name, tensor in weights.items()
+             if "lora_" not in name}
+    for name, a in weights.items():
+        if "lora_A" in name:  # [rank, in]
+            b = weights[name.replace("lora_A", "lora_B")]  # [out, rank]
+            weight = whole[name.split(".lora_A")[0] + ".weight"]  # [out, in], in GPT-2 [in, out]
+            change = SCALE * b @ a
+            weight += change if change.shape == weight.shape else change.T
+    return whole
