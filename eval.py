@@ -32,7 +32,7 @@ from engine.parallel import barrier, from_first, gather_on_first, rank, start_ra
 from engine.rollouts import read_rollouts, short_hash, write_rollouts
 from engine.sampler import (Sampling, check_room, fingerprint, generate, load_model,
                             load_tokenizer)
-from engine.tasks import load_questions, one_line
+from engine.tasks import list_questions, load_questions, one_line
 from engine.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 
 
@@ -81,7 +81,10 @@ def measured(task, rows, seed):
     if not task.measure:
         return measure(rows, seed, same_answer=task.same_answer)
     with one_line(f"{task.name}: measure"):
-        return {name: list(map(float, values)) for name, values in task.measure(rows).items()}
+        values = {name: list(map(float, each)) for name, each in task.measure(rows).items()}
+    if not all(0 <= value <= 1 for each in values.values() for value in each):
+        raise Problem(f"{task.name}: measure must return values from 0 to 1")
+    return values
 
 
 def show_samples(rows):
@@ -92,16 +95,11 @@ def show_samples(rows):
             f"{row['prompt'][-300:]}{row['completion'][:1000]}")
 
 
-def regrade(path, task):
-    """The rows of an existing file, with the task's answers and rewards; it may have none."""
-    rows = []
-    with one_line(f"{path}: cannot be read"), open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            with one_line(f"{path}:{number}: no rollout with id and completion"):
-                row = json.loads(line)
-                text = row["completion"][: stop_position(row["completion"], task.STOP)]
-                row["answer"], row["reward"] = task.grade(row, text)
-                rows.append(row)
+def regrade(rows, task):
+    """The rows of a file with the task's answers and rewards; they may have none."""
+    for row in rows:
+        text = row["completion"][: stop_position(row["completion"], task.STOP)]
+        row["answer"], row["reward"] = task.grade(row, text)
     return rows
 
 
@@ -142,18 +140,18 @@ def curve_point(settings, task):
 
 
 def check_overlap(settings, task):
-    """Refuses a rollout file with questions that would be measured on."""
-    tokenizer = load_tokenizer(settings.model)
-    questions = load_questions(task, "test", settings.test_questions, settings.seed + 1, tokenizer,
-                               settings)
-    measured = {question["prompt"] for question in questions}
-    trained = {row["prompt"]: row["id"] for row in read_rollouts(settings.rollouts,
-                                                                 settings.map_rewards)}
-    both = measured & trained.keys()
+    """Refuses to train on questions that would be measured on: what is measured is worth nothing.
+    A question is known by its id."""
+    test = list_questions(task, "test", settings.test_questions, settings.seed + 1).keys()
+    if settings.rollouts:
+        train = {row["id"] for row in read_rollouts(settings.rollouts, settings.map_rewards)}
+    else:
+        train = list_questions(task, "train", settings.questions, settings.seed).keys()
+    both = test & train
     if both:
-        raise Problem(f"{settings.rollouts}: {len(both)} of its questions are test questions of "
-                      f"--task {task.name} (such as {trained[min(both)]!r}), and what is "
-                      "measured on them is worth nothing: sample with eval.py --split train")
+        raise Problem(f"{settings.rollouts or task.name}: {len(both)} training questions are test "
+                      f"questions of {task.name}, too, such as {min(both)!r}: sample rollouts with "
+                      "eval.py --split train")
 
 
 def report_change(settings, before, after, logs, seconds):
@@ -167,7 +165,11 @@ def report_change(settings, before, after, logs, seconds):
                "after": summary(after), "curve": points, "seconds": seconds}
     title = f"{results['before']['questions']} held-out questions"
     say(table((title, "before", "after", "change"), rows))
-    say(f"the trained policy, results.json and the log are in {settings.out}")
+    name, *_ = before
+    gain = paired_interval(before[name], after[name])
+    rose = "rose" if gain["low"] > 0 else "fell" if gain["high"] < 0 else "did not change"
+    say(f"{name} {rose}, by its 95% interval ({interval_text(gain, '+')}); the trained policy, its "
+        f"completions, results.json and the log are in {settings.out}")
     if rank() == 0:
         write_json(f"{settings.out}/results.json", results)
         if points:
@@ -218,11 +220,11 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     with one_line("the questions cannot be written as JSON"):
         job = json.dumps([sampling, settings.samples, questions], allow_nan=False)
     questions = json.loads(job)[-1]  # as a file gives them back: for --grade, and when reused
-    there, rows = finished_rows(out, questions, grade, sampling, settings.samples)
-    if there:
-        say(f"{out}: the rollouts are there, reusing them")
+    sampling["questions"] = f"{short_hash(job) % 2**32:08x}"
+    rows = finished_rows(out, questions, grade, sampling, settings.samples) if rank() == 0 else []
+    if from_first(bool(rows)):
         return rows
-    parts = f"{out}.part-{short_hash(job) % 16**8:08x}-"
+    parts = f"{out}.part-{sampling['questions']}-"
     finished = read_parts(parts) if out and rank() == 0 else {}
     kept = from_first(set(finished))
     if kept:
@@ -274,32 +276,25 @@ def make_row(grade, question, completion, sampling):
 
 
 def finished_rows(out, questions, grade, sampling, samples):
-    """(whether the file is there, its rows on the first rank); it must be of these settings."""
-    rows, fault = [], None
-    if rank() == 0 and os.path.exists(out):
-        try:
-            rows = read_rollouts(out, need_reward=False)
-            require_same(out, rows, questions, grade, sampling, samples)
-        except Problem as problem:
-            fault = problem
-    there, fault = from_first((bool(rows), fault))
-    if fault:
-        raise fault  # on every rank
-    return there, rows
+    """The rows of a finished file, which must be of these settings; [] if it is not there.
 
-
-def require_same(out, rows, questions, grade, sampling, samples):
-    asked = [question for question in questions for _ in range(samples)]
-    differ = [("the number of completions", len(rows), len(asked))]
-    for row, question in zip(rows, asked):
-        there = {**row, **(row.get("sampling") or {})}
-        wanted = {**make_row(grade, {**row, **question}, {}, sampling), **sampling}
-        names = (*sampling, "id", "prompt", "answer", "reward")
-        differ += [(name, there.get(name), wanted[name]) for name in names]
-    for name, there, wanted in differ:
-        if there != wanted:
-            raise Problem(f"{out} holds other rollouts: {name} is {there!r:.60} there and "
-                          f"{wanted!r:.60} in these settings; use another --out, or remove it")
+    They are graded again, for the grader may have been mended.
+    """
+    if not os.path.exists(out):
+        return []
+    rows = read_rollouts(out, need_reward=False)
+    there = {"completions": len(rows), **(rows[0].get("sampling") or {})}
+    asked = {"completions": len(questions) * samples, **sampling}
+    differ = [f"{name}: {there.get(name)!r:.60} there, {asked[name]!r:.60} asked for"
+              for name in asked if there.get(name) != asked[name]]
+    if differ:
+        raise Problem(f"{out} holds other rollouts ({'; '.join(differ)}): use another --out, or "
+                      "remove it")
+    graded = [make_row(grade, row, {}, sampling) for row in rows]
+    if graded != rows:
+        write_rollouts(out, graded)
+    say(f"{out}: the rollouts are there, reusing them" + ", graded again" * (graded != rows))
+    return graded
 
 
 def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, bar):
@@ -346,7 +341,7 @@ def main():
         raise Problem(f"--task is needed: {', '.join(OURS)}, or the path of your own task.py")
     task = load_task(settings.task)
     if settings.grade:
-        rows = regrade(settings.grade, task)
+        rows = regrade(read_rollouts(settings.grade, need_reward=False), task)
         values = measured(task, rows, settings.seed)
         if settings.out and rank() == 0:
             write_rollouts(settings.out, rows)

@@ -39,7 +39,7 @@ class Settings(train.Job):
     max_new_tokens: int = setting(64, "longest expansion in tokens", least=1, free=True)
 
 
-EMBEDDED = dict(metric="recall@10", optimizer="adamw", learning_rate=1e-3, epochs=2, sequences=128,
+EMBEDDED = dict(metric="recall@10", learning_rate=1e-3, epochs=2, sequences=128,
                 tokens_per_pass=4096, max_new_tokens=12, batch_size=512)
 
 # ---- the prompt: a query, and how to ask for words ----
@@ -202,8 +202,8 @@ def show_examples(settings, index, topics):
         text, grades = topics[row["id"]]
         say(f"\nquery  {text}\nadded  {row['answer']}")
         for when, added in (("before", ""), ("after ", row["answer"] or "")):
-            ranks = [str(place) for place, number in enumerate(find(index, row["id"], text, added), 1)
-                     if grades.get(number, 0) > 0]
+            found = find(index, row["id"], text, added)
+            ranks = [str(rank) for rank, number in enumerate(found, 1) if grades.get(number, 0) > 0]
             say(f"{when} ranks of relevant documents: {', '.join(ranks[:10]) or 'none is found'}")
 
 

@@ -23,7 +23,7 @@ import torch
 import eval as evaluation
 import topr
 from data import apples, load_task
-from engine import batches, mu, optim, packing, run_folder
+from engine import advice, batches, mu, optim, packing, run_folder
 from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say, setting,
                            writing)
 from engine.parallel import (barrier, from_first, gather, rank, replicate, shard, start_ranks,
@@ -48,12 +48,13 @@ class Job(Sampling):
     eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
                               free=True)
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, "ppo", "dpo"), main=True)
-    learning_rate: float = setting(5e-7, "step size; the default is the paper's for Adafactor",
-                                   main=True)
-    optimizer: str = setting("adafactor", "update rule", ("adafactor", "adamw"), main=True)
+    learning_rate: float = setting(0.0, "step size (0: 0.1 / sqrt(trained weights); the paper's is "
+                                   "5e-7, for Adafactor and 8 billion)", main=True)
+    optimizer: str = setting("adamw", "update rule", ("adamw", "adafactor"), main=True)
     sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
                              main=True)
     epochs: int = setting(1, "passes over the rollouts", least=1, main=True)
+    max_steps: int = setting(0, "optimizer steps at most, for a first look (0: all)")
     positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", most=1, main=True)
     baseline: float = setting(0.0, "c in A = R - c", least=-sys.float_info.max)
@@ -89,10 +90,9 @@ class Settings(Job):
                         free=True)
 
 
-# The embedded job: a model of 0.14 million weights needs a larger rate than one of 8 billion.
-EMBEDDED = dict(task="apples", optimizer="adamw", learning_rate=1e-3, schedule="cosine", epochs=2,
-                eval_every=32, questions=512, test_questions=250, max_new_tokens=40,
-                tokens_per_pass=4096, batch_size=512)
+EMBEDDED = dict(task="apples", learning_rate=1e-3, schedule="cosine", epochs=2, eval_every=32,
+                questions=512, test_questions=250, max_new_tokens=40, tokens_per_pass=4096,
+                batch_size=512)
 OTHER_LOSSES = {"ppo": topr.ppo_loss, "dpo": topr.dpo_loss}
 
 
@@ -108,6 +108,7 @@ def train(settings, evaluate=None):
     optimizer = optim.make_optimizer(settings, model)
     log, first = run_folder.resume(settings, model, optimizer, run)
     steps = batches.steps_per_epoch(data) * settings.epochs
+    steps = min(steps, settings.max_steps or steps)
     bar = progress(range(first, steps), steps, f"training ({settings.loss})", initial=first)
     log_file = run_folder.open_log(settings.out)
     with log_file, writing(log_file.name), run_folder.catch_signals() as signals:
@@ -141,6 +142,8 @@ def train(settings, evaluate=None):
                 "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
+            if step in (advice.LOOK_AT, steps - 1):
+                say(*advice.of_log(log))
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}, norm {norm:.2f}", refresh=False)
             if stop or (step + 1) % (settings.checkpoint_every or math.inf) == 0:
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
@@ -187,9 +190,9 @@ def step_metrics(ranks, has_mu):
         "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
         "positive_share": advantage[positive].sum() / total if total else None}
     if has_mu and len(d):
-        metrics |= {"d_min": d.min(), "d_mean": d.mean(), "d_max": d.max(),
-                    "d_positive": d[positive].mean() if positive.any() else None,
-                    "d_negative": d[negative].mean() if negative.any() else None}
+        metrics |= {"d_min": d.min(), "d_mean": d.mean(), "d_max": d.max()}
+        for name, chosen in (("d_positive", positive), ("d_negative", negative)):
+            metrics[name] = d[chosen].mean() if chosen.any() else None
     return metrics
 
 
@@ -222,17 +225,18 @@ def set_up(settings, device):
         policy = replicate(policy, batches.filler_batch(data, device))
     positive = (data.rewards[data.units] > 0).mean()
     say(f"{data.path}: {data.units.size:,} completions, {positive:.1%} positive; loss "
-        f"{settings.loss}, {settings.sequences} completions a step, log mu {source}")
+        f"{settings.loss}, {settings.sequences} completions a step, log mu {source}",
+        *advice.before_the_first_step(settings, positive))
     return model, tokenizer, data, policy, loss_function, run
 
 
 def make_loss(settings, data):
     """(loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), whether it needs mu,
     for which rows it is silent: it gives them no gradient, whatever pi is)"""
-    silent = np.zeros(len(data.rows), bool)  # [rows]
     if settings.loss in OTHER_LOSSES:
-        return OTHER_LOSSES[settings.loss], True, silent
-    rewards, baseline, taper = data.rewards[data.units], settings.baseline, topr.TAPERS[settings.loss]
+        return OTHER_LOSSES[settings.loss], True, data.silent
+    rewards, baseline = data.rewards[data.units], settings.baseline
+    taper = topr.TAPERS[settings.loss]
     if settings.ratio:
         taper = dataclasses.replace(taper, ratio=settings.ratio)
     is_binary = (np.abs(rewards) == 1).all()
@@ -246,7 +250,8 @@ def make_loss(settings, data):
     if is_binary and abs(baseline) > 1:
         raise Problem(f"--baseline {baseline}: above 1 or below -1 the sign of a reward would turn")
     advantage = data.rewards - baseline  # [rows]
-    silent |= (advantage == 0) | np.where(advantage > 0, taper.pos[1] == 0, taper.neg[1] == 0)
+    largest = np.where(advantage > 0, taper.pos[1], taper.neg[1])  # weight [rows]
+    silent = (advantage == 0) | (largest == 0)  # [rows]
     return partial(topr.topr_loss, taper=taper, baseline=baseline), taper.needs_mu, silent
 
 
@@ -274,8 +279,7 @@ def use_embedded(settings):
     check_settings(settings, task)
     settings.model = base_policy(folder, settings.seed)
     settings.out = settings.out or f"{folder}/{settings.loss}"
-    name = f"rollouts-{settings.questions}x{settings.samples}-{settings.weights}.jsonl"
-    settings.rollouts = f"{folder}/{name}".replace("-auto", "")
+    settings.rollouts = f"{folder}/rollouts-{settings.questions}x{settings.samples}.jsonl"
     evaluation.sample_rollout_file(settings, task, settings.model, settings.rollouts)
 
 
@@ -286,8 +290,7 @@ def job(settings, task=None):
     if task is None:
         train_once(settings)
         return say(f"the trained policy and the log are in {settings.out}")
-    if settings.rollouts:
-        evaluation.check_overlap(settings, task)
+    evaluation.check_overlap(settings, task)
     before = evaluation.measure_once(settings, task, settings.model, "before")
     point = evaluation.curve_point(settings, task)
     logs = [log for _, log in rounds(settings, task, point)]
@@ -339,8 +342,8 @@ def check_settings(settings, task):
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
     """An embedded policy: a small Llama that imitates flawed demonstrations."""
     settings = Settings(model=f"{folder}/random", rollouts=f"{folder}/demonstrations.jsonl",
-                        out=f"{folder}/base", loss="sft", optimizer="adamw", learning_rate=rate,
-                        warmup=50, schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
+                        out=f"{folder}/base", loss="sft", learning_rate=rate, warmup=50,
+                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
     if rank() == 0 and not run_folder.finished(settings.out):
         say(f"{settings.out}: making the base policy from flawed demonstrations")
         apples.write_beginner(folder, task, steps * settings.sequences, seed, **size)

@@ -20,8 +20,7 @@ import eval as evaluation
 import train
 from data import apples, load_task
 from data.grade import read_answer, same_maths
-from engine.common import (Problem, draw_lines, parse, run_main, say, setting, table,
-                           write_json)
+from engine.common import (Problem, draw_lines, parse, run_main, say, setting, table, write_json)
 from engine.measures import (group_answers, grouped, interval_text, majority_at_k, mean_by,
                              paired_interval, pass_at_k)
 from engine.parallel import barrier, rank, start_ranks
@@ -40,9 +39,9 @@ class Settings(train.Job):
 
 
 EMBEDDED = dict(
-    questions=768, test_questions=1000, solutions_per_question=8, samples=10, epochs=2,
-    sequences=32, optimizer="adamw", learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096,
-    max_new_tokens=48, batch_size=512)
+    questions=768, test_questions=500, solutions_per_question=8, samples=10, epochs=2,
+    sequences=32, learning_rate=2e-3, schedule="cosine", tokens_per_pass=4096, max_new_tokens=48,
+    batch_size=512)
 
 
 # ---- the prompt ----
@@ -230,8 +229,11 @@ def outcomes(group, scores, n):
     return {**found, "oracle": pass_at_k(len(group), sum(right), n)}
 
 
-def report_vote(curve, out):
-    """The table, the picture and voting.json."""
+def report_vote(candidates, out):
+    """The table, the picture and voting.json of the verdicts that were kept."""
+    curve = voting(candidates, {
+        name: mean_by(read_rollouts(f"{out}/{name}.jsonl"), "id",
+                      lambda row: row["answer"] == "correct") for name in ("before", "after")})
     names = list(curve[0])
     rows = [{**entry, "gain": interval_text(entry["gain"], "+")}.values() for entry in curve]
     say("\naccuracy of n solutions; the gain is that of weighted, after, over majority\n"
@@ -261,10 +263,7 @@ def job(settings):
     task, held_out = make_task(settings)  # it has counted questions; their solutions are all used
     train.job(dataclasses.replace(settings, questions=0, test_questions=0), task)
     if rank() == 0:
-        scores = {name: mean_by(read_rollouts(f"{settings.out}/{name}.jsonl"), "id",
-                                lambda row: row["answer"] == "correct")
-                  for name in ("before", "after")}
-        report_vote(voting(held_out, scores), settings.out)
+        report_vote(held_out, settings.out)
 
 
 def embedded(settings):
@@ -286,7 +285,7 @@ def embedded(settings):
     barrier()
     train.train_once(train.Settings(
         model=policy, rollouts=demonstrations, out=settings.model, seed=settings.seed, loss="sft",
-        optimizer="adamw", learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32,
+        learning_rate=5e-3, warmup=20, schedule="cosine", sequences=32,
         tokens_per_pass=4096))
     return settings
 

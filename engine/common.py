@@ -150,10 +150,10 @@ def visible(text):
 # ---- output and progress ----
 
 
-def say(*words):
+def say(*lines):
     """Prints from the first rank alone."""
-    if rank() == 0:
-        tqdm.write(visible(" ".join(map(str, words))), file=sys.stdout)
+    if rank() == 0 and lines:
+        tqdm.write(visible("\n".join(map(str, lines))), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -17,22 +17,21 @@ def measure(rows, seed=0, draws=100, same_answer=operator.eq):
     """{name: [a value for each question]}, in the order of the questions.
 
     A question's value is the mean over its completions, so a mean over questions weighs them alike,
-    however many completions each has. What the rows do not tell (where a completion was cut off,
-    its tokens) is left out.
+    however many completions each has. What the rows do not tell (where a completion was cut off)
+    is left out.
     """
     groups, values = grouped(rows, "id"), collections.defaultdict(list)
     rng, fewest = random.Random(seed), min(map(len, groups.values()))
+    knows_finish = all("finish" in row for row in rows)
     for group in groups.values():
         right = [row["reward"] > 0 for row in group]
         votes = group_answers([row.get("answer") for row in group], same_answer)
         found = {"pass@1": right, "invalid": [vote is None for vote in votes]}
-        if all("finish" in row for row in rows):
+        if knows_finish:
             found["cut off"] = [row["finish"] == "length" for row in group]
-        if all("completion_ids" in row for row in rows):
-            found["tokens"] = [len(row["completion_ids"]) for row in group]
-        for k in (2**e for e in range(1, fewest.bit_length())):
-            found[f"pass@{k}"] = pass_at_k(len(right), sum(right), k)
-            found[f"maj@{k}"] = majority_at_k(votes, right, k, rng, draws)
+        if fewest > 1:
+            found[f"pass@{fewest}"] = pass_at_k(len(right), sum(right), fewest)
+            found[f"maj@{fewest}"] = majority_at_k(votes, right, fewest, rng, draws)
         for name, value in found.items():
             values[name].append(float(np.mean(value)))
     return dict(values)
@@ -72,8 +71,6 @@ def interval(values):
     questions with a small p underestimate it. Of single completions this is Wilson's own interval.
     """
     values = np.asarray(values, float)  # [questions]
-    if not are_shares(values):
-        return normal_interval(values)
     n, p, variance = len(values), values.mean(), values.var()
     most = p * (1 - p)
     size = n * (n + 10) * most / (n * variance + 10 * most) if most else n
@@ -90,21 +87,10 @@ def paired_interval(before, after):
     wrong, before and after), so that 20 equal pairs are no proof that nothing changed.
     """
     gains = np.asarray(after, float) - np.asarray(before, float)  # [questions]
-    if not are_shares([*before, *after]):
-        return normal_interval(gains)
     n = len(gains) + 2
     center = gains.sum() / n
     half = Z * math.sqrt((((gains**2).sum() + 1) / n - center**2) / n)
     return {"mean": gains.mean(), "low": max(-1.0, center - half), "high": min(1.0, center + half)}
-
-
-def are_shares(values):
-    return min(values) >= 0 and max(values) <= 1
-
-
-def normal_interval(values):
-    mean, half = values.mean(), Z * math.sqrt(values.var() / max(1, len(values) - 1))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def pass_at_k(n, right, k):

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from engine.common import say
 from engine.parallel import is_sharded, local_shard, rank
 
 
@@ -40,21 +41,25 @@ def checkpoint_layers(settings, model):
 def make_optimizer(settings, model):
     """The optimizer with all of its state: a checkpoint is then loaded in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in weights)
+    rate = settings.learning_rate or 0.1 / math.sqrt(count)
+    say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}"
+        + " = 0.1 / sqrt(weights)" * (not settings.learning_rate))
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
-        optimizer = torch.optim.AdamW(weights, settings.learning_rate, fused=True, weight_decay=0)
+        optimizer = torch.optim.AdamW(weights, rate, fused=True, weight_decay=0)
         for p in weights:
             optimizer.state[p] = {"step": torch.zeros((), device=p.device),  # fused: on the device
                                   "exp_avg": torch.zeros_like(p, dtype=torch.float32),
                                   "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
         return optimizer
-    return make_adafactor(settings, weights)
+    return make_adafactor(weights, rate)
 
 
-def make_adafactor(settings, weights):
+def make_adafactor(weights, rate):
     from transformers.optimization import Adafactor
 
-    optimizer = Adafactor(weights, settings.learning_rate,
-                          scale_parameter=False, relative_step=False, warmup_init=False)
+    optimizer = Adafactor(weights, rate, scale_parameter=False, relative_step=False,
+                          warmup_init=False)
     for p in weights:
         zeros = torch.zeros_like(p, dtype=torch.float32)
         state = {"step": 0, "RMS": torch.zeros((), device=p.device)}
@@ -90,7 +95,7 @@ def update(settings, optimizer, step, steps):
     tensor for each weight.)
     """
     group, = optimizer.param_groups
-    group["lr"] = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
+    group["lr"] = optimizer.defaults["lr"] * min(1.0, (step + 1) / (settings.warmup + 1))
     if settings.schedule == "cosine":
         group["lr"] *= 0.5 * (1 + math.cos(math.pi * step / steps))
     parameters = group["params"]

@@ -23,6 +23,7 @@ def start_ranks():
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -136,8 +137,13 @@ def whole_weights(model):
     """The state dict in the first rank's memory, for save_pretrained: every rank must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(
+    weights = get_model_state_dict(model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True))
+    once = dict(model.named_parameters())
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in once:  # a tied weight has two names
+            weights.pop(name, None)
+    return weights
 
 
 def is_sharded(tensor):

@@ -75,7 +75,7 @@ def check_same_run(settings, run):
     if os.path.exists(path) and (checkpoints(settings.out) or finished(settings.out)):
         before = read_json(path)
         differ = [f"{name} was {before.get(name)!r} and is {now!r}" for name, now in run.items()
-                  if now is not None and before.get(name) != now]
+                  if now is not None and before.get(name, now) != now]
         if differ:
             raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another "
                           "--out, or remove it")

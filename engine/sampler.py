@@ -40,12 +40,17 @@ class Sampling:
     weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
                            "bfloat16 halves the memory; updates are rounded at random, so that "
                            "small ones count", ("auto", "float32", "bfloat16"))
-    precision: str = setting("float32", "compute dtype (for the weights see --weights)",
-                             ("float32", "bfloat16"))
+    precision: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU that has it",
+                             ("auto", "float32", "bfloat16"))
     template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
                                       '{"enable_thinking": false}', free=True)
     plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one",
                                  free=True)
+
+    def __post_init__(self):
+        if self.precision == "auto":
+            has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.precision = "bfloat16" if has_bfloat16 else "float32"
 
 
 # ---- models ----

@@ -7,7 +7,7 @@ A task that generates its questions takes questions(split, seed). `question` in 
 with the fields of its completion added ("finish" is "length" where it was cut off). Optional names:
 STOP (strings that end a completion), same_answer(a, b) (which answers vote together), ASK (an
 instruction below the question in a chat), EXAMPLES (solved questions above it in a plain prompt),
-measure(rows) -> {name: [a value for each question]} (what to report in place of pass@k).
+measure(rows) -> {name: [a value from 0 to 1 for each question]} (to report in place of pass@k).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import types
 from engine.common import Problem, first_line
 
 OPTIONAL = {"STOP": [], "same_answer": operator.eq, "ASK": "", "EXAMPLES": "", "measure": None}
-A_DAY = datetime.date(2024, 7, 26)  # what chat templates call today: prompts stay overnight
+DATED = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")  # in a chat template
 
 
 def make_task(name, source):
@@ -71,8 +71,8 @@ def grade_checked(name, grade, question, completion):
     raise Problem(f"{what} returned {graded!r:.60}, not (a string or None, a finite number)")
 
 
-def load_questions(task, split, count, seed, tokenizer, settings):
-    """The first `count` (0: all, or 250 of a generated task), each with prompt, split and stop."""
+def list_questions(task, split, count, seed):
+    """{id: row} of the first `count` questions (0: all, or 250 of a generated task)."""
     generated = len(inspect.signature(task.questions).parameters) > 1
     with one_line(f"{task.name}: questions of split {split!r}"):
         rows = task.questions(split, seed) if generated else task.questions(split)
@@ -83,17 +83,27 @@ def load_questions(task, split, count, seed, tokenizer, settings):
     for number, row in enumerate(rows, 1):
         match row:
             case {"id": str(own_id)} if own_id not in questions:
-                what = f"{task.name}: question {own_id!r}"
+                questions[own_id] = row
             case _:
                 raise Problem(f'{task.name}: question {number} of split {split!r} needs an "id", '
                               f"a string that no other question has: {row!r:.60}")
+        if not isinstance(row.get("gold", ""), str | None):
+            raise Problem(f'{task.name}: question {own_id!r}: "gold" is not a string')
+    return questions
+
+
+def load_questions(task, split, count, seed, tokenizer, settings):
+    """The same as a list, each with its prompt, split and stop."""
+    questions = []
+    for own_id, row in list_questions(task, split, count, seed).items():
+        what = f"{task.name}: question {own_id!r}"
         with one_line(what):
             prompt = make_prompt(task, row, tokenizer, settings)
         if not isinstance(prompt, str):
             raise Problem(f'{what} needs a "question" or "prompt", a string, or "messages" and a '
                           "model with a chat template")
-        questions[own_id] = {"stop": task.STOP, **row, "prompt": prompt, "split": split}
-    return list(questions.values())
+        questions.append({"stop": task.STOP, **row, "prompt": prompt, "split": split})
+    return questions
 
 
 def make_prompt(task, row, tokenizer, settings):
@@ -115,8 +125,14 @@ def make_prompt(task, row, tokenizer, settings):
         messages = [{"role": "user", "content": without_marks(messages, tokenizer)}]
     with one_line("--template-arguments needs a JSON object, or does not suit the chat template"):
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, strftime_now=A_DAY.strftime,
+            messages, tokenize=False, add_generation_prompt=True,
+            chat_template=DATED.sub(same_date, tokenizer.get_chat_template()),
             **json.loads(settings.template_arguments))
+
+
+def same_date(match):
+    """Instead of today's date in a template: a prompt must not change overnight."""
+    return repr(datetime.date(2024, 7, 26).strftime(match[2]))
 
 
 def without_marks(text, tokenizer):

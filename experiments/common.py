@@ -50,6 +50,8 @@ PART = 2400  # completions in a data set with its own share of positives
 STYLES = {  # colour, line, marker, hatch: one look per method, distinct without colours too
     "TOPR": "#1f4e9c - o",
     "TOPR, share 0.5": "#74a9e6 - * \\\\",
+    "TOPR, mean ratio": "#b5651d -- s",
+    "TOPR, token ratio": "#c92a2a : ^",
     "positives only": "#2f9e44 -- s //",
     "PPO": "#f08c00 -. ^",
     "naive REINFORCE": "#c92a2a : X",

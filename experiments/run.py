@@ -22,7 +22,8 @@ if __name__ == "__main__":
 from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
 from experiments.common import MEASURES, Settings, picture, pool, show_arms
 
-FINDINGS = ("collapse", "negatives", "shares", "importance", "rounds", "verdicts", "queries")
+FINDINGS = ("collapse", "ratio", "negatives", "shares", "importance", "rounds", "verdicts",
+            "queries")
 ALL = (*FINDINGS, "long", "rates", "pretrained", "scifact")
 
 

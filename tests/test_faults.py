@@ -29,7 +29,8 @@ COMPLETION = "3 + 2 = 5 . The answer is 5 ."  # 11 words, and the end token
 def policy(tmp_path_factory):
     """(folder, model, tokenizer) of a small Llama with random weights."""
     folder = str(tmp_path_factory.mktemp("policy"))
-    apples.write_model(folder, apples.vocabulary(), 1, width=16, layers=1)
+    apples.write_beginner(folder, apples, 1, seed=1, width=16, layers=1)
+    folder += "/random"
     return folder, *sampler.load_model(folder, train.Settings(), "cpu")
 
 
@@ -104,24 +105,14 @@ def test_bad_lines(policy, good, tmp_path, monkeypatch, words, line):
     assert len(message.splitlines()) == 1 and "\x1b" not in message
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "no rollouts"), (b"\n \r\n\n", "no rollouts"), (None, "No such file"),
-    (("0", "1"), "--map-rewards=-1,1")])
-def test_bad_files(policy, tmp_path, content, words):
-    path = tmp_path / "rollouts.jsonl"
-    if isinstance(content, tuple):
-        content = b"".join(b'{"id": "q", "prompt": "How", "completion": "5", "reward": %s}\n'
-                           % reward.encode() for reward in content)
-    if content is not None:
-        path.write_bytes(content)
+@pytest.mark.parametrize("content, mapping, words", [
+    (b"", "", "no rollouts"), (b"\n \r\n\n", "", "no rollouts"),
+    (b'{"id": "q", "prompt": "How", "completion": "5", "reward": 0}', "", "--map-rewards=-1,1"),
+    *((b"{}", mapping, f"--map-rewards {mapping}: two numbers")
+      for mapping in ("1", "a,b", "nan,1", "-1,1,2"))])
+def test_bad_files(policy, tmp_path, content, mapping, words):
     with pytest.raises(Problem, match=words):
-        read(policy, path)
-
-
-@pytest.mark.parametrize("mapping", ["1", "a,b", "nan,1", "-1,1,2"])
-def test_bad_reward_maps(policy, good, tmp_path, mapping):
-    with pytest.raises(Problem, match=f"--map-rewards {mapping}: two numbers"):
-        read(policy, in_a_file(tmp_path, good), map_rewards=mapping)
+        read(policy, in_a_file(tmp_path, content), map_rewards=mapping)
 
 
 def test_a_bad_file_by_the_command_line(policy, good, tmp_path):
@@ -155,7 +146,7 @@ def test_nothing_is_written_outside_and_nothing_is_garbled(policy, good, tmp_pat
     rows = [{**good, "id": f"../../x{number}\x1b[2J", "completion": COMPLETION + "\x1b]0;mine\x07",
              "reward": 1.0 - 2 * (number % 2)} for number in range(4)]
     write_rollouts(folder / "rollouts.jsonl", rows)
-    common.say("\x1b[31mred\r\u202e", "fine \u00fc\n\ttoo")
+    common.say("\x1b[31mred\r\u202e fine \u00fc\n\ttoo")
     train.train(train_settings(policy[0], folder / "rollouts.jsonl", folder / "out", mu="start"))
     assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["b"]
     out = capsys.readouterr().out
@@ -213,16 +204,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, options", [
-    (0, ()), (0, ("--optimizer", "adafactor")), (2, ()), (2, ("--optimizer", "adafactor")),
-    (2, ("--shard",)), (2, ("--shard", "--optimizer", "adafactor"))])
-def test_killed_and_run_again(tmp_path, ranks, options):
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("ranks, options", [(0, ()), (2, ()), (2, ("--shard",))])
+def test_killed_and_run_again(tmp_path, optimizer, ranks, options):
     """kill -9 at random moments, the same command again: the same weights to the bit."""
-    assert faults.kill_train(tmp_path, ranks, *options, times=3)
+    assert faults.kill_train(tmp_path, ranks, "--optimizer", optimizer, *options, times=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["SIGKILL rank 1", "SIGKILL rank 0", "raise rank 1"])
+@pytest.mark.parametrize("way", faults.WAYS)
 def test_a_lost_rank_ends_the_run(tmp_path, way):
-    """The other ranks end within 30 seconds, with a line in place of a traceback of ours."""
+    """Within 30 seconds, without a traceback of ours; SIGTERM: with a checkpoint of the step."""
     assert faults.lost_rank(tmp_path, way, ranks=2)

@@ -40,7 +40,8 @@ MUTANTS = {  # what is done wrong: {text: replacement}
     "mean over tokens of the batch": {"logp).sum(-1) / length":
                                       "logp).sum(-1) * len(length) / length.sum()"},
     "no length normalisation": {"logp).sum(-1) / length": "logp).sum(-1)"},
-    "sums before differences": {RATIO: "((logp.detach() * mask).sum(-1) - (mu_logp * mask).sum(-1))"},
+    "sums before differences": {
+        RATIO: "((logp.detach() * mask).sum(-1) - (mu_logp * mask).sum(-1))"},
 }
 
 
@@ -58,7 +59,8 @@ def load(changes):
 def cases_of_the_loss():
     """(name, call) for every test of test_topr.py, with each of its parameters."""
     for name, test in vars(test_topr).items():
-        if name.startswith("test_") and name != "test_the_surrogate_is_bounded":  # too slow to run for every mutant
+        # the last one is too slow to run for every mutant
+        if name.startswith("test_") and name != "test_the_surrogate_is_bounded":
             cases = [{}]
             for mark in getattr(test, "pytestmark", []):
                 names = [part.strip() for part in mark.args[0].split(",")]

@@ -1,4 +1,4 @@
-"""The README's plain loop is the specification of train.py: same loss, norm and weights."""
+"""docs/recipes/loop.py is the specification of train.py: same loss, norm and weights."""
 
 import re
 
@@ -12,13 +12,11 @@ from engine.rollouts import read_rollouts, write_rollouts
 from engine import batches, run_folder, sampler
 
 OPTIONS = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 64, "--mu", "start"]
+LOOP = ROOT / "docs/recipes/loop.py"
 
 
-def plain_loop():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    loop, = [block for block in blocks if "DistributedDataParallel" in block]
-    assert len(loop.splitlines()) <= 60
-    return loop
+def test_the_loop_is_short():
+    assert len(LOOP.read_text().splitlines()) <= 70
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -32,15 +30,17 @@ def test_train_does_what_the_plain_loop_does(tiny, rollouts, tmp_path, ranks):
     steps = batches.steps_per_epoch(data)
     order = [row for step in range(steps) for row in batches.step_units(settings, data, step).flat]
     rows = read_rollouts(path)
-    write_rollouts(ordered, [rows[row] for row in order])  # the plain loop goes through it in order
-    (tmp_path / "loop.py").write_text(plain_loop())
+    # as the loop does
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    placed = dict(zip(shuffled.tolist(), order, strict=True))
+    write_rollouts(ordered, [rows[placed[place]] for place in range(len(rows))])
 
     def run(*command):
         result = torchrun(ranks, *command) if ranks > 1 else in_process(*command)
         assert result.returncode == 0, result.stdout
         return result.stdout
 
-    printed = run(tmp_path / "loop.py", tiny, ordered, tmp_path / "plain")
+    printed = run(LOOP, tiny, ordered, tmp_path / "plain", "1e-3")
     run(ROOT / "train.py", "--model", tiny, "--rollouts", path, "--out", tmp_path / "out", *OPTIONS)
     expected = [list(map(float, numbers)) for numbers in
                 re.findall(r"step \d+ loss (\S+) norm (\S+)", printed)]

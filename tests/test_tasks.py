@@ -1,29 +1,130 @@
-"""A task of the user's own, and how every question gets its prompt."""
+"""A task of the user's own, one file with questions(split) and grade(question, completion); and how
+every question gets its prompt."""
 
 import json
 import time
-import types
+from types import SimpleNamespace
 
 import pytest
 
 import eval as evaluation
 from conftest import ROOT, in_process
 from data import load_task
-from engine import tasks, tokens
-from engine.rollouts import read_rollouts
+from engine import tasks
 from engine.common import Problem
+from engine.rollouts import read_rollouts, write_rollouts
 
-SQUARES = """
+TASK = '''
+"""How many apples are left after some were found: small sums in the embedded policy's words."""
+
+NAMES = {"train": ("Tom", "Max"), "test": ("Leo",)}
+
+
 def questions(split):
-    for n in range(2, 7):
-        yield {"id": f"{split}-{n}", "prompt": f"Tom has {n} apples .", "gold": str(n * n)}
+    return [{"id": f"{split}-{name}-{a}-{b}", "gold": str(a + b),
+             "prompt": f"{name} has {a} apples . He finds {b} . How many ?"}
+            for name in NAMES[split] for a in range(2, 6) for b in (1, 2)]
+
 
 def grade(question, completion):
-    answer = completion.split()[-1] if completion.split() else None
+    words = completion.split()
+    answer = words[-2] if len(words) > 1 and words[-1] == "." else None
     return answer, 1.0 if answer == question["gold"] else -1.0
+'''
+MEASURE = '''
+def measure(rows):
+    return {"even answers": [row["answer"] in ("2", "4", "6") for row in rows[::4]]}
+'''
+GRADE = "def grade(question, completion): return "
+QUESTIONS = GRADE + "None, 0\ndef questions(split): "
 
-STOP = [" 7"]
-"""
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        (tmp_path / "my_task.py").write_text(text)
+        return str(tmp_path / "my_task.py")
+
+    return write
+
+
+def run(script, *options):
+    return in_process(ROOT / script, *options, "--samples", 4, "--max-new-tokens", 25)
+
+
+def test_sampled_trained_and_measured(tiny, write, tmp_path):
+    """The same measures, the same rollout file, the same rounds as for a task of ours; or measures
+    of its own."""
+    task, out = write(TASK), tmp_path / "rollouts.jsonl"
+    result = run("eval.py", "--model", tiny, "--task", task, "--split", "train", "--out", out)
+    assert result.returncode == 0 and "maj@4" in result.stdout, result.stdout
+    rows = read_rollouts(out)
+    assert len(rows) == 16 * 4 and {row["split"] for row in rows} == {"train"}
+    assert {row["reward"] for row in rows} == {1.0, -1.0}
+    write_rollouts(out, [{**rows[0], "id": "test-Leo-2-1"}])  # figures would not be held out
+    result = run("train.py", "--model", tiny, "--rollouts", out, "--task", task)
+    assert result.returncode == 2 and "--split train" in result.stdout, result.stdout
+    command = ("train.py", "--model", tiny, "--task", write(TASK + MEASURE), "--rounds", 2,
+               "--eval-every", 3, "--sequences", 16, "--out", tmp_path / "out")
+    result = run(*command)
+    assert result.returncode == 0 and "8 held-out questions" in result.stdout, result.stdout
+    assert "even answers" in result.stdout and "maj@4" not in result.stdout
+    first, second = (read_rollouts(tmp_path / f"out/rollouts-{number}.jsonl") for number in (1, 2))
+    same = sum(a["completion"] == b["completion"] for a, b in zip(first, second))
+    assert same < len(first) / 2  # every round has random numbers of its own
+    assert first[0]["sampling"]["weights"] != second[0]["sampling"]["weights"]
+    assert run(*command).stdout.count("trained before, reusing it") == 2
+
+
+def prompts(task, tokenizer=None, count=0, **changes):
+    """Of its test questions; load_questions as every script calls it."""
+    settings = evaluation.Settings(**changes)
+    return [question["prompt"] for question in
+            tasks.load_questions(task, "test", count, 3, tokenizer, settings)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("x = 1", "has no function questions"), ("def questions(split): return []", "function grade"),
+    ("def (", "cannot be imported: SyntaxError"), ("import nothing_like_this", "nothing_like"),
+    ("raise SystemExit(3)", "cannot be imported: SystemExit"),
+    (QUESTIONS + "return []", "no questions in split 'test'"),
+    (QUESTIONS + "return 5", "questions of split 'test': TypeError"),
+    (QUESTIONS + "yield {}; 1 / 0", "ZeroDivisionError"),
+    (QUESTIONS + "return ['a']", "question 1 of split 'test' needs an \"id\""),
+    (QUESTIONS + "return [{'id': 3, 'prompt': ''}]", 'needs an "id"'),
+    (QUESTIONS + "return [{'id': 'a', 'prompt': 'x'}] * 2", "question 2 of"),
+    (QUESTIONS + "return [{'id': 'a'}]", "question 'a'"),
+    (QUESTIONS + "return [{'id': 'a', 'question': 7}]", "question 'a'"),
+    (QUESTIONS + "return [{'id': 'a', 'prompt': 7}]", "question 'a' needs a"),
+    (QUESTIONS + "return [{'id': 'a', 'messages': []}]", "a chat template"),
+    *((TASK + GRADE + returned, "grade of question 'test-Leo-2-1'") for returned in (
+        "1 / 0", "None", "1.0", "(5, 1.0)", "('5', None)", "('5', float('nan'))", "('5', 'x')",
+        "('a', 1, 2)"))])
+def test_a_broken_task_is_one_line(write, text, words):
+    path = write(text)
+    with pytest.raises(Problem) as problem:
+        task = load_task(path)
+        prompts(task)
+        task.grade({"id": "test-Leo-2-1"}, "text")
+    message = str(problem.value)
+    assert path in message and words in message and "\n" not in message
+
+
+def test_unknown_names_are_one_line(tmp_path):
+    with pytest.raises(Problem, match="--task gsm9k.*apples, gsm8k"):
+        load_task("gsm9k")
+    with pytest.raises(Problem, match="missing.py: cannot be imported"):
+        load_task(str(tmp_path / "missing.py"))
+
+
+@pytest.mark.parametrize("text, numbers", [
+    (TASK, (8, 3, 8)),
+    (GRADE + "None, 0\ndef questions(split, seed):\n    assert seed == 3\n    "
+     "yield from ({'id': str(n), 'prompt': ''} for n in range(10**9))", (250, 3, 300))])
+def test_how_many_questions(write, text, numbers):
+    """0 is all, or 250 of a generated task, which may go on for ever."""
+    task = load_task(write(text))
+    assert tuple(len(prompts(task, count=count)) for count in (0, 3, 300)) == numbers
 
 
 class Chat:
@@ -34,226 +135,44 @@ class Chat:
     def get_chat_template(self):
         return self.chat_template
 
-    def apply_chat_template(
-        self, messages, chat_template, tokenize, add_generation_prompt, **arguments
-    ):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, chat_template,
+                            **arguments):
         return json.dumps([messages, arguments])
 
 
-class Plain(Chat):
-    chat_template = None
-
-
-PLAIN = Plain()
-
-
-def own_task(tmp_path, text):
-    path = tmp_path / "my_task.py"
-    path.write_text(text)
-    return str(path)
-
-
-def prompts(task, tokenizer, count=0, **changes):
-    settings = evaluation.Settings(**changes)
-    return [
-        question["prompt"]
-        for question in tasks.load_questions(task, "test", count, 0, tokenizer, settings)
-    ]
-
-
-@pytest.mark.slow
-def test_a_task_of_ones_own_is_sampled_and_measured(tiny, tmp_path):
-    """--task took our names only."""
-    path = own_task(tmp_path, SQUARES)
-    command = [
-        ROOT / "eval.py",
-        "--model",
-        tiny,
-        "--task",
-        path,
-        "--samples",
-        2,
-        "--max-new-tokens",
-        20,
-    ]
-    result = in_process(*command, "--out", tmp_path / "r.jsonl")
-    assert result.returncode == 0 and "pass@2" in result.stdout, result.stdout
-    rows = read_rollouts(tmp_path / "r.jsonl")
-    assert len(rows) == 10 and rows[0]["id"] == "test-2" and rows[0]["split"] == "test"
-    assert not any(" 7" in row["completion"] for row in rows)
-    result = in_process(ROOT / "eval.py", "--grade", tmp_path / "r.jsonl", "--task", path)
-    assert result.returncode == 0 and "pass@1" in result.stdout, result.stdout
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("x = 1", "no function questions"),
-        ("def questions(split): return []", "no function grade"),
-        ("def (", "cannot be imported: SyntaxError"),
-        ("raise SystemExit(3)", "cannot be imported: SystemExit"),
-        ("def grade(q, c): pass\ndef questions(split): return []", "no questions in split 'test'"),
-        (
-            "def grade(q, c): pass\ndef questions(split): return 5",
-            "questions of split 'test': TypeError",
-        ),
-        ("def grade(q, c): pass\ndef questions(split): yield {}; 1 / 0", "ZeroDivisionError"),
-        (
-            "def grade(q, c): pass\ndef questions(split): return ['a']",
-            "question 1 of split 'test' needs an \"id\"",
-        ),
-        (
-            "def grade(q, c): pass\ndef questions(split): return [{'id': 3, 'prompt': ''}]",
-            'needs an "id"',
-        ),
-        (
-            "def grade(q, c): pass\ndef questions(split): return [{'id': 'a', 'prompt': 'x'}] * 2",
-            "question 2 of",
-        ),
-        ("def grade(q, c): pass\ndef questions(split): return [{'id': 'a'}]", "question 'a'"),
-        (
-            "def grade(q, c): pass\ndef questions(split): return [{'id': 'a', 'question': 7}]",
-            "question 'a'",
-        ),
-        (
-            "def grade(q, c): pass\ndef questions(split): return [{'id': 'a', 'prompt': 7}]",
-            "question 'a' needs a",
-        ),
-        (
-            "def grade(q, c): pass\ndef questions(split): return [{'id': 'a', 'messages': []}]",
-            "a chat template",
-        ),
-    ],
-)
-def test_a_broken_task_is_one_line(tmp_path, text, said):
-    path = own_task(tmp_path, text)
-    with pytest.raises(Problem) as problem:
-        prompts(load_task(path), PLAIN)
-    assert (
-        path in str(problem.value) and said in str(problem.value) and "\n" not in str(problem.value)
-    )
-
-
-@pytest.mark.parametrize(
-    "returned",
-    [
-        "1 / 0",
-        "None",
-        "1.0",
-        "(5, 1.0)",
-        "('5', None)",
-        "('5', float('nan'))",
-        "('5', 'x')",
-        "('a', 1, 2)",
-    ],
-)
-def test_a_grade_that_is_none_is_one_line(tmp_path, returned):
-    path = own_task(
-        tmp_path,
-        f"def questions(split): return []\ndef grade(question, completion): return {returned}",
-    )
-    with pytest.raises(Problem, match=f"{path}: grade of question 'q7'"):
-        load_task(path).grade({"id": "q7"}, "text")
-    fine = own_task(
-        tmp_path, "def questions(split): return []\ndef grade(question, completion): return None, 0"
-    )
-    assert load_task(fine).grade({"id": "q7"}, "text") == (None, 0.0)
-
-
-def test_another_marker():
-    """eval.py --answer-marker."""
-    question = {"id": "a", "gold": "5"}
-    assert load_task("gsm8k", marker="A:").grade(question, "A: 5") == ("5", 1.0)
-    assert load_task("gsm8k").grade(question, "A: 5") == (None, -1.0)
-
-
-def test_unknown_names_are_one_line(tmp_path):
-    with pytest.raises(Problem, match="--task gsm9k.*apples, gsm8k"):
-        load_task("gsm9k")
-    with pytest.raises(Problem, match="missing.py: cannot be imported"):
-        load_task(str(tmp_path / "missing.py"))
-
-
-def test_how_many_questions(tmp_path):
-    """0 is all, or 250 of a generated task, which may go on for ever."""
-    listed = load_task(own_task(tmp_path, SQUARES))
-    endless = types.SimpleNamespace(
-        **{
-            **vars(listed),
-            "questions": lambda split, seed: (
-                {"id": f"{n}", "prompt": f"{seed} {n}"} for n in iter(int, None) or range(10**9)
-            ),
-        }
-    )
-    endless.questions = lambda split, seed: (
-        {"id": str(n), "prompt": str(seed)} for n in range(10**9)
-    )
-    assert [len(prompts(listed, PLAIN, count)) for count in (0, 3, 99)] == [5, 3, 5]
-    assert [len(prompts(endless, PLAIN, count)) for count in (0, 3, 300)] == [250, 3, 300]
-
-
 def test_the_prompt_of_a_question():
-    """Its own prompt, its messages, or a default one; in the chat template when there is one."""
-    rows = [
-        {"id": "a", "prompt": "exactly"},
-        {"id": "b", "question": "How many <|end|>?\nAnswer: 4"},
-        {"id": "c", "messages": [{"role": "user", "content": "hi"}]},
-    ]
-    task = types.SimpleNamespace(
-        name="t",
-        questions=lambda split: rows,
-        STOP=[],
-        ASK="End with a number.",
-        EXAMPLES="Question: 1 + 1?\nAnswer: 2",
-    )
-    found = prompts(task, Chat())
-    assert found[0] == "exactly"
-    assert json.loads(found[1])[0] == [
-        {"role": "user", "content": "How many < |end|>?\nAnswer: 4\n\nEnd with a number."}
-    ]
-    assert json.loads(found[2])[0] == rows[2]["messages"]
-    rows.pop()
-    plain = "Question: 1 + 1?\nAnswer: 2\n\nQuestion: How many < |end|>? Answer: 4\nAnswer:"
-    assert prompts(task, PLAIN)[1] == plain == prompts(task, Chat(), plain_prompt=True)[1]
-    assert prompts(task, PLAIN, system="Be brief.")[1] == "Be brief.\n\n" + plain
-    task.ASK = task.EXAMPLES = ""
-    assert prompts(task, PLAIN)[1].startswith("Question: How many")
-
-
-def test_template_options():
-    """There was no way to a system message, to enable_thinking, or past a template."""
-    settings = evaluation.Settings(
-        system="Be brief.", template_arguments='{"enable_thinking": false}'
-    )
-    messages, arguments = json.loads(tasks.render_prompt("hi", "plain", Chat(), settings))
-    assert messages[0] == {"role": "system", "content": "Be brief."} and arguments == {
-        "enable_thinking": False
-    }
+    """Its own prompt, its messages, one of both by the kind of model, or a default one."""
+    hi, marked = [{"role": "user", "content": "hi"}], "How many <|end|>?\nAnswer: 4"
+    rows = [{"id": "a", "prompt": "exactly <|end|>"}, {"id": "b", "question": marked},
+            {"id": "c", "messages": hi, "prompt": "plain"}, {"id": "d", "messages": hi}]
+    task = tasks.make_task("t", SimpleNamespace(
+        questions=lambda split: rows, grade=print, ASK="End with a number.",
+        EXAMPLES="Question: 1 + 1?\nAnswer: 2"))
+    exactly, *chats = prompts(task, Chat(), template_arguments='{"enable_thinking": false}')
+    asked = "How many < |end|>?\nAnswer: 4\n\nEnd with a number."
+    thinking = {"enable_thinking": False}
+    assert exactly == "exactly <|end|>" and list(map(json.loads, chats)) == [
+        [[{"role": "user", "content": asked}], thinking], [hi, thinking], [hi, thinking]]
     for wrong in ("{", "[1]", '{"tokenize": true}'):
         with pytest.raises(Problem, match="--template-arguments"):
-            tasks.render_prompt(
-                "hi", "plain", Chat(), evaluation.Settings(template_arguments=wrong)
-            )
+            prompts(task, Chat(), template_arguments=wrong)
+    rows.pop()
+    plain = "Question: 1 + 1?\nAnswer: 2\n\nQuestion: How many < |end|>? Answer: 4\nAnswer:"
+    assert prompts(task, Chat(), plain_prompt=True)[1:] == [plain, "plain"]
 
 
 def test_a_dated_template_gives_the_same_prompt_tomorrow():
     """The day after, a finished file was refused and a run that was broken off began anew."""
-    tokenizer = pytest.importorskip("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=empty_tokenizer()
-    )
-    tokenizer.chat_template = (
-        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y\") }} {{ messages[0]['content'] }}"
-    )
-    assert (
-        tasks.render_prompt("hi", "plain", tokenizer, evaluation.Settings())
-        == "26 Jul 2024 2024 hi"
-    )
-
-
-def empty_tokenizer():
     from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-    return Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y\") }} {{ messages[0]['content'] }}")
+    task = SimpleNamespace(name="t", questions=lambda split: [{"id": "a", "question": "hi"}],
+                           ASK="", EXAMPLES="", STOP=[])
+    assert prompts(task, tokenizer) == ["26 Jul 2024 2024 hi"]
 
 
 def test_special_tokens_are_collected_once():
@@ -261,8 +180,7 @@ def test_special_tokens_are_collected_once():
     completion."""
 
     class Tokenizer:
-        asked = 0
-        all_special_tokens = ["<|a|>"]
+        all_special_tokens, asked = ["<|a|>"], 0
 
         @property
         def added_tokens_decoder(self):
@@ -273,16 +191,3 @@ def test_special_tokens_are_collected_once():
     for _ in range(100):
         assert tasks.without_marks("x <|mark7|> <|a|>", tokenizer) == "x < |mark7|> < |a|>"
     assert tokenizer.asked == 1 and time.time() - start < 3
-
-
-def test_a_tokenizer_need_not_be_hashable():
-    """Its special tokens were kept by the tokenizer itself: "unhashable type" with some."""
-    first, second = (types.SimpleNamespace(all_special_tokens=[mark]) for mark in ("<a>", "<b>"))
-    assert tasks.without_marks("<a> <b>", first) == "< a> <b>"
-    assert tasks.without_marks("<a> <b>", second) == "<a> < b>"
-
-    class Unhashable(types.SimpleNamespace):
-        def __call__(self, text, **options):
-            return types.SimpleNamespace(input_ids=[7, 8])
-
-    assert tokens.prompt_tokens("text", Unhashable(bos_token_id=7)) == [7, 8]

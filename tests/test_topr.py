@@ -1,6 +1,7 @@
 """The loss maths against worked numbers and against plain Python, by value and by gradient.
 
-Every test takes the module as its argument `topr`, so that test_mutants.py can hand it a broken one.
+Every test takes the module as its argument `topr`, so that test_mutants.py can hand it a broken
+one.
 """
 
 import itertools
@@ -9,8 +10,10 @@ import math
 import pytest
 import torch
 
-A = dict(rewards=[1, -1], logps=[[-0.5, -1, -0.25], [-1.2, -0.8]], mus=[[-0.7, -0.9, -0.4], [-1, -0.5]])
-F = dict(rewards=[1, -1, -1, 1], logps=A["logps"] + [[-2], [-0.1, -0.2, -0.3, -0.4]], mus=A["mus"] + [[-1], [-0.2] * 4])
+A = dict(rewards=[1, -1], logps=[[-0.5, -1, -0.25], [-1.2, -0.8]],
+         mus=[[-0.7, -0.9, -0.4], [-1, -0.5]])
+F = dict(rewards=[1, -1, -1, 1], logps=A["logps"] + [[-2], [-0.1, -0.2, -0.3, -0.4]],
+         mus=A["mus"] + [[-1], [-0.2] * 4])
 
 
 @pytest.fixture
@@ -23,8 +26,10 @@ def topr():
 def tensors(example, padding=float("nan"), left=False, requires_grad=True):
     """Ragged lists as padded tensors; what stands in the padding must not matter."""
     longest = max(map(len, example["logps"]))
-    place = lambda row: [padding] * (longest - len(row)) * left + list(row) + [padding] * (longest - len(row)) * (not left)
-    logp = torch.tensor([place(row) for row in example["logps"]], dtype=torch.float32, requires_grad=requires_grad)
+    place = lambda row: ([padding] * (longest - len(row)) * left + list(row)
+                         + [padding] * (longest - len(row)) * (not left))
+    logp = torch.tensor([place(row) for row in example["logps"]], dtype=torch.float32,
+                        requires_grad=requires_grad)
     mu = torch.tensor([place(row) for row in example["mus"]], dtype=torch.float32)
     mask = torch.tensor([place([1.0] * len(row)) for row in example["logps"]]) == 1
     return logp, mu, torch.tensor(example["rewards"], dtype=torch.float32), mask
@@ -62,7 +67,8 @@ def check(topr, example, taper, expected, baseline=0.0, gradients=None, toleranc
         assert got == pytest.approx(slope, abs=1e-6, rel=1e-5)
         if gradients:
             assert got == pytest.approx([gradients[row]] * len(got), abs=1e-6)
-    assert torch.equal(logp.grad[~mask], torch.zeros(int((~mask).sum())))  # nothing leaks into the padding
+    # nothing leaks into the padding
+    assert torch.equal(logp.grad[~mask], torch.zeros(int((~mask).sum())))
     return stats
 
 
@@ -133,7 +139,8 @@ def test_baseline_moves_branch_and_coefficient_together(topr):
     """The bug: choosing the limits by the sign of R while the coefficient is R - c."""
     check(topr, A, "topr", -0.309065, baseline=0.5)
     check(topr, A, "topr", 0.285867, baseline=-0.5)
-    graded = {**F, "rewards": [0.2, 0.4, -0.3, 2.5]}  # with c = 0.3 the first one turns into a negative
+    # with c = 0.3 the first one turns into a negative
+    graded = {**F, "rewards": [0.2, 0.4, -0.3, 2.5]}
     check(topr, graded, "topr", None, baseline=0.3)
     twice_sft = check_value(topr, A, "sft") * 2
     close(check_value(topr, A, "topr", baseline=-1.0), twice_sft)
@@ -144,7 +151,8 @@ def check_value(topr, example, taper, **options):
 
 
 def test_the_ratio_is_of_the_sequence(topr):
-    """T = 400 with every token at -0.01: w is exp(-4), not the 0.99 of a token ratio or a ratio divided by T."""
+    """T = 400 with every token at -0.01: w is exp(-4), not the 0.99 of a token ratio or a ratio
+    divided by T."""
     long = dict(rewards=[-1], logps=[[-1.01] * 400], mus=[[-1.0] * 400])
     _, stats = topr.topr_loss(*tensors(long))
     close(stats["weight"].item(), 0.018316)
@@ -164,7 +172,8 @@ def test_clip_before_exp(topr, d, weight):
 
 
 def test_differences_before_sums_before_exp(topr):
-    """4,000 tokens whose ratios multiply to inf half-way and come back: d is -100, whatever the product does."""
+    """4,000 tokens whose ratios multiply to inf half-way and come back: d is -100, whatever the
+    product does."""
     logps = [-1.0] * 2000 + [-4.05] * 2000
     example = dict(rewards=[-1], logps=[logps], mus=[[-4.0] * 2000 + [-1.0] * 2000])
     _, stats = topr.topr_loss(*tensors(example))
@@ -174,7 +183,8 @@ def test_differences_before_sums_before_exp(topr):
 
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3]], [[0, 1, 2], [3]], [[3, 1], [2, 0]]])
 def test_any_split_into_micro_batches(topr, split):
-    """A mean of micro-batch means gives -0.001493 for the second split; the sum over N is -0.127239 for every one."""
+    """A mean of micro-batch means gives -0.001493 for the second split; the sum over N is -0.127239
+    for every one."""
     total = 0.0
     for part in split:
         example = {name: [values[i] for i in part] for name, values in F.items()}
@@ -204,7 +214,8 @@ def test_zero_advantage_counts_in_n(topr):
 
 
 def test_pi_of_zero(topr):
-    """A negative that the policy can no longer write has faded away entirely; a positive like that is an error."""
+    """A negative that the policy can no longer write has faded away entirely; a positive like that
+    is an error."""
     for taper in ("topr", "reinforce", "is"):
         example = {**A, "logps": [A["logps"][0], [-math.inf, -0.8]]}
         logp, mu, reward, mask = tensors(example)
@@ -252,10 +263,12 @@ def test_random_batches_against_autograd_free_python(topr):
     draw = lambda *shape: torch.rand(*shape, generator=generator).tolist()
     for _ in range(5):
         lengths = [1 + int(9 * u) for u in draw(7)]
-        example = dict(rewards=[4 * u - 2 for u in draw(7)], logps=[[-3 * u for u in draw(n)] for n in lengths],
+        example = dict(rewards=[4 * u - 2 for u in draw(7)],
+                       logps=[[-3 * u for u in draw(n)] for n in lengths],
                        mus=[[-3 * u for u in draw(n)] for n in lengths])
         for name in topr.TAPERS:
-            check(topr, example, name, None, baseline=0.25, tolerance=1e-5)  # float32 against float64
+            # float32 against float64
+            check(topr, example, name, None, baseline=0.25, tolerance=1e-5)
 
 
 def test_ppo(topr):
@@ -277,7 +290,8 @@ def test_ppo(topr):
 
 
 def test_dpo(topr):
-    example = {name: [values[i] for i in (0, 1, 3, 2)] for name, values in F.items()}  # better, worse, better, worse
+    # better, worse, better, worse
+    example = {name: [values[i] for i in (0, 1, 3, 2)] for name, values in F.items()}
     logp, mu, reward, mask = tensors(example)
     loss, stats = topr.dpo_loss(logp, mu, reward, mask, beta=0.5)
     loss.backward()
@@ -286,7 +300,8 @@ def test_dpo(topr):
     close(loss.item(), sum(math.log(1 + math.exp(-m)) for m in margins) / 2)
     for row in range(4):
         slope = (-1 if row % 2 == 0 else 1) * 0.5 / (1 + math.exp(margins[row // 2])) / 2
-        assert logp.grad[row][mask[row]].tolist() == pytest.approx([slope] * int(mask[row].sum()), abs=1e-6)
+        assert logp.grad[row][mask[row]].tolist() == pytest.approx(
+            [slope] * int(mask[row].sum()), abs=1e-6)
     with pytest.raises(ValueError, match="better one first"):
         topr.dpo_loss(*tensors(A | {"rewards": [-1, 1]}))
 
@@ -311,20 +326,23 @@ def test_shares_and_baselines(topr):
 
 def test_anna_karenina_and_pairs(topr):
     rows = [dict(id=i, reward=r, n=n) for n, (i, r) in enumerate(
-        [("a", -1), ("a", 1), ("b", 1), ("a", 1), ("a", -1), ("b", 1), ("c", -1), ("c", -0.3), ("b", 2.5)])]
+        [("a", -1), ("a", 1), ("b", 1), ("a", 1), ("a", -1), ("b", 1), ("c", -1), ("c", -0.3),
+         ("b", 2.5)])]
     assert [row["n"] for row in topr.anna_karenina(rows)] == [0, 1, 2, 4, 6, 7]
     assert topr.anna_karenina([]) == []
     assert topr.preference_pairs(rows) == [(1, 0), (3, 4)]
 
 
 def test_the_surrogate_is_bounded(topr):
-    """Two actions, one negative, learning rate 1: the logit gap grows like log(steps) under topr, like steps without."""
+    """Two actions, one negative, learning rate 1: the logit gap grows like log(steps) under topr,
+    like steps without."""
     gaps = {}
     for taper in ("topr", "reinforce"):
         logits = torch.zeros(2, requires_grad=True)
         for step in range(1, 401):
             logp = logits.log_softmax(-1)[:1].view(1, 1)  # the negative is action 0
-            loss, _ = topr.topr_loss(logp, torch.tensor([[math.log(0.5)]]), torch.tensor([-1.0]), torch.ones(1, 1), taper=taper)
+            loss, _ = topr.topr_loss(logp, torch.tensor([[math.log(0.5)]]), torch.tensor([-1.0]),
+                                     torch.ones(1, 1), taper=taper)
             (gradient,) = torch.autograd.grad(loss, logits)
             logits = (logits - gradient).detach().requires_grad_()
             gaps[taper, step] = (logits[1] - logits[0]).item()

@@ -12,7 +12,7 @@ import torch
 
 import topr
 import train
-from conftest import ROOT, eval_settings, furthest, in_process, torchrun, train_settings, weights_of
+from conftest import ROOT, furthest, in_process, torchrun, train_settings, weights_of
 from engine import batches, optim, packing, run_folder, sampler
 from engine.common import Problem
 from engine.rollouts import read_rollouts, write_rollouts
@@ -50,13 +50,6 @@ def two_ranks(tiny, rollouts, tmp_path_factory):
     return folder
 
 
-def plain_file(path, rollouts):
-    """The rollouts with their four fields alone."""
-    fields = ("id", "prompt", "completion", "reward")
-    write_rollouts(path, [{name: row[name] for name in fields} for row in read_rollouts(rollouts)])
-    return path
-
-
 # ---- the same update, however it is computed ----
 
 
@@ -89,14 +82,12 @@ def test_the_same_update_for_any_number_of_ranks_and_passes(tiny, rollouts, two_
                 assert other[key] == pytest.approx(entry[key], abs=2e-4), (folder, key)
 
 
-@pytest.mark.parametrize("taper, changes", [
-    (topr.TAPERS["sft"], {}), (topr.TAPERS["topr"], {"baseline": 1.0}),
-    (topr.TAPERS["topr"], {"baseline": -1.0}), (topr.Taper(pos=(0, 0), neg=(0, 1)), {})])
-def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monkeypatch, taper,
+@pytest.mark.parametrize("loss, changes", [
+    ("sft", {}), ("nsr", {}), ("topr", {"baseline": 1.0}), ("is", {"baseline": -1.0})])
+def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monkeypatch, loss,
                                                   changes):
     """They cost a forward pass each; and left out of N, too, the others would count for more."""
-    monkeypatch.setitem(topr.TAPERS, "topr", taper)
-    changes = {"optimizer": "adafactor", **changes}
+    changes |= {"loss": loss, "optimizer": "adafactor"}
     own_passes, own_loss, seen = batches.micro_batches, train.make_loss, []
 
     def micro_batches(*given):
@@ -112,9 +103,7 @@ def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monk
     other = train.train(train_settings(tiny, rollouts, tmp_path / "with", **changes))
     assert len(set(itertools.chain(*seen))) == 2
     assert furthest(tmp_path / "without", tmp_path / "with") < 1e-6
-    for entry, before in zip(log, other):
-        assert entry["sequences"] == before["sequences"]
-        assert entry["loss"] == pytest.approx(before["loss"], abs=1e-6)
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in other])
 
 
 def test_a_step_without_any_gradient(tiny, two_ranks, tmp_path):
@@ -129,7 +118,7 @@ def test_a_step_without_any_gradient(tiny, two_ranks, tmp_path):
 # ---- what a step takes ----
 
 
-def test_completions_of_a_prompt_stand_together(monkeypatch):
+def test_completions_of_a_prompt_stand_together():
     """Each unit once an epoch, in a random order of groups of one prompt."""
     rows = [SimpleNamespace(prompt=(number % 50,)) for number in range(600)]
     data = batches.Data("", "", rows, None, None, 0, None, 0, units=np.arange(600)[:, None])
@@ -138,9 +127,6 @@ def test_completions_of_a_prompt_stand_together(monkeypatch):
         assert sorted(order) == list(range(600))
         assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
     assert orders[0] != orders[1] and orders[0] != orders[2]
-    monkeypatch.setattr(batches, "PROMPT_GROUP", 1)
-    alone = batches.epoch_order(data, 2, 0)
-    assert sum(a % 50 == b % 50 for a, b in itertools.pairwise(alone)) < 40
 
 
 def test_prompts_are_compared_and_not_their_hashes(tiny, rollouts):
@@ -166,15 +152,6 @@ def test_a_question_is_its_id_and_its_prompt(tiny, rollouts, tmp_path):
         assert len(kept) == len(topr.anna_karenina(read_rollouts(rollouts))) < len(rows)
 
 
-def test_many_ranks_share_prompts_too(tiny, rollouts):
-    """Rows of completions must not shrink to one only because there are many ranks."""
-    data = read(tiny, rollouts)
-    data.pack, sizes = True, []
-    for data.ranks in (1, 4):
-        sizes.append(max(len(rows) for _, _, rows in batches.make_bundles(data, data.units)))
-    assert sizes[0] == sizes[1] > 1
-
-
 # ---- log mu ----
 
 
@@ -182,8 +159,9 @@ def test_mu_is_that_of_the_start_and_stays(tiny, rollouts, tmp_path, capsys):
     """"Old" log-probs that are not the sampler's: d at step 0 shows it. Re-anchoring mu on the
     current weights turns TOPR into naive REINFORCE unnoticed. Kept log-probs of another policy, or
     of the same text under another end token, would be taken for these."""
-    plain = plain_file(tmp_path / "plain.jsonl", rollouts)
-    model, tokenizer = sampler.load_model(tiny, eval_settings(), "cpu")
+    plain, fields = tmp_path / "plain.jsonl", ("id", "prompt", "completion", "reward")
+    write_rollouts(plain, [{name: row[name] for name in fields} for row in read_rollouts(rollouts)])
+    model, tokenizer = sampler.load_model(tiny, train.Settings(), "cpu")
     model.save_pretrained(tmp_path / "other")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
     tokenizer.save_pretrained(tmp_path / "other")
@@ -206,15 +184,14 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
     """Sampled at another temperature; or two files joined, of which the first lines fit."""
     rows = read_rollouts(rollouts)
     halved = [{**row, "logprobs": [value / 2 for value in row["logprobs"]]} for row in rows]
-    for name, content in (("all", halved), ("joined", rows * 2 + halved)):
-        path = tmp_path / f"{name}.jsonl"
+    path, words = tmp_path / "bad.jsonl", r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start"
+    for content in (rows * 2 + halved, halved):
         write_rollouts(path, content)
-        with pytest.raises(Problem, match=r"\|log pi/mu\| is [0-9.]+ .*--mu file.*--mu start"):
-            train.train(train_settings(tiny, path, tmp_path / name))
-        assert not (tmp_path / name / "model.safetensors").exists()
-        for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
-            read_whole = train_settings(tiny, path, f"{tmp_path}/{name}-{changes}", **changes)
-            train.train(read_whole)
+        with pytest.raises(Problem, match=words):
+            train.train(train_settings(tiny, path, tmp_path / "out"))
+        assert not (tmp_path / "out/model.safetensors").exists()
+    for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
+        train.train(train_settings(tiny, path, f"{tmp_path}/{changes}", **changes))
 
 
 # ---- settings ----
@@ -222,7 +199,7 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     ("--epochs 0", "--epochs 0: 1 or more"), ("--learning-rate -1", "--learning-rate -1.0: 0 or"),
-    ("--warmup -1", "--warmup -1"), ("--grad-clip nan", "--grad-clip nan"),
+    ("--grad-clip nan", "--grad-clip nan"),
     ("--rounds 2", "--rounds and --eval-every need --task"), ("--eval-every 5", "need --task"),
     ("--loss dpo --baseline 0.5", "no place in --loss dpo"), ("--baseline 2", "--baseline 2.0"),
     ("--positive-share 1.5", "--positive-share 1.5: 0 to 1"), ("--shard", "more than one process"),
@@ -239,7 +216,7 @@ def test_mistakes_are_one_line(tiny, rollouts, tmp_path, options, words):
     result = in_process(ROOT / "train.py", "--model", tiny, "--rollouts", rollouts, "--out",
                         tmp_path / "out", *filter(None, options))
     assert result.returncode == 2 and words in result.stdout, result.stdout
-    lines = [line for line in result.stdout.splitlines() if "it/s" not in line and "B/s" not in line]
+    lines = [line for line in result.stdout.splitlines() if "/s" not in line]  # progress bars
     assert "Traceback" not in result.stdout and len(lines) <= 2  # argparse adds its usage
     assert not (tmp_path / "out/model.safetensors").exists() and furthest(before, tiny) == 0
 
@@ -298,7 +275,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkey
     path, = run_folder.checkpoints(broken.out)
     assert path.endswith("checkpoint-00000004")
     monkeypatch.setattr(train, "backward", own)
-    for name, value in (("learning_rate", 2e-3), ("seed", 1), ("loss", "tis"), ("rounds", 2)):
+    for name, value in (("learning_rate", 2e-3), ("seed", 1), ("loss", "tis"), ("grad_clip", 2.0)):
         with pytest.raises(Problem, match=f"another run: {name} was .* and is {value!r}"):
             train.train(dataclasses.replace(broken, **{name: value}))
     # what is `free`, memory and speed alone, may differ: who ran out of it resumes with less
@@ -319,52 +296,26 @@ def test_a_non_finite_step_stops_the_run(tiny, rollouts, tmp_path, monkeypatch):
         train.train(train_settings(tiny, rollouts, tmp_path / "out"))
 
 
-@pytest.mark.slow
-def test_a_signal_ends_the_step_first(tiny, rollouts, tmp_path):
-    """SIGTERM: the step is finished, a checkpoint written, and the same command goes on."""
-    script = tmp_path / "interrupted.py"
-    script.write_text(
-        "import os, signal, train\nown, calls = train.step_metrics, []\n"
-        "def step_metrics(*given):\n    calls.append(1)\n"
-        "    if len(calls) == 2 and not os.environ.get('CALM'):\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n    return own(*given)\n"
-        "train.step_metrics = step_metrics\ntrain.run_main(train.main)\n")
-    command = [script, "--model", tiny, "--rollouts", rollouts, "--out", tmp_path / "out",
-               "--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", "12"]
-    result = torchrun(2, *command)
-    assert "stopped by a signal after step" in result.stdout and result.returncode, result.stdout
-    assert run_folder.checkpoints(tmp_path / "out")
-    result = torchrun(2, *command, CALM="1")
-    assert result.returncode == 0 and "going on from step" in result.stdout, result.stdout
-    train.train(train_settings(tiny, rollouts, tmp_path / "whole"))
-    assert furthest(tmp_path / "out", tmp_path / "whole") < 1e-5
-
-
 # ---- the optimizer and the model ----
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_small_updates_are_not_lost_in_bfloat16(optimizer):
     """300 steps at 5e-7 with a constant gradient: bfloat16 weights move in the mean as float32
-    weights do."""
-    moved = {}
-    for kind in ("float32", "bfloat16", "rounded to nearest"):
-        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    weights do, where rounding to nearest would lose all of it."""
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = torch.nn.Linear(256, 256, bias=False)
-        model.weight.data = (torch.randn(256, 256) * 0.02).to(torch.bfloat16).to(dtype)
-        start, gradient = model.weight.detach().float().clone(), torch.rand(256, 256) + 0.5
-        run = train.Settings(optimizer=optimizer)
+        start = (torch.randn(256, 256) * 0.02).bfloat16()
+        model.weight.data, gradient = start.to(dtype, copy=True), torch.rand(256, 256) + 0.5
+        run = train.Settings(optimizer=optimizer, learning_rate=5e-7)
         steps = optim.make_optimizer(run, model)
-        if kind == "rounded to nearest":
-            steps.state.clear()  # as torch makes it, in the type of the weights
         for step in range(300):
             model.weight.grad = gradient.to(dtype)
-            steps.step() if kind == "rounded to nearest" else optim.update(run, steps, step)
-        moved[kind] = (model.weight.detach().float() - start).mean().item()
-    assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.1)
-    assert moved["float32"] < -1e-5
-    assert abs(moved["rounded to nearest"]) < abs(moved["float32"]) / 10
+            optim.update(run, steps, step, 300)
+        moved.append((model.weight.detach().float() - start.float()).mean().item())
+    assert moved[1] == pytest.approx(moved[0], rel=0.1) and moved[0] < -1e-5
 
 
 def test_the_curve_does_not_end_checkpointing(tiny, rollouts, tmp_path, monkeypatch):
@@ -379,22 +330,3 @@ def test_the_curve_does_not_end_checkpointing(tiny, rollouts, tmp_path, monkeypa
     train.train(train_settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True,
                                eval_every=2), lambda model: {"training": model.eval().training})
     assert len(checkpointed) > 3 and all(checkpointed)
-
-
-@pytest.mark.slow
-def test_the_whole_job_in_rounds(tiny, tmp_path):
-    """Sample, train, sample from the trained policy, train again; measured before and after; all
-    of it reused."""
-    out = tmp_path / "job"
-    command = [ROOT / "train.py", "--model", tiny, "--task", "apples", "--rounds", 2, "--out", out,
-               "--questions", 6, "--samples", 4, "--test-questions", 8, "--max-new-tokens", 25,
-               "--eval-every", 1, "--optimizer", "adamw", "--learning-rate", "1e-3"]
-    result = in_process(*command)
-    assert result.returncode == 0 and "maj@4" in result.stdout, result.stdout
-    weights = weights_of(out)
-    first, second = (read_rollouts(out / f"rollouts-{number}.jsonl")[0] for number in (1, 2))
-    assert first["sampling"]["weights"] != second["sampling"]["weights"]
-    assert first["id"].startswith("apples-train")
-    result = in_process(*command)
-    assert result.returncode == 0 and result.stdout.count("reusing it") == 2, result.stdout
-    assert furthest(weights, out) == 0

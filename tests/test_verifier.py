@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import verifier
-from conftest import ROOT, in_process, torchrun
+from conftest import ROOT, furthest, in_process, torchrun
 from engine import tasks
 from engine.common import Problem
 from engine.rollouts import read_rollouts, write_rollouts
@@ -34,7 +34,10 @@ def test_reading_a_verdict(text, verdict):
 class Chat(SimpleNamespace):
     """A tokenizer with a chat template, or (None) without one."""
     __hash__ = object.__hash__
-    all_special_tokens = ["</s>", "<|user|>"]
+    all_special_tokens = ["</s>", "<|user|>", "<|assistant|>"]
+
+    def get_chat_template(self):
+        return self.chat_template
 
     def apply_chat_template(self, messages, **arguments):
         return f"<|user|>{messages[0]['content']}<|assistant|>"
@@ -120,20 +123,18 @@ def test_half_of_what_is_learned_and_measured_is_right(tiny, tmp_path):
     """Else a verifier that always says "incorrect" would look good. Other solutions only vote."""
     write_solutions(tmp_path / "solutions.jsonl")
     task, held_out = verifier.make_task(settings_of(tmp_path, tiny))
-    learn = list(task.questions("train"))
-    counts = collections.Counter(question["gold"] for question in learn)
-    assert counts["correct"] == counts["incorrect"] > 20
-    asked = [{**question, "reward": 1.0, "answer": "correct"} for question in task.questions("test")]
-    right = sum(one["gold"] == "correct" for group in held_out.values() for one in group)
-    known = sum(one["answer"] is not None for group in held_out.values() for one in group)
-    even, others = asked[: 2 * right], asked[2 * right :]
-    assert collections.Counter(one["gold"] for one in even) == dict(correct=right, incorrect=right)
-    assert known <= len(asked) < known + right
-    values = task.measure([*even, *({**row, "reward": -1.0} for row in others)])
-    assert set(values["accuracy"]) == {1.0} and set(values["invalid"]) == {0.0}
-    assert len(values["accuracy"]) == len({row["question"] for row in even})
+    golds = [question["gold"] for question in task.questions("train")]
+    assert golds.count("correct") == golds.count("incorrect") > 20
+    asked, solutions = list(task.questions("test")), [*itertools.chain(*held_out.values())]
+    right = sum(one["gold"] == "correct" for one in solutions)
+    golds = [one["gold"] for one in asked]
+    assert golds[: 2 * right].count("correct") == golds.count("correct") == right
+    assert {one["id"] for one in solutions if one["answer"]} <= {one["id"] for one in asked}
+    rows = [{**one, "answer": "correct", "reward": 1.0 if number < 2 * right else -1.0}
+            for number, one in enumerate(asked)]
+    assert {*task.measure(rows)["accuracy"]} == {1.0}, "the balanced half alone"
     with pytest.raises(Problem, match="of both kinds"):
-        verifier.balanced({"q": [one for one in learn if one["gold"] == "correct"]}, 0)
+        verifier.balanced({"q": [one for one in solutions if one["gold"] == "correct"]}, 0)
 
 
 def plain_vote(block, weight, party):
@@ -161,68 +162,67 @@ def test_voting_against_a_plain_computation(tmp_path, monkeypatch):
              for one in group}
     curve = verifier.voting(candidates, {"before": dict.fromkeys(after, 0.0), "after": after})
     assert [entry["solutions"] for entry in curve] == [1, 2, 4, 8]
+    answer, alone = lambda one: one["answer"] and one["answer"][0], lambda one: one["id"]
     methods = {
-        "majority": (lambda one: 1, lambda one: one["answer"] and one["answer"][0]),
-        "weighted, before": (lambda one: 0, lambda one: one["answer"] and one["answer"][0]),
-        "weighted, after": (lambda one: after[one["id"]],
-                            lambda one: one["answer"] and one["answer"][0]),
-        "best, after": (lambda one: after[one["id"]], lambda one: one["id"]),
-        "oracle": (lambda one: one["gold"] == "correct", lambda one: one["id"])}
-    for entry in curve:
-        for name, method in methods.items():
-            expected = np.mean([[plain_vote(block, *method)
-                                 for block in itertools.combinations(group, entry["solutions"])]
-                                for group in candidates.values()])
-            exact = entry["solutions"] == 8 or name == "oracle"
-            assert entry[name] == pytest.approx(expected, abs=1e-9 if exact else 0.02), name
+        "majority": (lambda one: 1, answer), "weighted, before": (lambda one: 0, answer),
+        "weighted, after": (lambda one: after[one["id"]], answer),
+        "best, after": (lambda one: after[one["id"]], alone),
+        "oracle": (lambda one: one["gold"] == "correct", alone)}
+    for entry, name in itertools.product(curve, methods):
+        expected = np.mean([[plain_vote(block, *methods[name])
+                             for block in itertools.combinations(group, entry["solutions"])]
+                            for group in candidates.values()])
+        exact = entry["solutions"] == 8 or name == "oracle"
+        assert entry[name] == pytest.approx(expected, abs=1e-9 if exact else 0.02), name
     assert curve[-1]["gain"]["mean"] == pytest.approx(
         curve[-1]["weighted, after"] - curve[-1]["majority"])
 
 
-def options(folder, tiny, out):
-    return ["--model", tiny, "--solutions", folder / "solutions.jsonl", "--out", out,
-            "--samples", 3, "--max-new-tokens", 12, "--optimizer", "adamw", "--sequences", 8,
-            "--learning-rate", "1e-3", "--checkpoint-every", 2, "--mu", "file"]
+def job_of(folder, tiny, out):
+    write_solutions(folder / "solutions.jsonl", rng=random.Random(0))
+    return [ROOT / "verifier.py", "--model", tiny, "--solutions", folder / "solutions.jsonl",
+            "--out", out, "--samples", 3, "--max-new-tokens", 12, "--optimizer", "adamw",
+            "--sequences", 8, "--learning-rate", "1e-3", "--checkpoint-every", 2]
 
 
 def test_the_whole_job(tiny, tmp_path):
     """The measures and the vote are those of the kept verdicts."""
-    write_solutions(tmp_path / "solutions.jsonl")
     out = tmp_path / "out"
-    result = in_process(ROOT / "verifier.py", *options(tmp_path, tiny, out))
-    assert result.returncode == 0, result.stdout
-    assert "accuracy" in result.stdout and "weighted, after" in result.stdout
+    result = in_process(*job_of(tmp_path, tiny, out))
+    assert result.returncode == 0 and "weighted, after" in result.stdout, result.stdout
     rows = read_rollouts(out / "rollouts-1.jsonl")
-    counts = collections.Counter(row["gold"] for row in rows)
-    assert counts["correct"] == counts["incorrect"] and len(rows) % 6 == 0
+    assert sum(row["gold"] == "correct" for row in rows) == len(rows) / 2
     task, held_out = verifier.make_task(settings_of(tmp_path, tiny))
     values = task.measure(read_rollouts(out / "after.jsonl"))["accuracy"]
     kept = json.loads((out / "results.json").read_text())["after"]["accuracy"]["mean"]
     assert kept == pytest.approx(np.mean(list(values)))
     curve = json.loads((out / "voting.json").read_text())
-    assert curve[-1]["questions"] == len(held_out) and (out / "model.safetensors").exists()
+    assert curve[-1]["questions"] == len(held_out)
+
+
+def check_ranks_and_kill(folder, command):
+    """The file must not depend on the number of ranks; a killed job goes on where it was."""
+    one, two, killed = (folder / name for name in ("one", "two", "killed"))
+    for ranks, out in ((1, one), (2, two)):
+        result = torchrun(ranks, *command(out), "--mu", "file")
+        assert result.returncode == 0, result.stdout
+    words = [*map(str, command(killed)), "--mu", "file"]
+    process = subprocess.Popen([sys.executable, *words])
+    while not list(killed.rglob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert in_process(*words).returncode == 0
+    for name in ("before.jsonl", "rollouts-1.jsonl"):
+        first, *others = ([(row["completion"], row["reward"]) for row in read_rollouts(out / name)]
+                          for out in (one, two, killed))
+        assert others == [first, first]
+    assert furthest(one, killed) == 0, "a resumed run is the same to the bit"
 
 
 @pytest.mark.slow
 def test_two_ranks_and_a_kill(tiny, tmp_path):
-    """The verdicts must not depend on the number of ranks, and a killed job goes on where it was."""
-    write_solutions(tmp_path / "solutions.jsonl")
-    folders = [tmp_path / name for name in ("one", "two", "killed")]
-    commands = [[ROOT / "verifier.py", *options(tmp_path, tiny, out)] for out in folders]
-    for ranks, command in zip((1, 2), commands):
-        result = torchrun(ranks, *command)
-        assert result.returncode == 0, result.stdout
-    killed = subprocess.Popen([sys.executable, *map(str, commands[2])])
-    while not list(folders[2].glob("checkpoint-*")) and killed.poll() is None:
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert in_process(*commands[2]).returncode == 0
-    for name in ("before.jsonl", "rollouts-1.jsonl"):
-        texts = [[row["completion"] for row in read_rollouts(folder / name)] for folder in folders]
-        assert texts[0] == texts[1] == texts[2]
-    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
-    assert weights[0] == weights[2], "a resumed run is the same to the bit"
+    check_ranks_and_kill(tmp_path, lambda out: job_of(tmp_path, tiny, out))
 
 
 @pytest.mark.parametrize("words, error", [

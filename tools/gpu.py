@@ -10,8 +10,6 @@ The models are Llamas of a named shape with random weights, made on the card. Ea
 of its own with a time limit (not at tiny size), so that one that fails leaves the others alone.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -33,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data import apples  # noqa: E402
 from engine.rollouts import write_rollouts  # noqa: E402
-from engine import optim, run_folder, sampler  # noqa: E402
+from engine import optim, packing, run_folder, sampler  # noqa: E402
 from engine.common import progress, say, table, write_json  # noqa: E402
-from engine.parallel import start_ranks  # noqa: E402
+from engine.parallel import local_shard, start_ranks  # noqa: E402
 
 LLAMA_3 = dict(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8,
                max_position_embeddings=8192)
@@ -77,7 +75,7 @@ def make_rollouts(path, steps, prompt, completion, per_prompt):
     return sequences * (prompt + completion)
 
 
-def train_random(model, folder, steps, prompt, completion, per_prompt=1, **changes):
+def train_random(model, folder, steps, prompt, completion, per_prompt=1, pack=False, **changes):
     """Runs train.train on a model in memory. Returns (log, tokens a step, peaks in bytes)."""
     tokenizer = apples.make_tokenizer(apples.vocabulary())  # any will do: the file holds tokens
     tokens = make_rollouts(f"{folder}/rollouts.jsonl", steps, prompt, completion, per_prompt)
@@ -85,7 +83,8 @@ def train_random(model, folder, steps, prompt, completion, per_prompt=1, **chang
         model="random", rollouts=f"{folder}/rollouts.jsonl", out=f"{folder}/trained", mu="file",
         sequences=8 if TINY else 64, precision="bfloat16", checkpoint_every=0, **changes)
     peaks = {}
-    train.load_model = lambda *_: (model, tokenizer)
+    train.load_for_training = lambda *_: (model, tokenizer)
+    packing.abilities = lambda *_: (True, pack)
     train.run_folder.save_policy = lambda *_: None  # nobody needs these weights
     train.backward = with_peak(train.backward, "passes", peaks)
     optim.update = with_peak(optim.update, "update", peaks)
@@ -104,6 +103,17 @@ def with_peak(function, name, peaks):
         return result
 
     return measured
+
+
+def count_memory(model, optimizer):
+    """Bytes on this rank that are exact before the first step; activations come on top."""
+    size = {"weights": 0, "gradients": 0, "optimizer": 0}
+    for p in model.parameters():
+        size["weights"] += local_shard(p).nbytes
+        size["gradients"] += local_shard(p).nbytes * p.requires_grad
+        for value in optimizer.state[p].values() if p.requires_grad else ():
+            size["optimizer"] += local_shard(value).nbytes if torch.is_tensor(value) else 0
+    return size
 
 
 def seconds_of(function, *arguments):
@@ -206,10 +216,9 @@ def step_numbers(shape, weights, folder, **changes):
     """The first step is left out of the speed."""
     device = start_ranks()
     model = make_model(shape, weights, device)
-    counted = optim.count_memory(model, optim.make_optimizer(train.Settings(**changes), model))
+    counted = count_memory(model, optim.make_optimizer(train.Settings(**changes), model))
     log, tokens, peaks = train_random(
-        model, folder, 5, 256, 512, gradient_checkpointing=True, weights=weights,
-        pack_prompts=False, **changes)
+        model, folder, 5, 256, 512, gradient_checkpointing=True, weights=weights, **changes)
     seconds = sorted(entry["seconds"] for entry in log[1:])[len(log) // 2]
     operations = 6 * model.num_parameters() * tokens  # what is computed again does not count
     peak = next((peak for card, peak in PEAKS.items() if card in card_name()), None)
@@ -227,7 +236,7 @@ def packed(folder):
     for name, pack in (("packed", True), ("unpacked", False)):
         model = make_model("1b", "bfloat16", device)
         log, _, _ = train_random(model, tempfile.mkdtemp(dir=folder), 4, 512, 96, per_prompt=8,
-                                 pack_prompts=pack, weights="bfloat16")
+                                 pack=pack, weights="bfloat16")
         numbers[name] = min(entry["seconds"] for entry in log[1:])
     return {**numbers, "ratio": numbers["unpacked"] / numbers["packed"]}
 
@@ -247,14 +256,14 @@ def sampling(folder):
     prompts = [chosen.choices(range(1, vocabulary), k=chosen.randint(8, 128))
                for _ in range(questions)]
     settings = sampler.Sampling(samples=samples, max_new_tokens=longest, batch_size=256)
-    asked = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+    asked = [{"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
              for number, prompt in enumerate(prompts)]
     longest_first = sorted(range(questions), key=lambda number: -len(prompts[number]))
     tokenizer = types.SimpleNamespace(eos_token_id=0)
 
     def ours():
         with progress(total=questions * samples) as bar:
-            done = list(sampler.generate(model, tokenizer, asked, longest_first, settings, 0, bar))
+            done = list(sampler.generate(model, tokenizer, asked, longest_first, settings, bar))
         assert sum(len(completions) for _, completions in done) == questions * samples
 
     @torch.no_grad()
@@ -305,9 +314,7 @@ def count():
     for shape, weights, optimizer in columns.values():
         model = make_model(shape, weights, "meta")
         settings = train.Settings(optimizer=optimizer)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says its memory
-            optimizer = optim.make_optimizer(settings, model)
-        sizes.append(optim.count_memory(model, optimizer))
+        sizes.append(count_memory(model, optim.make_optimizer(settings, model)))
     rows = [(name, *(f"{size[name] / GIB:.2f}" for size in sizes)) for name in sizes[0]]
     rows.append(("together", *(f"{sum(size.values()) / GIB:.2f}" for size in sizes)))
     return table(("GiB, counted", *columns), rows)

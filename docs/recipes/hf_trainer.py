@@ -1,18 +1,28 @@
 """TOPR in Hugging Face's Trainer, on one GPU or several. Needs transformers 5.19 or later.
 
-    python hf_trainer.py MODEL ROLLOUTS.jsonl OUT
-    torchrun --nproc-per-node 8 hf_trainer.py MODEL ROLLOUTS.jsonl OUT
+    python docs/recipes/hf_trainer.py MODEL ROLLOUTS --output_dir OUT --learning_rate 5e-6
+    torchrun --nproc-per-node 8 docs/recipes/hf_trainer.py MODEL ROLLOUTS --output_dir OUT
 
-The rollout file needs prompt_ids, completion_ids and logprobs, as eval.py writes them.
+Every option of TrainingArguments is one here. MODEL must have written the rollouts: log mu is
+computed with it before the first step.
 """
 
-import json
+import os
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer,
+                          TrainingArguments)
 
-from topr import token_logprobs, topr_loss
+sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
+from engine.rollouts import read_rollouts
+from engine.tokens import all_token_ids, end_token_of
+from topr import completion_logprobs, token_logprobs, topr_loss
+
+DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8,
+            "learning_rate": 5e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
+            "save_strategy": "no", "logging_steps": 1, "remove_unused_columns": False}
 
 
 class ToprTrainer(Trainer):
@@ -44,37 +54,43 @@ def remove_dropout(model):
                 setattr(module, name, 0.0)
 
 
+@torch.no_grad()
+def read_rows(path, model, tokenizer):
+    """A dict of tensors for each rollout. The mask comes from lengths, not from a pad token."""
+    rollouts, rows = read_rollouts(path), []
+    tokens = all_token_ids(rollouts, tokenizer, end_token_of(model, tokenizer))
+    for rollout, (prompt, completion) in zip(rollouts, tokens):
+        ids = torch.tensor(prompt + completion, device=model.device)  # [time]
+        mask = torch.arange(len(ids), device=model.device) >= len(prompt)  # [time]
+        mu_logp = completion_logprobs(model, ids[None], mask[None])[0]  # [time]
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask,
+                     "mu_logp": mu_logp, "reward": torch.tensor(rollout["reward"])})
+    return [{name: value.cpu() for name, value in row.items()} for row in rows]
+
+
 def collate(rows):
-    """Rollouts to tensors, [batch, time]. The mask comes from lengths, not from a pad token."""
-    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
-    shape = len(rows), max(lengths)
-    batch = {"input_ids": torch.zeros(shape, dtype=torch.long),
-             "attention_mask": torch.zeros(shape, dtype=torch.long),
-             "mask": torch.zeros(shape, dtype=torch.bool), "mu_logp": torch.zeros(shape)}
-    for number, (row, length) in enumerate(zip(rows, lengths)):
-        start, ids = len(row["prompt_ids"]), row["prompt_ids"] + row["completion_ids"]
-        batch["input_ids"][number, :length] = torch.tensor(ids)
-        batch["attention_mask"][number, :length] = 1
-        batch["mask"][number, start:length] = True
-        batch["mu_logp"][number, start:length] = torch.tensor(row["logprobs"])
-    return batch | {"reward": torch.tensor([row["reward"] for row in rows])}
+    """[batch, time] each, padded on the right; reward: [batch]"""
+    batch = {name: pad_sequence([row[name] for row in rows], batch_first=True)
+             for name in rows[0] if name != "reward"}
+    return batch | {"reward": torch.stack([row["reward"] for row in rows])}
 
 
-def main(model_name, rollouts, out, collate=collate, **changes):
-    with open(rollouts) as file:
-        rows = [json.loads(line) for line in file]
+def main(model_name, rollouts, arguments, collate=collate):
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
     remove_dropout(model)
-    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4,
-                "learning_rate": 1e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
-                "save_strategy": "no", "logging_steps": 1}
-    arguments = TrainingArguments(out, remove_unused_columns=False, **(settings | changes))
+    rows = read_rows(rollouts, model.to(arguments.device), tokenizer)
     trainer = ToprTrainer(model, arguments, data_collator=collate, train_dataset=rows,
-                          processing_class=AutoTokenizer.from_pretrained(model_name))
+                          processing_class=tokenizer)
     trainer.train()
-    trainer.save_model(out)  # from_pretrained reads it, and so do eval.py and vLLM
+    trainer.save_model()  # from_pretrained reads it, and so do eval.py and vLLM
     return trainer
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = HfArgumentParser(TrainingArguments)
+    parser.add_argument("model")
+    parser.add_argument("rollouts")
+    parser.set_defaults(**DEFAULTS)
+    arguments, files = parser.parse_args_into_dataclasses()
+    main(files.model, files.rollouts, arguments)

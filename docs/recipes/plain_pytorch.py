@@ -1,13 +1,17 @@
 """TOPR in plain PyTorch, with a language model that is not from transformers: a GRU.
 
-    python plain_pytorch.py
+    python docs/recipes/plain_pytorch.py
 
 The model reads one token and writes up to eight more. A completion is right if it repeats the
 token that it read at least twice. One round: sample, score, train on what was sampled.
 """
 
+import os
+import sys
+
 import torch
 
+sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py is there
 from topr import token_logprobs, topr_loss
 
 VOCABULARY, END, LONGEST = 8, 0, 8

@@ -1,21 +1,32 @@
 """TOPR as a subclass of TRL's KTOTrainer. Needs TRL 1.16; one GPU or several.
 
-    python trl_trainer.py MODEL ROLLOUTS.jsonl OUT
-    torchrun --nproc-per-node 8 trl_trainer.py MODEL ROLLOUTS.jsonl OUT
+    python docs/recipes/trl_trainer.py MODEL ROLLOUTS --output_dir OUT --learning_rate 5e-6
+    torchrun --nproc-per-node 8 docs/recipes/trl_trainer.py MODEL ROLLOUTS --output_dir OUT
 
-TRL's part: padding, log mu (its reference log-probabilities), LoRA, saving. Ours: the loss.
-The rollout file needs prompt_ids and completion_ids, as eval.py writes them, and rewards of +1
-and -1: KTO knows only a label.
+Every option of KTOConfig is one here. TRL's part: padding, log mu (its reference
+log-probabilities), LoRA, saving. Ours: the loss. Rewards must be +1 and -1: KTO knows a label.
 """
 
+import os
 import sys
 
 import torch
-from datasets import load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import KTOConfig, KTOTrainer
 
+sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
+from engine.rollouts import read_rollouts
+from engine.tokens import all_token_ids, end_token_of
 from topr import token_logprobs, topr_loss
+
+DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8,
+            "learning_rate": 5e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
+            "save_strategy": "no", "logging_steps": 1, "bf16": torch.cuda.is_available(),
+            "precompute_ref_log_probs": True,  # log mu, once, before the first step
+            "loss_type": "apo_zero_unpaired",  # the loss is ours; this name computes no KL batches
+            "disable_dropout": True,  # else pi/mu is not 1 before the first step
+            "max_length": None}
 
 
 class ToprTrainer(KTOTrainer):
@@ -44,29 +55,26 @@ class ToprTrainer(KTOTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def with_label(row):
-    return {"label": row["reward"] > 0}
-
-
-def main(model_name, rollouts, out, **changes):
-    data = load_dataset("json", data_files=str(rollouts), split="train").map(with_label)
-    # disable_dropout below reaches nn.Dropout alone; Llama and Qwen have attention_dropout
+def main(model_name, rollouts, arguments):
+    # disable_dropout reaches nn.Dropout alone; Llama and Qwen have attention_dropout
     config = AutoConfig.from_pretrained(model_name, attention_dropout=0.0)
     model = AutoModelForCausalLM.from_pretrained(model_name, config=config, dtype=torch.float32)
-    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4,
-                "learning_rate": 1e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
-                "save_strategy": "no", "logging_steps": 1}
-    arguments = KTOConfig(
-        out, precompute_ref_log_probs=True,  # log mu, once, before the first step
-        loss_type="apo_zero_unpaired",  # the loss is ours; this name computes no KL batches
-        disable_dropout=True,  # else pi/mu is not 1 before the first step
-        max_length=None, **(settings | changes))
-    trainer = ToprTrainer(model, args=arguments, train_dataset=data,
-                          processing_class=AutoTokenizer.from_pretrained(model_name))
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    rows = read_rollouts(rollouts)
+    tokens = all_token_ids(rows, tokenizer, end_token_of(model, tokenizer))
+    data = [{"prompt_ids": prompt, "completion_ids": completion, "label": row["reward"] > 0}
+            for row, (prompt, completion) in zip(rows, tokens)]
+    trainer = ToprTrainer(model, args=arguments, train_dataset=Dataset.from_list(data),
+                          processing_class=tokenizer)
     trainer.train()
-    trainer.save_model(out)
+    trainer.save_model()
     return trainer
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = HfArgumentParser(KTOConfig)
+    parser.add_argument("model")
+    parser.add_argument("rollouts")
+    parser.set_defaults(**DEFAULTS)
+    arguments, files = parser.parse_args_into_dataclasses()
+    main(files.model, files.rollouts, arguments)

@@ -1,6 +1,6 @@
 """A rollout file from vLLM's LLM class, with log mu of every token. Needs vLLM 0.10.2 or later.
 
-    python vllm_rollouts.py MODEL QUESTIONS.jsonl ROLLOUTS.jsonl
+    python docs/recipes/vllm_rollouts.py MODEL QUESTIONS.jsonl ROLLOUTS.jsonl
 
 QUESTIONS.jsonl has a line {"id": ..., "question": ..., "gold": ...} for each question.
 """
