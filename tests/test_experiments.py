@@ -118,7 +118,8 @@ def test_the_search_task_from_its_rates_to_its_claims(tmp_path, monkeypatch):
     result = check("queries", common.Settings(seeds=1))
     assert len(result["arms"]["TOPR"]["sampled"]) == 1
     _, task = queries.make_job(0, "validation")
-    learned, measured = ({row["id"] for row in task.questions(split)} for split in ("train", "test"))
+    learned, measured = ({row["id"] for row in task.questions(split)}
+                         for split in ("train", "test"))
     assert len(learned) == len(measured) == 6 and not learned & measured
 
 

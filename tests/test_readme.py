@@ -310,7 +310,6 @@ def test_all_fifteen_pitfalls_are_told_once():
 
 def test_the_claims_are_those_of_the_results():
     claims = (ROOT / "experiments/results/claims.md").read_text()
-    assert claims in TEXTS["experiments/README.md"]
     section = README.split("## 4. ")[1].split("\n## ")[0]
     for row in re.findall(r"^\| [A-Z].*", section, re.MULTILINE):
         claim, measured, verdict = [cell.strip() for cell in row.strip("|").split("|")]
