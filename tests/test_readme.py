@@ -1,11 +1,9 @@
-"""What the README and its fellows say is run or checked here: code blocks, commands, names, links,
-quoted lines, numbers."""
+"""What the README and its fellows say is run or checked here: commands, options, links, quoted
+lines, code blocks, numbers."""
 
-import contextlib
+import dataclasses
 import importlib
 import inspect
-import io
-import json
 import re
 import shlex
 import shutil
@@ -14,233 +12,122 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT, eval_settings, shell
 from test_mutants import MUTANTS, load
 from test_topr import A, F, tensors
 
-import eval as evaluation
-import search
 import topr
 import train
-import verifier
-from conftest import ROOT, shell
-from data import maths, load_task
-from engine import rollouts, tasks
-from engine.common import parse
+from data import load_task, maths
+from engine import tasks
+from engine.common import option_name, parse
 from experiments import run as experiments
 
 PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "experiments/README.md",
-         "docs/pitfalls.md", "docs/log.md", "docs/tasks.md", "docs/performance.md")
+         "docs/pitfalls.md", "docs/log.md", "docs/tasks.md", "docs/performance.md",
+         "docs/versions.md", "docs/recipes/README.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 README = TEXTS["README.md"]
 PROSE = {page: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for page, text in TEXTS.items()}
-SETTINGS = {"train.py": train.Settings, "eval.py": evaluation.Settings,
-            "verifier.py": verifier.Settings, "search.py": search.Settings,
-            "experiments/run.py": experiments.Settings, "data/maths.py": maths.Settings,
-            "data/rollouts.py": rollouts.ExportSettings}
-WORDS = {"experiments/run.py": set(experiments.ALL), "data/maths.py": set(maths.TASKS) | {"NAME"}}
-MODULES = [importlib.import_module(name) for name in (
-    "topr", "train", "eval", "verifier", "search", "experiments.run", "experiments.common",
-    "experiments.shares", "engine.batches", "engine.optim", "engine.bm25", "data.maths",
-    "engine.tasks", "engine.rollouts")]
-OF_OTHERS = {"json.loads", "generate", "--max-restarts 3", "--nproc-per-node 8", "chosen",
-             "rejected", "label", "features", "detach", "model.train()",
-             'datasets.load_dataset("json", data_files=...)',
-             "corpus.jsonl", "queries.jsonl", "qrels/*.tsv"}
-FILES = {"log.jsonl", "run.json", "before.json", "after.json", "results.json"}  # of a run
-OF_THE_READER = ("runs/", "FILE.mu-", "data/mine/", "data/NAME/", "my_task.py", "answers.jsonl",
-                 "loop.py")
+WORDS = {"train.py": (), "eval.py": (), "verifier.py": (), "search.py": (),  # beside the options
+         "experiments/run.py": experiments.ALL, "data/maths.py": [*maths.TASKS, "NAME"]}
+SETTINGS = {script: importlib.import_module(script[:-3].replace("/", ".")).Settings
+            for script in WORDS}
+OF_OTHERS = set("nproc-per-node nnodes rdzv-backend rdzv-endpoint max-restarts deps output_dir "
+                "learning_rate".split())
 
 
-# ---- commands, options, names, links ----
+def section(title):
+    return README.split(title)[1].split("\n## ")[0]
+
+
+# ---- commands, options, links ----
 
 
 def commands():
-    """(page, command) of every command line, indented or in backticks."""
     for page, text in PROSE.items():
         lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
         for command in lines + re.findall(r"`([^`\n]+)`", text):
-            if re.match(r"(torchrun|python) ", command):
+            if re.match(r"(torchrun|python) .*\.py", command):
                 yield page, command
 
 
 @pytest.mark.parametrize("page, command", sorted(set(commands())))
-def test_every_command_is_understood(page, command):
+def test_every_command_is_understood(page, command, monkeypatch):
     """A renamed script or option stayed in the text."""
     words = shlex.split(command)
-    if words[1] == "-c":
-        return  # test_the_exercises_have_answers runs these
-    place = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
-    if place is None:
-        assert words[1:3] == ["-m", "pytest"], command
-        return
-    script, rest = words[place], words[place + 1 :]
-    assert (ROOT / script).exists(), script
-    for word in words[1:place]:
-        assert not word.startswith("-") or word.startswith(("--n", "--rdzv", "-m")), command
-    if rest[:1] in (["ask"], ["solutions"], ["export"]):
-        return  # no options: test_search, test_maths and test_data run them
+    script = next(word for word in words if word.endswith(".py"))
+    assert (ROOT / script).exists()
     if script in SETTINGS:
-        while rest and rest[0] in WORDS.get(script, ()):
-            rest.pop(0)
-        parse(SETTINGS[script], rest)
-    else:  # a test's own script or test file names its words and options
-        text = (ROOT / script).read_text()
-        for word in rest:
-            assert word.strip("-").replace("-", "_") in text.replace("-", "_"), command
-
-
-def test_the_two_commands_of_the_beginning_stay():
-    assert "\n    torchrun train.py\n" in README
-    assert "\n    pip install -r requirements.txt\n    python -m pytest -q\n" in README
+        rest = words[words.index(script) :]
+        monkeypatch.setattr(sys, "argv", [word for word in rest if word not in WORDS[script]])
+        parse(SETTINGS[script])
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_name_in_backticks_exists(page):
-    """A file, option, function, setting, task, logged number or field, or a line quoted above."""
-    folder, text = (ROOT / page).parent, PROSE[page]
-    lines = {line for _, line in quotes(text)}
-    options = {name for kind in [*SETTINGS.values(), search.Ask] for name in fields_of(kind)}
-    known = {*options, *fields_of(topr.Taper), *inspect.signature(topr.topr_loss).parameters,
-             *topr.TAPERS, *tasks.OURS, *experiments.ALL, *tasks.OPTIONAL, "questions", "grade"}
-    known |= {"vllm", "measured", "messages", "half", "stop", "length"} | FILES
-    for file in ("train.py", "eval.py", "data/rollouts.py", "data/maths.py"):
-        known |= set(re.findall(r'"(\w+)"', (ROOT / file).read_text()))
-    for token in set(re.findall(r"`([^`\n]+)`", text)) - lines - OF_OTHERS:
-        first = token.split()[0]
-        if first in ("python", "torchrun") or first in known:
-            continue
-        if first.startswith("--"):
-            for word in re.findall(r"(?<!\S)--([\w-]+)", token):
-                assert word.replace("-", "_").removeprefix("no_") in options | {"help"}, token
-            continue
-        exists = (folder / first).exists() or (ROOT / first).exists()
-        assert exists or first.startswith(OF_THE_READER) or function_named(first), token
-
-
-def fields_of(kind):
-    return set(vars(kind).get("__dataclass_fields__", {}))
-
-
-def function_named(name):
-    """`topr.topr_loss`, `engine.batches.make_mu`, `batches.pack`, or a name in one of MODULES."""
-    module, _, last = name.rpartition(".")
-    for candidate in MODULES:
-        names = ("", candidate.__name__, candidate.__name__.rpartition(".")[2])
-        if module in names and hasattr(candidate, last):
-            return getattr(candidate, last)
-    with contextlib.suppress(ImportError, ValueError):
-        return getattr(importlib.import_module(module), last, None)
+def test_every_option_exists(page):
+    known = {option_name(field).strip("-") for kind in SETTINGS.values()
+             for field in dataclasses.fields(kind)}
+    found = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]*)", PROSE[page]))
+    assert found <= known | OF_OTHERS
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_anchors_exist(page):
-    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", PROSE[page]):
-        if link.startswith("https://"):
-            continue
+    for link, anchor in re.findall(r"\]\((?!https:)([^)#\s]*)(?:#([^)\s]*))?\)", PROSE[page]):
         target = (ROOT / page).parent / link if link else ROOT / page
         assert target.exists(), link
         if anchor:
-            titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
-            assert anchor in [heading(title) for title in titles], anchor
+            titles = re.findall(r"^#+ (.*)", target.read_text().lower(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles]
 
 
-def heading(title):
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+def test_the_readme_is_short_and_its_first_commands_stay():
+    assert len(README.split()) <= 2500
+    assert "\n    torchrun train.py\n" in README
+    assert "\n    pip install -r requirements.txt\n    python -m pytest -q\n" in README
 
 
-# ---- functions, and the lines quoted from them ----
+# ---- quoted lines, code blocks ----
 
 
-def quotes(text):
-    """(function, quoted line) of every `function`: `line`, or of two cells of a table."""
-    return re.findall(r"`(\w+[\w.]*\.\w+)`(?:: | \| )`([^`]+)`", text)
-
-
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", "docs/pitfalls.md"])
 def test_functions_hold_the_lines_quoted_from_them(page):
-    """Line numbers moved with every change; a function keeps its name."""
-    assert "#L" not in TEXTS[page]
-    for name, line in quotes(PROSE[page]):
-        function = function_named(name)
-        assert function, name
+    """`function`: `line`, or two cells of a table: functions keep their names, lines move."""
+    quotes = re.findall(r"`(\w[\w.]*)\.(\w+)`(?:: | \| )`([^`]+)`", PROSE[page])
+    assert len(quotes) >= 9
+    for module, name, line in quotes:
+        function = getattr(importlib.import_module(module), name)
         assert line in inspect.getsource(function), f"{name} does not hold {line!r}"
 
 
-def test_the_equation_and_the_pitfalls_are_quoted():
-    assert len(quotes(README)) >= 12 and len(quotes(TEXTS["docs/pitfalls.md"])) >= 9
-
-
-# ---- code blocks ----
-
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LOOP = next(block for block in BLOCKS if "DistributedDataParallel" in block)
-TASK = next(block for block in BLOCKS if "def questions(split)" in block)
-EXAMPLES = [block for block in BLOCKS if "print(" in block and block != LOOP]
+TASK, *EXAMPLES = sorted(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 
 
 @pytest.mark.parametrize("block", EXAMPLES)
 def test_python_blocks_print_what_they_say(block):
     result = shell(sys.executable, "-c", block)
-    assert result.returncode == 0, result.stdout
     assert result.stdout.splitlines() == re.findall(r"print\(.*\)  # (.*)", block)
 
 
-def test_there_are_four_blocks():
-    assert len(BLOCKS) == 4 and len(EXAMPLES) == 2
-    assert len(LOOP.splitlines()) <= 60 and len(TASK.splitlines()) <= 25
-
-
-@pytest.fixture
-def my_task(tmp_path):
-    path = tmp_path / "my_task.py"
-    path.write_text(TASK)
-    return path
-
-
-def test_the_task_is_one(my_task):
+def test_the_task_is_one(tmp_path):
     """Its questions get prompts, no question is in both splits, and its grader tells right from
     wrong from invalid."""
-    task, settings = load_task(str(my_task)), evaluation.Settings()
-    splits = [tasks.load_questions(task, split, 0, 0, None, settings)
-              for split in ("train", "test")]
-    assert [len(split) for split in splits] == [1000, 250]
-    assert not {row["id"] for row in splits[0]} & {row["id"] for row in splits[1]}
-    question = splits[1][0]
-    assert question["prompt"].startswith(task.EXAMPLES)
-    assert question["prompt"].endswith(f"Question: {question['question']}\nAnswer:")
-    gold = question["gold"]
-    assert task.grade(question, f"The answer is {gold}.") == (gold, 1.0)
-    assert task.grade(question, "The answer is apple.") == ("apple", -1.0)
-    assert task.grade(question, gold) == (None, -1.0)
+    (tmp_path / "my_task.py").write_text(TASK)
+    task = load_task(str(tmp_path / "my_task.py"))
+    rows = [row for split in ("train", "test")
+            for row in tasks.load_questions(task, split, 0, 0, None, eval_settings())]
+    assert len({row["id"] for row in rows}) == 1250
+    gold = rows[0]["gold"]
+    assert rows[0]["prompt"].startswith(task.EXAMPLES)
+    for text, graded in ((f"The answer is {gold}.", (gold, 1.0)), (gold, (None, -1.0)),
+                         ("The answer is apple.", ("apple", -1.0))):
+        assert task.grade(rows[0], text) == graded
 
 
-def test_the_exercise_with_the_task_has_the_result_that_it_says(my_task, tmp_path):
-    backwards = TASK.replace("sorted(words)", "sorted(words, reverse=True)")
-    assert backwards != TASK
-    my_task.write_text(backwards)
-    answers = tmp_path / "answers.jsonl"
-    row = {"id": "a", "prompt": "?", "gold": "engine door apple", "reward": -1}
-    texts = ("The answer is engine door apple.", "The answer is apple.", "apple")
-    answers.write_text("".join(json.dumps({**row, "completion": text}) + "\n" for text in texts))
-    result = shell(sys.executable, ROOT / "eval.py", "--grade", answers, "--task", my_task)
-    measures = {line.split()[0]: line.split()[1] for line in result.stdout.splitlines()
-                if len(line.split()) > 1}
-    assert measures["pass@1"] == measures["invalid"] == "0.333", result.stdout
-
-
-def test_the_exercises_have_answers():
-    exercises = README.split("## Exercises")[1]
-    assert len(re.findall(r"^[0-9]\. ", exercises, re.MULTILINE)) == 6
-    printed = []
-    for code in re.findall(r'`python -c "([^`]*)"`', exercises):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(code.replace("YOURS", "0,1"), {})
-        printed.append(out.getvalue().strip())
-    weight, baseline, taper = printed
-    assert weight == "tensor([0.1353])" and float(baseline) == pytest.approx(-0.8)
-    assert taper == str(topr.Taper(pos=(0.0, 1.0), neg=topr.TAPERS["tis"].neg))
-    for word in re.findall(r"test_mutants.py -s -k ([\w-]+)", exercises):
-        assert [name for name in MUTANTS if word in name], word
+def test_the_exercise_has_an_answer():
+    code, = re.findall(r'`python -c "([^`]*)"`', README)
+    assert eval(code.split("print")[1]) == pytest.approx(-0.8)
 
 
 # ---- numbers ----
@@ -248,99 +135,66 @@ def test_the_exercises_have_answers():
 
 def test_every_logged_number_is_explained():
     """docs/log.md forgot a number, or explained one that is gone."""
-    explained = set(re.findall(r"`(\w+)`", TEXTS["docs/log.md"]))
-    sequences = {"log_ratio": [0.1, -0.2], "weight": [1.0, 0.8], "advantage": [1.0, -1.0]}
-    logged = set(train.step_metrics([[{"loss": 0.5, **sequences}]]))
-    written = inspect.getsource(train.train)
-    logged |= set(re.findall(r'"(\w+)": ', written))
-    logged |= set(re.findall(r'metrics\["(\w+)"\]', written))
-    assert logged <= explained, logged - explained
-    table = TEXTS["docs/log.md"].split("| name |")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    part = {"loss": 0, "log_ratio": [0], "weight": [1], "advantage": [1]}
+    logged = set(train.step_metrics([[part]], True))
+    logged |= set(re.findall(r'"(\w+)": ', inspect.getsource(train.train)))
+    rows = re.findall(r"^\| (`.*?) \|", TEXTS["docs/log.md"], re.MULTILINE)
     assert logged == {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_table_of_losses_is_that_of_the_code():
+    for name, taper in topr.TAPERS.items():
+        row, = re.findall(rf"^    {name} .*", README, re.MULTILINE)
+        assert taper.ratio in row or not taper.needs_mu
+        assert row.count("pi/mu") == sum(low < high for low, high in (taper.pos, taper.neg))
 
 
 def test_the_wrong_numbers_are_what_one_gets():
     """The pitfalls' numbers, from the right loss and from the broken ones of test_mutants."""
-    text = README.split("## 5. Five common pitfalls")[1].split("\n# ")[0] + TEXTS["docs/pitfalls.md"]
-
-    def run(example, mutant=None):
+    def run(example, mutant=None, rows=slice(None)):
         logp, mu_logp, reward, mask = tensors(example, padding=0.0)
         module = load(MUTANTS[mutant]) if mutant else topr
-        loss, stats = module.topr_loss(logp, mu_logp, reward, mask)
+        loss, stats = module.topr_loss(logp[rows], mu_logp[rows], reward[rows], mask[rows])
         gradient = torch.autograd.grad(loss, logp)[0][-1, 0].item()
         return loss.item(), stats["weight"][-1].item(), gradient
 
     long = {"rewards": [-1], "logps": [[-1.01] * 400], "mus": [[-1.0] * 400]}
-    logp, mu_logp, reward, mask = tensors(F)
-    parts = []
-    for part in (slice(0, 3), slice(3, 4)):
-        loss, _ = topr.topr_loss(logp[part], mu_logp[part], reward[part], mask[part])
-        parts.append(loss.item())
-    attached = run(A, "weights not detached")
-    numbers = [run(long)[1], run(long, "ratio divided by length")[1], *run(A), attached[0],
-               attached[2], run(A, "mu re-anchored on the current weights")[1], sum(parts) / 2,
-               run(F)[0], run(A, "mean over tokens of the batch")[0]]
-    for number in numbers:
-        shown = f"{number:.6f}"
-        assert shown in text or shown.rstrip("0").rstrip(".") in text, shown
-
-
-@pytest.mark.parametrize("d", [200.0, -300.0])
-def test_the_order_of_clip_and_exp_matters_only_with_an_attached_weight(d):
-    """The README claimed that the wrong order gives NaN for any weight."""
-    gradients = {}
-    for order in ("clip first", "exp first"):
-        for constant in (True, False):
-            logp = torch.tensor(d, requires_grad=True)
-            log_ratio = logp.detach() if constant else logp
-            weight = log_ratio.clamp(max=0.0).exp() if order == "clip first" else None
-            weight = log_ratio.exp().clamp(0, 1) if weight is None else weight
-            gradients[order, constant], = torch.autograd.grad(weight * logp, logp)
-    assert torch.equal(gradients["clip first", True], gradients["exp first", True])
-    assert gradients["clip first", False].isfinite()
-    assert gradients["exp first", False].isnan() == (d > 0)
-
-
-def test_all_fifteen_pitfalls_are_told_once():
-    here = re.findall(r"^\*\*(\d+)\. ", README, re.MULTILINE)
-    there = re.findall(r"^## (\d+)\. ", TEXTS["docs/pitfalls.md"], re.MULTILINE)
-    assert sorted(map(int, here + there)) == list(range(1, 16)) and len(here) == 5
+    parts = run(F, rows=slice(0, 3))[0] + run(F, rows=slice(3, 4))[0]
+    numbers = [run(long)[1], run(long, "ratio divided by length")[1], *run(A), run(F)[0], parts / 2,
+               *run(A, "weights not detached")[::2], run(A, "mean over tokens of the batch")[0]]
+    text = section("## 5. ") + TEXTS["docs/pitfalls.md"]
+    assert [number for number in numbers if f"{number:.6f}" not in text] == []
 
 
 def test_the_claims_are_those_of_the_results():
     claims = (ROOT / "experiments/results/claims.md").read_text()
-    section = README.split("## 4. ")[1].split("\n## ")[0]
-    for row in re.findall(r"^\| [A-Z].*", section, re.MULTILINE):
-        claim, measured, verdict = [cell.strip() for cell in row.strip("|").split("|")]
-        whole = next(line for line in claims.splitlines() if line.startswith(f"| {claim}"))
-        assert f"| {verdict} |" in whole, claim
-        for number in re.findall(r"[+-]?\d\.\d{3}(?: ± \d\.\d{3})?", measured):
-            assert number in claims, number
-    idea = README.split("## 2. ")[1].split("\n## ")[0]
-    assert all(number in claims for number in re.findall(r"0\.\d{3}", idea))
+    measured = section("## 4. ")
+    for claim, verdict in re.findall(r"^\| ([A-Z].*?) \|.* \| (.*) \|$", measured, re.MULTILINE):
+        assert re.search(rf"\| {claim}.* \| {verdict} \|", claims), claim
+    text = section("## 2. ") + measured + section("## When to use")
+    numbers = re.findall(r"[+-]?\d\.\d{3}(?: ± \d\.\d{3})?", text)
+    assert [number for number in numbers if number not in claims] == []
 
 
 # ---- CONTRIBUTING ----
 
 DIFFS = re.findall(r"```diff\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.DOTALL)
 CHECKS = (
-    "import train; print(train.make_taper(train.Settings(loss='half')).neg == (0, 0.5))",
-    "from data import tasks; task = load_task('mine'); "
+    "import sys, train; sys.argv = ['', '--loss', 'half']; "
+    "print(train.topr.TAPERS[train.parse(train.Settings).loss].neg == (0, 0.5))",
+    "from data import load_task; task = load_task('mine'); "
     "print(task.grade(next(iter(task.questions('test'))), 'The answer is 7.') == ('7', 1.0))")
 
 
 @pytest.mark.parametrize("diff, check", list(zip(DIFFS, CHECKS, strict=True)))
 def test_the_diffs_of_contributing_apply_and_work(diff, check, tmp_path):
-    for pattern in ("*.py", "data/*.py", "engine/*.py"):
-        for file in ROOT.glob(pattern):
-            (tmp_path / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-            shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    for name in ("data", "engine"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
     (tmp_path / "data/mine").mkdir()
-    row = {"id": "mine-1", "question": "3 + 4 = ?", "gold": "7"}
-    (tmp_path / "data/mine/test.jsonl").write_text(json.dumps(row) + "\n")
-    done = subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "data/mine/test.jsonl").write_text(
+        '{"id": "a", "question": "3 + 4 = ?", "gold": "7"}\n')
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     result = shell(sys.executable, "-c", check, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert result.stdout.strip() == "True", result.stdout
+    assert result.stdout == "True\n"

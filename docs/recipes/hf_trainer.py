@@ -75,7 +75,7 @@ def collate(rows):
     return batch | {"reward": torch.stack([row["reward"] for row in rows])}
 
 
-def main(model_name, rollouts, arguments, collate=collate):
+def main(model_name, rollouts, arguments):
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     remove_dropout(model)

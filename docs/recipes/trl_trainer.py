@@ -64,8 +64,8 @@ def main(model_name, rollouts, arguments):
     tokens = all_token_ids(rows, tokenizer, end_token_of(model, tokenizer))
     data = [{"prompt_ids": prompt, "completion_ids": completion, "label": row["reward"] > 0}
             for row, (prompt, completion) in zip(rows, tokens)]
-    trainer = ToprTrainer(model, args=arguments, train_dataset=Dataset.from_list(data),
-                          processing_class=tokenizer)
+    shared = Dataset.from_generator(lambda: iter(data))  # on disk, where TRL wants it for all ranks
+    trainer = ToprTrainer(model, args=arguments, train_dataset=shared, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
     return trainer
