@@ -93,7 +93,7 @@ def test_the_verifier_from_its_rates_to_its_claims(tiny, rollouts, tmp_path, mon
     monkeypatch.setattr(verdicts, "first_verifier", lambda seed: verifier.Settings(
         model=tiny, solutions=rollouts, test_solutions=rollouts + ".other", seed=seed, samples=2,
         out=f"seed{seed}", optimizer="adamw", max_new_tokens=6))
-    other = [{**row, "prompt": f"{row['prompt']} ?"} for row in read_rollouts(rollouts)]
+    other = [{**row, "question": f"{row['question']} ?"} for row in read_rollouts(rollouts)]
     write_rollouts(rollouts + ".other", other)
     result = check("verdicts", common.Settings(seeds=2))
     assert len(result["arms"]["TOPR"]["accuracy"]) == len(result["arms"]["base"]["majority"]) == 2
