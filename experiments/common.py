@@ -281,7 +281,8 @@ def picture(path, panels):
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+    rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True,
+                     "grid.alpha": 0.3})
     rows = (panels + 1) // 2
     figure = Figure(figsize=(10.8, 4.2 * rows), layout="constrained")
     axes = figure.subplots(rows, panels // rows, squeeze=False)

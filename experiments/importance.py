@@ -46,6 +46,6 @@ def harm_claim(passed, invalid, topr, loose, tight, where):
     return ("Untruncated importance sampling harms the model where gradients are cut at 100 "
             f"({where})",
             f"pass@1 {spread(passed['base'])} to {spread(passed[loose])}, invalid "
-            f"{spread(invalid['base'])} to {spread(invalid[loose])}, with gradients cut at 1 pass@1 "
-            f"{spread(passed[tight])}; TOPR, cut at 100, {spread(passed[topr])}",
+            f"{spread(invalid['base'])} to {spread(invalid[loose])}, with gradients cut at 1 "
+            f"pass@1 {spread(passed[tight])}; TOPR, cut at 100, {spread(passed[topr])}",
             verdict(harm and min(passed[topr] - passed[loose]) > 0, harm and not harm_at_1))

@@ -53,7 +53,10 @@ def claims(result):
            f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, '+')}",
            verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0))
 
-    yield group_claim(result, best, "Figure 4")
+    claim, measured, holds = group_claim(result, best, "Figure 4")
+    none = by_arm(result, "share with none")
+    yield (claim, f"{measured}; questions without any right answer: positives only "
+           f"{spread(none['positives only'])}, TOPR {spread(none[best])}", holds)
 
 
 def group_claim(result, topr, where):

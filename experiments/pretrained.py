@@ -1,8 +1,8 @@
 """A pretrained model of 135 million weights on word problems: what each loss does there.
 
     python data/maths.py svamp                      fetches the questions
-    python experiments/run.py pretrained --quick    small: about 25 minutes on two cores
-    python experiments/run.py pretrained            about 6 hours on two cores
+    python tools/smollm2.py                         makes the model
+    python experiments/run.py pretrained            more than 6 hours on two cores
 
 SmolLM2 learns from demonstrations how to write an answer: that is the base policy. All arms learn
 from the same answers of the base policy to other training questions; a second round has further

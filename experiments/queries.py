@@ -12,7 +12,8 @@ import train
 from data import library
 from experiments.common import bars, by_arm, compare, name_of, spread, verdict
 
-ARMS = {"no expansion": {"alone": True}, "base": {}, "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"}}
+ARMS = {"no expansion": {"alone": True}, "base": {}, "positives only": {"loss": "sft"},
+        "TOPR": {"loss": "topr"}}
 REWARDED, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
 MEASURES = ("sampled", "greedy")
 OUT = "runs/search-library"
@@ -82,7 +83,7 @@ def claims(result):
     base, positives, topr = found["base"], found["positives only"], found["TOPR"]
     ahead = topr - positives
     yield ("A query expander learns from nothing but a search engine's score (search)",
-           f"sampled {REWARDED}: no expansion {found['no expansion'].mean():.3f}, base {spread(base)}, "
-           f"positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
+           f"sampled {REWARDED}: no expansion {found['no expansion'].mean():.3f}, base "
+           f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
            f"{spread(ahead, '+')}",
            verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))

@@ -17,7 +17,8 @@ def run(settings):
     sizes = ["0.14 million"] if settings.quick else list(GRIDS)
     if "135 million" in sizes:
         pretrained.prepare(settings)
-    jobs = {f"{size}, {optimizer}, {rate:g}": common.submit(settings, run_rate, size, optimizer, rate)
+    jobs = {f"{size}, {optimizer}, {rate:g}": common.submit(settings, run_rate, size, optimizer,
+                                                            rate)
             for size in reversed(sizes) for optimizer in OPTIMIZERS for rate in GRIDS[size][1]}
     return {"arms": {name: job.result() for name, job in jobs.items()}}
 

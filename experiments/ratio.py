@@ -84,7 +84,7 @@ def show(result):
     return "\n\n".join(parts)
 
 
-def draw(result, axes):
+def draw(result, *axes):
     rates = list(map(float, result["rates"]))
     for ax, measure in zip(axes, ("pass@1", "invalid")):
         for name in VERSIONS:

@@ -52,7 +52,8 @@ def draw(result, ax):
     for name, dashes in ((LARGER_BASE, "--"), (LARGER, ":")):
         height = np.mean(result["arms"][name]["pass@1"])
         ax.axhline(height, color="grey", linestyle=dashes, label=name)
-    ax.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1))
+    ax.set(xlabel="rounds of sample-then-train", ylabel="pass@1", ylim=(0, 1),
+           xticks=range(ROUNDS + 1))
 
 
 def karenina_claim(passed, where):

@@ -4,7 +4,7 @@
     python -m pytest -q -rs tests/pretrained.py
 
 The plain `python -m pytest -q` leaves this file out. The model is SmolLM2 from its wheel, as
-experiments/pretrained.py fetches it; PRETRAINED=DIR names another one.
+tools/smollm2.py makes it; PRETRAINED=DIR names another one.
 """
 
 import json
@@ -13,14 +13,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, shell
 from engine.rollouts import read_rollouts, write_rollouts
-from engine.common import Problem
-from experiments import pretrained
+from tools import smollm2
 
 DATA = ROOT.parent / "shared" / "data"
 TASK = """
@@ -37,13 +35,11 @@ STOP, ASK, EXAMPLES = gsm8k.STOP, gsm8k.ASK, gsm8k.EXAMPLES
 
 @pytest.fixture(scope="session")
 def model():
-    settings = SimpleNamespace(pretrained=os.environ.get("PRETRAINED", ""), wheel="")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        try:
-            return os.path.abspath(pretrained.find_model(settings))
-        except Problem as problem:
-            pytest.skip(f"the pretrained model cannot be had: {problem}")
+    if "PRETRAINED" not in os.environ and not os.path.exists(ROOT / smollm2.MODEL):
+        result = shell(sys.executable, ROOT / "tools/smollm2.py")
+        if result.returncode:
+            pytest.skip(f"the pretrained model cannot be had: {result.stdout}")
+    return os.environ.get("PRETRAINED", str(ROOT / smollm2.MODEL))
 
 
 def need(*names):

@@ -13,7 +13,7 @@ import search
 import train
 import verifier
 from conftest import ROOT, in_process, shell
-from data import apples, library, load_task
+from data import library, load_task
 from engine import tasks
 from engine.common import Problem, read_json, write_json
 from engine.rollouts import read_rollouts, write_rollouts
@@ -74,21 +74,16 @@ def check(name, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, seeds", [("collapse", 2), ("negatives", 1), ("shares", 2),
-                                         ("importance", 1), ("rounds", 1), ("long", 2)])
+                                         ("importance", 1), ("rounds", 1), ("long", 2),
+                                         ("rates", 1)])
 def test_a_finding_from_its_arms_to_its_claims(name, seeds, tiny_world, monkeypatch):
     monkeypatch.setattr(shares, "SHARES", (0.1, 0.5, 1.0))
-    for arm in check(name, common.Settings(seeds=seeds))["arms"].values():
-        assert len(arm["pass@1"]) == seeds and all(0 <= value <= 1 for value in arm["pass@1"])
-        best = arm["validation"][f"{arm['learning_rate']:g}"]
-        assert sum(best) == max(map(sum, arm["validation"].values()))
-
-
-@pytest.mark.slow
-def test_the_rates_of_every_size(tiny_world, monkeypatch):
     monkeypatch.setattr(rates, "GRIDS", {"10 million": ("largest", (1e-4, 1e-3))})
     monkeypatch.setattr(rates, "SHOWN", 1)
-    arms = check("rates", common.Settings())["arms"]
-    assert arms["10 million, adafactor, 0.001"]["learning_rate"] == 1e-3 and len(arms) == 4
+    for arm in check(name, common.Settings(seeds=seeds))["arms"].values():
+        assert len(arm["pass@1"]) == seeds and all(0 <= value <= 1 for value in arm["pass@1"])
+        scores = {rate: sum(scores) for rate, scores in arm.get("validation", {}).items()}
+        assert not scores or scores[f"{arm['learning_rate']:g}"] == max(scores.values())
 
 
 @pytest.mark.slow
@@ -98,7 +93,7 @@ def test_the_verifier_from_its_rates_to_its_claims(tiny, rollouts, tmp_path, mon
     monkeypatch.setattr(verdicts, "first_verifier", lambda seed: verifier.Settings(
         model=tiny, solutions=rollouts, test_solutions=rollouts + ".other", seed=seed, samples=2,
         out=f"seed{seed}", optimizer="adamw", max_new_tokens=6))
-    other = [{**row, "prompt": f"{row['prompt']} ?"} for row in read_rollouts(rollouts)]
+    other = [{**row, "question": f"{row['question']} ?"} for row in read_rollouts(rollouts)]
     write_rollouts(rollouts + ".other", other)
     result = check("verdicts", common.Settings(seeds=2))
     assert len(result["arms"]["TOPR"]["accuracy"]) == len(result["arms"]["base"]["majority"]) == 2
@@ -118,7 +113,8 @@ def test_the_search_task_from_its_rates_to_its_claims(tmp_path, monkeypatch):
     result = check("queries", common.Settings(seeds=1))
     assert len(result["arms"]["TOPR"]["sampled"]) == 1
     _, task = queries.make_job(0, "validation")
-    learned, measured = ({row["id"] for row in task.questions(split)} for split in ("train", "test"))
+    learned, measured = ({row["id"] for row in task.questions(split)}
+                         for split in ("train", "test"))
     assert len(learned) == len(measured) == 6 and not learned & measured
 
 
@@ -217,15 +213,6 @@ def test_a_data_set_has_its_share_of_positives(tiny_world):
     assert len(rows) == 10 and sum(row["reward"] > 0 for row in rows) == 3
 
 
-def test_an_answer_has_one_spelling():
-    """Then the vote does not depend on how spellings are grouped."""
-    for task in (apples, long_apples):
-        problem = next(iter(task.questions("train", 0)))
-        for text in ("7", "07", " 7", "7.0", problem["gold"], f"0{problem['gold']}", "x"):
-            answer, reward = task.grade(problem, f"The answer is {text} .")
-            assert (reward > 0) == (answer == problem["gold"])
-
-
 def test_two_processes_work_through_the_jobs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = [common.submit(common.Settings(processes=2), divmod, *pair) for pair in ((7, 2), (9, 0))]
@@ -245,24 +232,11 @@ def test_a_mistake_is_one_line(words, message, tmp_path):
     assert "Traceback" not in result.stdout and not (tmp_path / "nowhere").exists()
 
 
-def test_torchrun_is_one_line():
-    result = shell(sys.executable, ROOT / "experiments/run.py", RANK="0", WORLD_SIZE="1")
-    assert "not with torchrun" in result.stdout and "Traceback" not in result.stdout
-
-
 # ---- the committed results, and what the pages say of them ----
 
 
 def result_of(name):
     return read_json(f"{RESULTS}/{name}.json")
-
-
-def test_the_results_are_complete():
-    for name in run.FINDINGS:
-        result = result_of(name)
-        assert result["seeds"] == 5 and not result["quick"]
-        for arm in result["arms"].values():
-            assert all(len(values) == 5 for values in arm.values() if isinstance(values, list))
 
 
 def test_the_page_has_the_tables_and_claims_of_the_results():
@@ -303,12 +277,10 @@ LOOSE = "arms/importance sampling, clipped loose"
                           f"{LOW}/pass@1": 0.0}),
     ("collapse", 0, NO, {f"{WORKING}/pass@1": 0.3, f"{LOW}/pass@1": 0.4}),
     ("collapse", 1, NO, {"arms/PPO/pass@1": 0.5}),
-    ("collapse", 1, NO, {"arms/PPO/pass@1": 0.0}),
     ("collapse", 2, PART, {"arms/DPO/pass@1": 0.9}),  # DPO does well, TOPR is not best
     ("collapse", 3, NO, {"arms/TOPR/invalid": 0.9}),
     ("negatives", 0, NO, {"arms/positives only/pass@1": 0.9}),
-    ("shares", 0, YES, peak(0.1)), ("shares", 1, PART, peak(0.33)), ("shares", 0, NO, peak(0.75)),
-    ("shares", 1, NO, peak(1.0)),
+    ("shares", 0, YES, peak(0.1)), ("shares", 1, PART, peak(0.33)), ("shares", 0, NO, peak(1.0)),
     ("importance", 0, YES, {f"{LOOSE}/pass@1": 0.05}),
     ("importance", 0, NO, {f"{LOOSE}/pass@1": 0.99, f"{LOOSE}/invalid": 0.0}),
     ("rounds", 1, YES, {"arms/TOPR, Anna Karenina/pass@1": 0.99}),

