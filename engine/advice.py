@@ -19,7 +19,7 @@ def of_log(log):
 
     def mean(name):
         values = [entry[name] for entry in latest if entry.get(name) is not None]
-        return np.mean(values) if values else 0.0
+        return np.mean(values) if values else np.nan  # greater or less than nothing
 
     distance = max(-first.get("d_min", 0), first.get("d_max", 0))
     if distance > 0.5:
