@@ -24,7 +24,7 @@ def of_log(log):
 
     def mean(name):
         values = [entry[name] for entry in latest if entry.get(name) is not None]
-        return np.mean(values) if values else 0.0
+        return np.mean(values) if values else np.nan  # greater or less than nothing
 
     weight = mean("negative_weight")
     if weight > 0.95 and mean("d_negative") > -0.1:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
 from engine import optim
+from tools import gpu
 
 
 @pytest.mark.parametrize("weights, optimizer", [
@@ -22,9 +23,9 @@ def test_the_count_is_what_is_held(weights, optimizer):
         intermediate_size=64)).to(getattr(torch, weights))
     settings = train.Settings(optimizer=optimizer)
     steps = optim.make_optimizer(settings, model)
-    counted = optim.count_memory(model, steps)
+    counted = gpu.count_memory(model, steps)
     model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
-    optim.update(settings, steps, 0)
+    optim.update(settings, steps, 0, 1)
     states = [value for state in steps.state.values() for value in state.values()]
     assert counted["weights"] == sum(p.nbytes for p in model.parameters())
     assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters())
@@ -33,7 +34,7 @@ def test_the_count_is_what_is_held(weights, optimizer):
 
 ROUNDS = """
 import sys, torch, train
-from data import apples
+from data import apples, load_task
 from transformers import LlamaConfig, LlamaForCausalLM
 
 folder = sys.argv[1]
@@ -57,7 +58,7 @@ settings = train.Settings(
     model=folder + "/model", out=folder + "/out", task="apples", rounds=3, questions=4,
     test_questions=4, samples=2, max_new_tokens=4, sequences=8, tokens_per_pass=512, eval_every=1,
     checkpoint_every=0)
-train.job(settings)
+train.job(settings, load_task("apples"))
 """
 
 
@@ -78,12 +79,10 @@ def test_further_rounds_start_with_the_memory_of_the_first(tmp_path):
 
 def test_the_table_of_the_documents():
     """The table in the documents was predicted by a formula that no longer exists."""
-    result = shell(sys.executable, ROOT / "tools/gpu.py", "count")
-    assert result.returncode == 0, result.stdout
     text = (ROOT / "docs/performance.md").read_text()
     written = [line.strip() for line in text.splitlines()]
-    for line in result.stdout.strip().splitlines():
-        assert line in written, line
+    for line in gpu.count().strip().splitlines():
+        assert line.strip() in written, line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure this GPU")

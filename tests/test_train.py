@@ -14,7 +14,7 @@ import topr
 import train
 from conftest import ROOT, furthest, in_process, torchrun, train_settings, weights_of
 from engine import batches, losses, optim, packing, run_folder, sampler
-from engine.common import Problem
+from engine.common import Problem, read_json, write_json
 from engine.rollouts import read_rollouts, write_rollouts
 
 
@@ -180,7 +180,7 @@ def test_mu_is_that_of_the_start_and_stays(tiny, rollouts, tmp_path, capsys):
     assert losses[1] == losses[2] and "largest |log pi/mu|" in capsys.readouterr().out
 
 
-def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
+def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path, capsys):
     """Sampled at another temperature; or two files joined, of which the first lines fit."""
     rows = read_rollouts(rollouts)
     halved = [{**row, "logprobs": [value / 2 for value in row["logprobs"]]} for row in rows]
@@ -192,6 +192,8 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
         assert not (tmp_path / "out/model.safetensors").exists()
     for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
         train.train(train_settings(tiny, path, f"{tmp_path}/{changes}", **changes))
+        found = "If this model wrote the text: --mu start" in capsys.readouterr().out
+        assert found == (changes != {"mu": "start"})
 
 
 # ---- settings ----
@@ -251,6 +253,20 @@ def test_every_loss_trains(tiny, rollouts, tmp_path, changes):
 
 
 # ---- resuming ----
+
+
+def test_a_first_look_at_a_run(tiny, rollouts, tmp_path, capsys):
+    """--max-steps takes the first steps alone. A folder from before an option existed, of whose
+    name run.json holds nothing, is no other run."""
+    settings = train_settings(tiny, rollouts, tmp_path, max_steps=2)
+    log, path = train.train(settings), tmp_path / "run.json"
+    assert [entry["step"] for entry in log] == [0, 1]
+    with pytest.raises(Problem, match="another run: max_steps was 2 and is 0"):
+        train.train_once(dataclasses.replace(settings, max_steps=0))
+    older = read_json(path)
+    del older["ratio"]
+    write_json(path, older)
+    assert train.train_once(settings) == log and "reusing" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkeypatch):
