@@ -248,8 +248,8 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_llama_cpp(tmp_path, monkeypatch):
-    """The real thing (pip install xllamacpp; experiments/pretrained.py makes the model): text up to
-    the stop string, sampled, and greedy when asked."""
+    """The real thing (pip install xllamacpp; tools/smollm2.py makes the model): text up to the stop
+    string, sampled, and greedy when asked."""
     xllamacpp, folder = pytest.importorskip("xllamacpp"), ROOT / "runs" / "smollm2"
     if not (folder / "model").exists():
         pytest.skip(f"{folder} does not hold the model")
