@@ -228,6 +228,8 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
         return rows
     parts = f"{out}.part-{sampling['questions']}-"
     finished = read_parts(parts) if out and rank() == 0 else {}
+    for number, kept in finished.items():  # the grader may be another now
+        finished[number] = [make_row(grade, row, {}, sampling) for row in kept]
     kept = from_first(set(finished))
     if kept:
         say(f"{out}: {len(kept)} of {len(questions)} questions were finished before, going on")
@@ -244,7 +246,6 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
                 add_line(own_part, [number, mine[number]])
     finished = collections.ChainMap(*gather_on_first(mine), finished)
     rows = [row for number in sorted(finished) for row in finished[number]]
-    rows = [make_row(grade, row, {}, sampling) for row in rows]  # the grader may be another now
     if out and rank() == 0:
         write_rollouts(out, rows)
         for part in glob.glob(glob.escape(parts) + "*"):

@@ -207,6 +207,8 @@ def quiet():
 
 def save_policy(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens; the checkpoints are removed."""
+    from transformers import GenerationConfig
+
     sharded = any(map(is_sharded, model.parameters()))
     weights = whole_weights(model) if sharded or settings.lora else None
     if rank() == 0:
@@ -214,7 +216,9 @@ def save_policy(settings, model, tokenizer, run):
             if settings.lora:
                 lora.save_adapters(settings, weights)
                 weights = lora.merged(weights)
+            own, model.generation_config = model.generation_config, GenerationConfig()
             model.save_pretrained(settings.out, state_dict=weights)
+            own.to_json_file(f"{settings.out}/generation_config.json")  # odd ones are not refused
             tokenizer.save_pretrained(settings.out)
         write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
         for path in checkpoints(settings.out):

@@ -67,8 +67,6 @@ def load_model(name, settings, device):
     with one_line(f"model {name!r} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=settings.weights, use_safetensors=True, trust_remote_code=False).to(device)
-    if not model.generation_config.do_sample:  # or some versions refuse to save the model
-        model.generation_config.update(temperature=None, top_p=None, top_k=None)
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # for so little work one thread is faster than several
     return model.eval(), tokenizer

@@ -27,7 +27,7 @@ from filelock import FileLock
 import eval as evaluation
 import train
 from data import load_task
-from engine import run_folder, tasks
+from engine import tasks
 from engine.common import read_json, say, setting, table, write_json
 from engine.measures import interval_text, measure, paired_interval
 from engine.rollouts import read_rollouts, write_rollouts

@@ -87,7 +87,7 @@ def sample(fake, tiny, out="", grade=lambda row, text: (None, -1.0), **changes):
     options = dict(model=tiny, server=fake.url, samples=4, max_new_tokens=30, questions=24)
     settings = evaluation.Settings(**{**options, **changes})
     tokenizer = sampler.load_tokenizer(tiny)
-    questions = apples_questions(tokenizer, settings, settings.questions)
+    questions = apples_questions(tokenizer, settings, settings.questions, settings.split)
     return evaluation.sample_rollouts(None, tokenizer, questions, grade, settings, str(out))
 
 
@@ -217,7 +217,8 @@ def test_the_file_trains(tiny, tmp_path):
     read both, and compute log mu."""
     texts, out = itertools.cycle(["buys 3 .", "", "sells 2 .", "4 \ud800"]), tmp_path / "r.jsonl"
     with Fake(lambda body: (200, choice(next(texts)))) as fake:
-        sample(fake, tiny, out, lambda row, text: (text, 1.0 if "3" in text else -1.0), questions=6)
+        sample(fake, tiny, out, lambda row, text: (text, 1.0 if "3" in text else -1.0),
+               questions=6, split="train")
     train.train(train.Settings(model=tiny, rollouts=str(out), out=str(tmp_path / "trained"),
                                sequences=12))
     assert list(tmp_path.glob("r.jsonl.mu-*"))
@@ -248,8 +249,8 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_llama_cpp(tmp_path, monkeypatch):
-    """The real thing (pip install xllamacpp; experiments/pretrained.py makes the model): text up to
-    the stop string, sampled, and greedy when asked."""
+    """The real thing (pip install xllamacpp; tools/smollm2.py makes the model): text up to the stop
+    string, sampled, and greedy when asked."""
     xllamacpp, folder = pytest.importorskip("xllamacpp"), ROOT / "runs" / "smollm2"
     if not (folder / "model").exists():
         pytest.skip(f"{folder} does not hold the model")

@@ -180,7 +180,7 @@ def test_mu_is_that_of_the_start_and_stays(tiny, rollouts, tmp_path, capsys):
     assert losses[1] == losses[2] and "largest |log pi/mu|" in capsys.readouterr().out
 
 
-def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path, capsys):
+def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
     """Sampled at another temperature; or two files joined, of which the first lines fit."""
     rows = read_rollouts(rollouts)
     halved = [{**row, "logprobs": [value / 2 for value in row["logprobs"]]} for row in rows]
@@ -192,8 +192,6 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path, capsys):
         assert not (tmp_path / "out/model.safetensors").exists()
     for changes in ({"mu": "file"}, {"mu": "start"}, {"loss": "sft"}):  # it needs no mu
         train.train(train_settings(tiny, path, f"{tmp_path}/{changes}", **changes))
-        found = "If this model wrote the text: --mu start" in capsys.readouterr().out
-        assert found == (changes != {"mu": "start"})
 
 
 # ---- settings ----
