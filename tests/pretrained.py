@@ -4,7 +4,7 @@
     python -m pytest -q -rs tests/pretrained.py
 
 The plain `python -m pytest -q` leaves this file out. The model is SmolLM2 from its wheel, as
-experiments/pretrained.py fetches it; PRETRAINED=DIR names another one.
+tools/smollm2.py fetches it; PRETRAINED=DIR names another one.
 """
 
 import json
@@ -13,20 +13,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
 from conftest import ROOT
-from engine.rollouts import read_rollouts, write_rollouts
+from data.grade import read_answer
 from engine.common import Problem
-from experiments import pretrained
+from engine.rollouts import read_rollouts, write_rollouts
+from tools import smollm2
 
 DATA = ROOT.parent / "shared" / "data"
 TASK = """
 from pathlib import Path
 from data import maths
-from data.grade import read_answer
 
 maths.HERE = Path(__file__).parent
 gsm8k = maths.task("gsm8k")
@@ -37,13 +36,15 @@ STOP, ASK, EXAMPLES = gsm8k.STOP, gsm8k.ASK, gsm8k.EXAMPLES
 
 @pytest.fixture(scope="session")
 def model():
-    settings = SimpleNamespace(pretrained=os.environ.get("PRETRAINED", ""), wheel="")
+    if "PRETRAINED" in os.environ:
+        return os.path.abspath(os.environ["PRETRAINED"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         try:
-            return os.path.abspath(pretrained.find_model(settings))
+            smollm2.main()
         except Problem as problem:
             pytest.skip(f"the pretrained model cannot be had: {problem}")
+    return str(ROOT / smollm2.MODEL)
 
 
 def need(*names):
@@ -65,7 +66,7 @@ def run(script, *options, ranks=0):
 
 @pytest.fixture(scope="session")
 def rollouts(model, tmp_path_factory):
-    """16 completions of 8 questions of GSM8K, by eval.py."""
+    """2 completions of each of 8 questions of GSM8K, by eval.py."""
     train, test = need("gsm8k/train.jsonl", "gsm8k/test.jsonl")
     folder = tmp_path_factory.mktemp("gsm8k")
     run("data/maths.py", "gsm8k", "--train", train, "--test", test, "--out", folder)
@@ -79,7 +80,7 @@ def rollouts(model, tmp_path_factory):
 def test_eval(rollouts):
     rows = read_rollouts(rollouts)
     assert list(Counter(row["id"] for row in rows).values()) == [2] * 8
-    assert json.loads(rollouts.with_suffix(".json").read_text())["completions"] == 16
+    assert json.loads(rollouts.with_suffix(".json").read_text())["questions"] == 8
     for row in rows:
         assert len(row["logprobs"]) == len(row["completion_ids"]) <= 64
         assert all(-50 < logprob <= 0 for logprob in row["logprobs"])
@@ -120,17 +121,17 @@ def test_verifier(model, tmp_path):
         "reward": 1.0 if row["is_correct"] else -1.0, "gold": row["gold"],
         "answer": read_answer(row["solution"], "A:")} for row in rows])
     run("verifier.py", "--model", model, "--solutions", solutions, "--out", out, "--samples", 1,
-        "--test-samples", 1, "--candidates", 12, "--max-new-tokens", 24, "--sequences", 6)
+        "--max-new-tokens", 24, "--sequences", 6)
     results = json.loads((out / "results.json").read_text())
-    assert set(results["measures"]) == {"untrained", "trained"}
+    assert {"accuracy", "invalid"} <= results["before"].keys() == results["after"].keys()
+    assert (out / "voting.json").exists()
 
 
 def test_search(model, tmp_path):
     """20 queries of SciFact."""
     corpus, _, _ = need("scifact", "scifact/corpus.jsonl", "scifact/qrels_train.tsv")
     out = tmp_path / "out"
-    run("search.py", "--model", model, "--corpus", corpus, "--out", out, "--queries", 20,
-        "--test-queries", 8, "--samples", 2, "--max-new-tokens", 16, "--losses", "",
-        "--sequences", 16)
+    run("search.py", "--model", model, "--corpus", corpus, "--out", out, "--questions", 20,
+        "--test-questions", 8, "--samples", 2, "--max-new-tokens", 16, "--sequences", 16)
     results = json.loads((out / "results.json").read_text())
-    assert {"no expansion", "base", "topr"} <= {name.split(",")[0] for name in results["means"]}
+    assert results["before"]["questions"] == 8 and "recall@10" in results["after"]
