@@ -111,17 +111,17 @@ def test_train(model, rollouts, tmp_path, options):
 
 
 def test_verifier(model, tmp_path):
-    """40 solutions of real models, four to each of 10 questions."""
+    """Solutions of real models, two to each of 30 questions."""
     published, = need("model_solutions/gsm8k_model_solutions_long.jsonl")
     with open(published) as file:
-        rows = [row for row in map(json.loads, file) if row["idx"] < 10]
+        rows = [row for row in map(json.loads, file) if row["idx"] < 30]
     solutions, out = tmp_path / "solutions.jsonl", tmp_path / "out"
     write_rollouts(solutions, [{
         "id": str(row["idx"]), "prompt": row["question"], "completion": row["solution"],
         "reward": 1.0 if row["is_correct"] else -1.0, "gold": row["gold"],
         "answer": read_answer(row["solution"], "A:")} for row in rows])
     run("verifier.py", "--model", model, "--solutions", solutions, "--out", out, "--samples", 1,
-        "--max-new-tokens", 24, "--sequences", 6)
+        "--solutions-per-question", 2, "--max-new-tokens", 24, "--sequences", 6)
     results = json.loads((out / "results.json").read_text())
     assert {"accuracy", "invalid"} <= results["before"].keys() == results["after"].keys()
     assert (out / "voting.json").exists()
