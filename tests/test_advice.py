@@ -1,4 +1,4 @@
-"""What train.py says of a run: each line from numbers that provoke it, and from none that do not."""
+"""What train.py says of a run: each line from numbers that provoke it, and from no others."""
 
 from types import SimpleNamespace
 

@@ -127,8 +127,8 @@ def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
     monkeypatch.setattr(maths, "HERE", tmp_path)
     out = tmp_path / "out"
     train.job(train.Settings(
-        model=chat, task="gsm8k", out=str(out), questions=4, samples=4, test_questions=4,
-        max_new_tokens=24, learning_rate=1e-3, sequences=8, rounds=2, eval_every=1), load_task("gsm8k"))
+        model=chat, out=str(out), questions=4, samples=4, test_questions=4, max_new_tokens=24,
+        learning_rate=1e-3, sequences=8, rounds=2, eval_every=1), load_task("gsm8k"))
     results = json.loads((out / "results.json").read_text())
     assert results["before"]["questions"] == results["after"]["questions"] == 4
     assert len(results["curve"]) == 6
