@@ -27,7 +27,7 @@ def of_log(log):
         return np.mean(values) if values else np.nan  # greater or less than nothing
 
     weight = mean("negative_weight")
-    if weight > 0.95 and mean("d_negative") > -0.1:
+    if weight > 0.95 and mean("d_negative") > -0.1 and len(log) >= LOOK_AT:
         yield (f"nothing moves: the mean weight of a negative is still {weight:.2f}: triple "
                "--learning-rate")
     if mean("d_positive") < -0.5 and mean("d_negative") < -0.5:

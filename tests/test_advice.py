@@ -22,7 +22,8 @@ SILENT = {"d_positive": None, "d_negative": None}  # a step with completions of 
     ({"d_positive": -0.6, "d_negative": -0.4}, ""), ({"d_positive": -0.4}, ""),
     ({"negatives_gone": 0.85}, "")])
 def test_advice_of_a_log(changes, said):
-    lines = list(advice.of_log([{"step": 0, "measured": {}}, {**HEALTHY, **changes}]))
+    log = [{"step": 0, "measured": {}}, *[{**HEALTHY, **changes}] * advice.LOOK_AT]
+    lines = list(advice.of_log(log))
     assert len(lines) == bool(said) and all(said in line for line in lines)
 
 
