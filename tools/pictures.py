@@ -1,7 +1,7 @@
-"""Draws the two pictures of the README's lesson; matplotlib is needed.
+"""Draws the picture of the README's lesson, for which matplotlib is needed.
 
-    torchrun train.py                       the embedded job, if runs/apples-seed0/topr is not there
-    python tools/pictures.py          docs/weights.png and docs/ratios.png
+    torchrun train.py           the embedded job, if runs/apples-seed0/topr is not there
+    python tools/pictures.py    docs/ratios.png
 """
 
 import sys
@@ -12,15 +12,12 @@ import torch
 
 if not __package__:  # started as a script: find the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import topr
 import train
 from engine import mu, run_folder
 from engine.common import Problem, run_main
-from experiments.common import STYLES, picture
+from experiments.common import picture
 
 FOLDER = "runs/apples-seed0"
-NAMES = {"topr": "TOPR", "reinforce": "naive REINFORCE", "is": "importance sampling",
-         "tis": "truncated importance sampling", "sft": "positives only"}
 
 
 def log_ratios(policy):
@@ -31,17 +28,6 @@ def log_ratios(policy):
     scores = mu.score_rows(settings, policy, data, range(len(data.rows)), device)
     d = [(scores[number] - row.logprobs).sum() for number, row in enumerate(data.rows)]
     return np.array(d), data.rewards > 0
-
-
-def draw_weights(axes):
-    d = torch.linspace(-4, 2, 601)
-    for side, sign, title in zip(axes, (1.0, -1.0), ("a right answer", "a wrong answer")):
-        for name, taper in topr.TAPERS.items():
-            colour, dashes, *_ = STYLES[NAMES[name]].split()
-            weight = topr.taper_weights(d, torch.full_like(d, sign), taper)
-            side.plot(d, weight, color=colour, linestyle=dashes, label=name, linewidth=2.5)
-        side.set(xlabel="d = log pi/mu of the sequence", ylabel="weight", title=title,
-                 ylim=(-0.1, 3))
 
 
 def draw_ratios(axes):
@@ -59,9 +45,8 @@ def draw_ratios(axes):
 def main():
     if not run_folder.finished(f"{FOLDER}/topr"):
         raise Problem(f"{FOLDER}/topr is missing: torchrun train.py makes it")
-    for path, draw in (("docs/weights.png", draw_weights), ("docs/ratios.png", draw_ratios)):
-        with picture(path, 2) as axes:
-            draw(axes)
+    with picture("docs/ratios.png", 2) as axes:
+        draw_ratios(axes)
 
 
 if __name__ == "__main__":
