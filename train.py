@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ import eval as evaluation
 import topr
 from data import apples, load_task
 from engine import advice, batches, losses, mu, optim, packing, run_folder
-from engine.common import (Problem, Stopped, free_memory, parse, progress, run_main, say, setting,
+from engine.common import (Problem, Stopped, parse, progress, run_main, say, setting,
                            writing)
 from engine.parallel import (barrier, from_first, gather, rank, replicate, shard, start_ranks,
                              world)
@@ -56,7 +55,7 @@ class Job(Sampling):
     max_steps: int = setting(0, "optimizer steps at most, for a first look (0: all)")
     positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", most=1, main=True)
-    baseline: float = setting(0.0, "c in A = R - c", least=-sys.float_info.max)
+    baseline: float = setting(0.0, "c in A = R - c", least=-1e9, most=1e9)
     ratio: str = setting("", "what a weight is made from: the ratio pi/mu of the sequence, its mean "
                          "over tokens, or each token's (none: the loss's own)",
                          ("sequence", "mean", "token"))
@@ -94,9 +93,6 @@ class Settings(Job):
 EMBEDDED = dict(task="apples", learning_rate=1e-3, schedule="cosine", epochs=2, eval_every=32,
                 questions=512, test_questions=250, max_new_tokens=40, tokens_per_pass=4096,
                 batch_size=512)
-
-
-SAVE_AFTER = 300  # seconds without a checkpoint
 
 
 def train(settings, evaluate=None):
@@ -151,7 +147,7 @@ def train(settings, evaluate=None):
             if numbers:
                 stop(settings, model, optimizer, step + 1, numbers)
             is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
-            if is_due or everyone[0][2] > SAVE_AFTER:
+            if is_due or everyone[0][2] > 300:  # seconds without one
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
                 saved = time.time()
         if evaluate and settings.eval_every:
@@ -308,9 +304,7 @@ def rounds(settings, task, evaluate=None):
 def train_once(settings, evaluate=None):
     """The log of a run: made now, or kept from an earlier run of the same command."""
     if not from_first(run_folder.finished(settings.out)):
-        log = train(settings, evaluate)
-        free_memory()
-        return log
+        return train(settings, evaluate)
     run = run_folder.describe_run(settings, file_fingerprint(settings.rollouts))
     run_folder.check_same_run(settings, run)
     say(f"{settings.out}: trained before, reusing it")
