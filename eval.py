@@ -8,7 +8,8 @@
     python eval.py --grade rollouts.jsonl --task my_task.py    grades and measures an existing file
 
 The randomness of a completion depends on the seed, its question and its number alone: the file is
-the same for any batch size and any number of ranks. (A server treats seeds in its own way.)
+the same for any batch size and any number of ranks, but for rounding, which changes about one in
+thousands. (A server treats seeds in its own way.)
 A finished file is reused, and a broken-off call goes on where it was.
 """
 
