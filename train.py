@@ -46,8 +46,8 @@ class Job(Sampling):
     eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
                               free=True)
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, *losses.OTHERS), main=True)
-    learning_rate: float = setting(0.0, "step size (0: 0.1 / sqrt(trained weights); the paper's is "
-                                   "5e-7, for Adafactor and 8 billion)", main=True)
+    learning_rate: float = setting(0.0, "step size (0: 0.1 / sqrt(trained weights), with --lora ten "
+                                   "times that; the paper's: 5e-7, for Adafactor)", main=True)
     optimizer: str = setting("adamw", "update rule", ("adamw", "adafactor"), main=True)
     sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
                              main=True)
