@@ -32,7 +32,7 @@ from engine.common import (Problem, draw_lines, parse, progress, run_main, say, 
                            write_json, writing)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
-from engine.rollouts import read_rollouts, short_hash, write_rollouts
+from engine.rollouts import each_rollout, read_rollouts, short_hash, write_rollouts
 from engine.sampler import (Sampling, check_room, fingerprint, generate, load_model,
                             load_tokenizer)
 from engine.tasks import list_questions, load_questions, one_line
@@ -85,8 +85,8 @@ def measured(task, rows, seed):
         if not task.measure:
             return measure(rows, seed, same_answer=task.same_answer)
         values = {name: list(map(float, each)) for name, each in task.measure(rows).items()}
-    if not all(0 <= value <= 1 for each in values.values() for value in each):
-        raise Problem(f"{task.name}: measure must return values from 0 to 1")
+    if not values or not all(each and 0 <= min(each) <= max(each) <= 1 for each in values.values()):
+        raise Problem(f"{task.name}: measure must return lists of values from 0 to 1")
     return values
 
 
@@ -147,7 +147,7 @@ def check_overlap(settings, task):
     A question is known by its id."""
     test = list_questions(task, "test", settings.test_questions, settings.seed + 1).keys()
     if settings.rollouts:
-        train = {row["id"] for row in read_rollouts(settings.rollouts, settings.map_rewards)}
+        train = {row["id"] for _, row in each_rollout(settings.rollouts, settings.map_rewards)}
     else:
         train = list_questions(task, "train", settings.questions, settings.seed).keys()
     both = test & train

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Taper:
-    """The interval [a, b] that clips a weight, `pos` if A > 0 and `neg` if A < 0; and the ratio that
-    is the weight: of the whole "sequence" (TOPR's), its "mean" over tokens, or of each "token"."""
+    """The interval [a, b] that clips a weight, `pos` if A > 0 and `neg` if A < 0; and the ratio
+    that is the weight: of the whole "sequence" (TOPR's), its "mean" over tokens, or of each "token".
+    """
 
     pos: tuple[float, float]
     neg: tuple[float, float]

@@ -46,8 +46,9 @@ class Job(Sampling):
     eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
                               free=True)
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, *losses.OTHERS), main=True)
-    learning_rate: float = setting(0.0, "step size (0: 0.1 / sqrt(trained weights), with --lora ten "
-                                   "times that; the paper's: 5e-7, for Adafactor)", main=True)
+    learning_rate: float = setting(
+        0.0, "step size (0: 0.1 / sqrt(trained weights), with --lora ten times that; the paper's: "
+        "5e-7, for Adafactor)", main=True)
     optimizer: str = setting("adamw", "update rule", ("adamw", "adafactor"), main=True)
     sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
                              main=True)
@@ -56,13 +57,13 @@ class Job(Sampling):
     positive_share: float | None = setting(
         None, "effective share of positives to reach by the baseline", most=1, main=True)
     baseline: float = setting(0.0, "c in A = R - c", least=-1e9, most=1e9)
-    ratio: str = setting("", "what a weight is made from: the ratio pi/mu of the sequence, its mean "
-                         "over tokens, or each token's (none: the loss's own)",
-                         ("sequence", "mean", "token"))
+    ratio: str = setting(
+        "", "what a weight is made from: the ratio pi/mu of the sequence, its mean over tokens, or "
+        "each token's (none: the loss's own)", ("sequence", "mean", "token"))
     anna_karenina: bool = setting(
         False, "of each question keep the first correct completion and every wrong one")
     mu: str = setting(
-        "checked", "source of log mu: the file, 64 lines of which are checked against the starting "
+        "checked", "source of log mu: the file, whose first step is checked against the starting "
         "weights (checked); the file, whoever wrote it (file); the starting weights, once (start)",
         ("checked", "file", "start"))
     schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
@@ -74,9 +75,11 @@ class Job(Sampling):
                         "the package peft)")
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: slower, less memory", free=True)
-    shard: bool = setting(False, "a part of every weight, gradient and optimizer state on each "
-                          "rank (FSDP2), for a model that does not fit one card", free=True)
-    checkpoint_every: int = setting(100, "steps between checkpoints (0: none)", free=True)
+    shard: bool = setting(
+        False, "a part of every weight, gradient and optimizer state on each rank (FSDP2), for a "
+        "model that does not fit one card; --task samples with the whole model", free=True)
+    checkpoint_every: int = setting(100, "steps between checkpoints (0: only every 5 minutes)",
+                                    free=True)
     rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy)",
                             main=True, free=True)
     map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance "
@@ -275,7 +278,7 @@ def job(settings, task=None):
     """Rounds of sample-then-train, measured before and after if there is a task."""
     start = time.time()
     check_settings(settings, task)
-    run_folder.make_folder(settings.out)
+    run_folder.prepare_folder(settings)
     if task is None:
         train_once(settings)
         return say(f"the trained policy and the log are in {settings.out}")
@@ -313,8 +316,7 @@ def train_once(settings, evaluate=None):
 
 def check_settings(settings, task):
     """What would only fail, or do nothing, after hours of work."""
-    if settings.loss in losses.OTHERS and (settings.baseline or settings.positive_share is not None):
-        raise Problem(f"--baseline and --positive-share have no place in --loss {settings.loss}")
+    losses.check(settings)
     if settings.rollouts and not os.path.isfile(settings.rollouts):
         raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")
     if task is None and (settings.rounds > 1 or settings.eval_every):

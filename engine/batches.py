@@ -77,7 +77,7 @@ def read_data(settings, model, tokenizer, device):
             raise Problem(f"{path}:{line}: {fault}")
         prompt, mu = tuple(prompt), row.get("logprobs")
         rows.append(Row(line, row["id"], row["reward"], prompts.setdefault(prompt, prompt),
-                        np.array(completion, np.int32), mu and np.array(mu, np.float32)))
+                        np.array(completion, np.int32), np.array(mu, np.float32) if mu else None))
     data = Data(
         path=path, fingerprint=file_fingerprint(path), rows=rows,
         lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
@@ -108,6 +108,8 @@ def find_fault(prompt, completion, config):
     room = getattr(config, "max_position_embeddings", None) or math.inf
     if not prompt:
         return "the prompt has no tokens: the first completion token has nothing before it"
+    if not completion:
+        return "the completion has no tokens: remove the line"
     if max(*prompt, *completion) >= config.vocab_size:
         return f"a token id beyond the model's vocabulary of {config.vocab_size}. {TEXT_ALONE}"
     if len(prompt) + len(completion) > room:

@@ -21,14 +21,14 @@ def make_config(settings):
 
 
 def add_adapters(settings, model):
-    """Freezes the weights and adds adapters, in float32, equal on all ranks."""
+    """Adds adapters in float32, equal on all ranks."""
+    config = make_config(settings)
     from peft import inject_adapter_in_model
 
     torch.manual_seed(settings.seed)
-    inject_adapter_in_model(make_config(settings), model)
+    inject_adapter_in_model(config, model)
     for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name)
-        if p.requires_grad:
+        if "lora_" in name:
             p.data = p.data.float()
 
 

@@ -1,4 +1,4 @@
-"""log mu, the log-probabilities under the policy that wrote the rollouts: fixed for the whole run."""
+"""log mu, the log-probabilities under the policy that wrote the rollouts: fixed for the run."""
 
 import collections
 import hashlib

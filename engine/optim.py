@@ -20,12 +20,12 @@ def prepare_model(settings, model):
             is_dropout = "drop" in name or isinstance(module, torch.nn.Dropout)
             if is_dropout and isinstance(value, float):
                 setattr(module, name, 0.0)
-    reached = {id(p) for part in (model.get_decoder(), model.get_output_embeddings())
-               for p in part.parameters()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in reached)
     if settings.lora:
         lora.add_adapters(settings, model)
+    reached = {id(p) for part in (model.get_decoder(), model.get_output_embeddings())
+               for p in part.parameters()}
+    for name, p in model.named_parameters():
+        p.requires_grad_(id(p) in reached and ("lora_" in name or not settings.lora))
     checkpoint_layers(settings, model)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-LONGEST_WAIT = datetime.timedelta(minutes=30)  # of one rank for another, which may still sample
+LONGEST_WAIT = datetime.timedelta(hours=2)  # of one rank for another, which may still sample
 
 
 # ---- the process group ----

@@ -27,22 +27,27 @@ from engine.parallel import barrier, from_first, is_sharded, rank, whole_weights
 # ---- one run at a time ----
 
 
-def make_folder(path):
-    """Makes a folder that can be written: this is found out before hours of work."""
-    with writing(path):
-        os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
+def prepare_folder(settings):
+    """Makes the folder of a job: what is wrong with it is found out before hours of work."""
+    out = settings.out
+    if os.path.realpath(out) == os.path.realpath(settings.model):
+        raise Problem(f"--out {out} is the starting model, and would be overwritten")
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        if not os.access(out, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
+    rounds = read_json(f"{out}/run.json")["rounds"] if finished(out) else settings.rounds
+    if rounds != settings.rounds:
+        raise Problem(f"{out} holds {rounds} round(s): use another --out; --model {out} goes on "
+                      "from there")
 
 
 def lock_folder(settings):
     """Makes the folder; the lock that is returned holds until its release or the process's end."""
-    if os.path.realpath(settings.out) == os.path.realpath(settings.model):
-        raise Problem(f"--out {settings.out} is the starting model, and would be overwritten")
     lock = FileLock(os.path.join(settings.out, ".lock"))
     if rank() == 0:
         try:
-            make_folder(settings.out)
+            prepare_folder(settings)
             lock.acquire(timeout=0)
         except Timeout:
             raise Problem(f"{settings.out}: another process is training in this folder")
@@ -77,7 +82,8 @@ def describe_run(settings, file_fingerprint, model_fingerprint=None):
     """What makes a run this one: its settings, but for those that change no result."""
     fixed = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
              if not field.metadata["free"]}
-    return {**fixed, "file": file_fingerprint, "weights of the model": model_fingerprint}
+    weights = {"weights of the model": model_fingerprint} if model_fingerprint else {}
+    return {**fixed, "file": file_fingerprint, **weights}
 
 
 def check_same_run(settings, run):
@@ -86,7 +92,7 @@ def check_same_run(settings, run):
     if os.path.exists(path) and (checkpoints(settings.out) or finished(settings.out)):
         before = read_json(path)
         differ = [f"{name} was {before.get(name)!r} and is {now!r}" for name, now in run.items()
-                  if now is not None and before.get(name, now) != now]
+                  if before.get(name, now) != now]
         if differ:
             raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another "
                           "--out, or remove it")
@@ -139,6 +145,8 @@ def save_checkpoint(settings, model, optimizer, step):
     path = os.path.join(settings.out, f"checkpoint-{step:08}")
     beside = path + ".part"
     older = checkpoints(settings.out)
+    if from_first(path in older):  # a signal came just after it was made
+        return
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()

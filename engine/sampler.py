@@ -94,7 +94,7 @@ def fingerprint(model):
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
-        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

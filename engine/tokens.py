@@ -1,6 +1,7 @@
 """Text to tokens and back."""
 
 from engine.common import Problem
+from engine.tasks import one_line
 
 
 def all_token_ids(rows, tokenizer, end_token):
@@ -79,7 +80,8 @@ def end_token_of(model, tokenizer):
     ends, answer, after = end_tokens(model, tokenizer), "An answer.", []
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+        with one_line("the chat template takes no question with an answer"):
+            text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
         after = tokenizer(text, add_special_tokens=False).input_ids
     return next((token for token in [*after, tokenizer.eos_token_id] if token in ends), ends[0])
 

@@ -35,7 +35,7 @@ PANELS = 2
 def gspo_loss(logp, mu_logp, reward, mask, count=None):
     """GSPO (arXiv 2507.18071): PPO's clip with one ratio a sequence, its mean over tokens.
 
-    That is ppo_loss of sequences of a single token, the mean of theirs. The clip is PPO's here, 0.2.
+    That is ppo_loss of sequences of a single token, the mean of theirs. The clip is PPO's, 0.2.
     """
     length = mask.sum(-1, keepdim=True)  # [batch, 1]
     logp, mu_logp = (torch.where(mask, values, 0.0).sum(-1, keepdim=True) / length

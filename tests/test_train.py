@@ -207,7 +207,7 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
     ("--rollouts nowhere.jsonl", "nowhere.jsonl"), ("--model nothing", "cannot be loaded"),
     ("--model= ", "need --model"), ("--rollouts= ", "nothing to learn from"),
     ("--task nothing", "--task nothing"), ("--mod x", "unrecognized arguments"),
-    ("--out {tiny}", "holds another run"),
+    ("--out {tiny}", "is the starting model"),
     ("--model {tiny}/../random --out {tiny}/../random", "would be overwritten")])
 def test_mistakes_are_one_line(tiny, rollouts, tmp_path, options, words):
     """Found before a weight moves."""
