@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Taper:
     """The interval [a, b] that clips a weight, `pos` if A > 0 and `neg` if A < 0; and the ratio
-    that is the weight: of the whole "sequence" (TOPR's), its "mean" over tokens, or of each "token".
+    that is the weight: of the whole "sequence" (TOPR's), its "mean" over tokens, or each "token"'s.
     """
 
     pos: tuple[float, float]

@@ -84,6 +84,6 @@ def claims(result):
     ahead = topr - positives
     yield ("A query expander learns from nothing but a search engine's score (search)",
            f"sampled {REWARDED}: no expansion {found['no expansion'].mean():.3f}, base "
-           f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over positives "
-           f"{spread(ahead, '+')}",
+           f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over "
+           f"positives {spread(ahead, '+')}",
            verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))
