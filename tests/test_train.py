@@ -342,3 +342,35 @@ def test_the_curve_does_not_end_checkpointing(tiny, rollouts, tmp_path, monkeypa
     train.train(train_settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True,
                                eval_every=2), lambda model: {"training": model.eval().training})
     assert len(checkpointed) > 3 and all(checkpointed)
+
+
+# ---- what a review found ----
+
+
+def test_a_setting_that_is_none_is_compared(tiny, rollouts, tmp_path):
+    """A run with a share was taken for one without."""
+    run = train_settings(tiny, rollouts, tmp_path, positive_share=0.5, max_steps=1)
+    train.train_once(run)
+    with pytest.raises(Problem, match="positive_share was 0.5 and is None"):
+        train.train_once(train_settings(tiny, rollouts, tmp_path, max_steps=1))
+
+
+def test_a_checkpoint_is_written_once(tiny, tmp_path):
+    """A signal in the step after a checkpoint saves the same state: "Directory not empty"."""
+    settings = train_settings(tiny, "", tmp_path)
+    model, _ = sampler.load_model(tiny, settings, "cpu")
+    optimizer = optim.make_optimizer(settings, model)
+    for _ in range(2):
+        run_folder.save_checkpoint(settings, model, optimizer, 3)
+    assert len(run_folder.checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"loss": "dpo", "ratio": "mean"}, "--ratio has no place"),
+    ({"loss": "sft", "ratio": "token"}, "--ratio has no place"),
+    ({"model": "same", "out": "same"}, "is the starting model")])
+def test_what_would_do_nothing_or_harm_is_refused_at_once(changes, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.jsonl").touch()
+    with pytest.raises(Problem, match=words):
+        train.job(train.Settings(**{"model": "m", "out": "o", "rollouts": "r.jsonl", **changes}))
