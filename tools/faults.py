@@ -321,7 +321,7 @@ def lost_rank(folder, way, ranks=3):
         return seconds < 30 and code != 0 and "a mistake of rank 1 alone" in output
     lines = lines or "Root Cause" in output  # torchrun's report: it may be faster than the others
     if what == "SIGTERM":
-        lines = run_folder.checkpoints(out) and "stopped by a signal after step" in output
+        lines = run_folder.checkpoints(out) and "stopped by a signal" in output
     return bool(lines) and seconds < 30 and code != 0 and f'File "{ROOT}' not in output
 
 
