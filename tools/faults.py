@@ -5,6 +5,7 @@
                                          million
 """
 
+import argparse
 import glob
 import json
 import os
@@ -397,8 +398,13 @@ CASES = {"kill": kill_all, "kill-eval": kill_eval, "kill-job": kill_job, "disk":
 
 
 def main():
-    good = True
-    for name in sys.argv[1:] or CASES:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}")
+    names, good = parser.parse_args().cases or list(CASES), True
+    if not set(names) <= set(CASES):
+        parser.error(f"the cases are {', '.join(CASES)}")
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             good &= CASES[name](folder)
     sys.exit(0 if good else 1)
