@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import topr
 from engine.common import Problem, say
-from engine.packing import pack
+from engine.packing import completion_mask, dtype_of_compute, pack
 from engine.parallel import rank, world
 from engine.rollouts import each_rollout, file_fingerprint
 from engine.tokens import all_token_ids, end_token_of, is_foreign
@@ -83,7 +83,7 @@ def read_data(settings, model, tokenizer, device):
         lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
         rewards=np.array([row.reward for row in rows]),
         tokens_per_pass=settings.tokens_per_pass or DEFAULT_TOKENS.get(device.type, 16384),
-        mask_dtype=torch.bfloat16 if settings.precision == "bfloat16" else model.dtype,
+        mask_dtype=dtype_of_compute(model, settings.precision),
         model_width=config.hidden_size, ranks=world(), rank=rank())
     make_units(settings, data)
     return data
@@ -151,7 +151,7 @@ def step_units(settings, data, step):
 
     The last step of an epoch may be smaller.
     """
-    epoch, step = divmod(step, math.ceil(len(data.units) / data.units_per_step))
+    epoch, step = divmod(step, steps_per_epoch(data))
     order = epoch_order(data, settings.seed, epoch)
     return data.units[order[step * data.units_per_step : (step + 1) * data.units_per_step]]
 
@@ -262,8 +262,7 @@ def make_batch(data, bundles, device):
         prompt = data.rows[bundle[0]].prompt
         completions = [data.rows[number].completion for number in bundle]
         layout += [(prompt, completions)] if data.pack else [(prompt, [c]) for c in completions]
-    lengths = torch.tensor([len(data.rows[number].completion) for number in numbers], device=device)
-    mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # [batch, time]
+    mask = completion_mask([data.rows[number].completion for number in numbers], device)
     mu_logp = None
     if data.mu is not None:
         values = [torch.from_numpy(data.mu[number]) for number in numbers]

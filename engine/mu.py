@@ -9,7 +9,7 @@ import torch
 
 from engine.batches import completions_per_row, micro_batches
 from engine.common import Problem, first_line, progress, say, whole_file
-from engine.packing import LogProbs, abilities, pack
+from engine.packing import LogProbs, abilities, completion_mask, dtype_of_compute, pack
 from engine.parallel import barrier, from_first, gather, rank
 
 
@@ -84,7 +84,7 @@ def check_fit(settings, data, log_ratios):
 
 def make_scorer(model, longest, precision):
     """What score takes: the policy as a module, whether completions can be packed, mask dtype."""
-    mask_dtype = torch.bfloat16 if precision == "bfloat16" else model.dtype
+    mask_dtype = dtype_of_compute(model, precision)
     known, can_share = abilities(model, longest, precision, mask_dtype)
     return LogProbs(model, precision, known), can_share, mask_dtype
 
@@ -103,7 +103,6 @@ def score(scorer, prompt, completions):
         width = policy.model.config.get_text_config().hidden_size
         fit = completions_per_row(len(prompt), mean, len(completions), width)
     rows = [(prompt, completions[i : i + fit]) for i in range(0, len(completions), fit)]
-    lengths = torch.tensor(list(map(len, completions)), device=device)  # [batch]
-    mask = torch.arange(max(map(len, completions)), device=device) < lengths[:, None]
+    mask = completion_mask(completions, device)
     logp = policy(pack(rows, device, mask_dtype), mask).tolist()  # [batch, time]
     return [values[: len(tokens)] for values, tokens in zip(logp, completions)]

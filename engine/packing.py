@@ -44,6 +44,17 @@ def pack(layout, device=None, mask_dtype=None):
     return packed
 
 
+def completion_mask(completions, device):
+    """[batch, time]: True at the tokens of each completion, False at its padding."""
+    lengths = torch.tensor([len(tokens) for tokens in completions], device=device)  # [batch]
+    return torch.arange(lengths.max(), device=device) < lengths[:, None]
+
+
+def dtype_of_compute(model, precision):
+    """What the model's attention computes in, and so the dtype of its additive mask."""
+    return torch.bfloat16 if precision == "bfloat16" else model.dtype
+
+
 class LogProbs(torch.nn.Module):
     """The policy as a module, because DDP and FSDP hook forward(): log pi of the completions.
 
