@@ -89,7 +89,7 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     if mu_logp is None and taper.needs_mu:
         raise ValueError("mu_logp is None, but the weights of this taper depend on it")
     advantage = reward - baseline  # [batch]
-    logp, differences, advantage, mask = checked(logp, mu_logp, advantage, mask)
+    logp, differences, advantage, mask, count = checked(logp, mu_logp, advantage, mask, count)
     length = mask.sum(-1)  # [batch]
     log_ratio = differences.detach().sum(-1)  # d_i = sum_t (l_it - m_it)  [batch]
     ratios = {"sequence": log_ratio[:, None], "mean": (log_ratio / length)[:, None],
@@ -100,7 +100,7 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     vanished = (mask & (logp == -math.inf)).any(-1, keepdim=True)  # [batch, 1]
     logp = logp.masked_fill(vanished | ~mask, 0.0)
     coefficient = advantage[:, None] * weight  # A_i w_it  [batch, 1 or time]
-    loss = -((coefficient * logp).sum(-1) / length).sum() / (count or len(reward))
+    loss = -((coefficient * logp).sum(-1) / length).sum() / count
     weight = torch.where(mask, weight, 0.0).sum(-1) / length  # its mean over tokens  [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": advantage}
 
@@ -113,13 +113,13 @@ def ppo_loss(logp, mu_logp, reward, mask, *, clip=0.2, count=None):
 
     Arguments and stats as in topr_loss; weight is the mean ratio over tokens.
     """
-    logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
+    logp, differences, reward, mask, count = checked(logp, mu_logp, reward, mask, count)
     length = mask.sum(-1)  # [batch]
     advantage = reward[:, None]  # [batch, 1]
     ratio = differences.clamp(max=20).exp()  # 20: no overflow  [batch, time]
     clipped = ratio.clamp(1 - clip, 1 + clip)  # [batch, time]
     objective = torch.minimum(ratio * advantage, clipped * advantage).masked_fill(~mask, 0.0)
-    loss = -(objective.sum(-1) / length).sum() / (count or len(reward))
+    loss = -(objective.sum(-1) / length).sum() / count
     weight = torch.where(mask, ratio.detach(), 0.0).sum(-1) / length  # [batch]
     log_ratio = differences.detach().sum(-1)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio, "advantage": reward}
@@ -133,19 +133,22 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
     Arguments and stats as in topr_loss (count is in sequences, two a pair); weight is the slope of
     -log sigmoid.
     """
-    logp, differences, reward, mask = checked(logp, mu_logp, reward, mask)
+    logp, differences, reward, mask, count = checked(logp, mu_logp, reward, mask, count)
     if len(reward) % 2 or not (reward[::2] > reward[1::2]).all():
         raise ValueError("dpo_loss needs pairs of rows, the better one first: see preference_pairs")
     log_ratio = differences.sum(-1)  # d, here with its gradient  [batch]
     margin = beta * (log_ratio[::2] - log_ratio[1::2])  # [pairs]
-    loss = -2 * F.logsigmoid(margin).sum() / (count or len(reward))
+    loss = -2 * F.logsigmoid(margin).sum() / count
     weight = torch.sigmoid(-margin.detach()).repeat_interleave(2)  # [batch]
     return loss, {"weight": weight, "log_ratio": log_ratio.detach(), "advantage": reward}
 
 
-def checked(logp, mu_logp, advantage, mask):
-    """(logp, logp - mu_logp or 0, advantage, mask) in float32 or better, or an error that names the
-    sequence and the token. Differences first, then sums: both terms are large."""
+def checked(logp, mu_logp, advantage, mask, count):
+    """(logp, logp - mu_logp or 0, advantage, mask, N), in float32 or better, or an error that names
+    the sequence and the token. Differences first, then sums: both terms are large."""
+    count = len(mask) if count is None else count
+    if not count > 0:
+        raise ValueError(f"count is {count}: the sequences of the optimizer step, above 0")
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     advantage = advantage.to(logp.dtype)
@@ -164,7 +167,7 @@ def checked(logp, mu_logp, advantage, mask):
                 place = ", ".join(map(" ".join, zip(("sequence", "token"), map(str, place))))
                 raise ValueError(f"{place}: {message}")
     differences = torch.where(mask, logp - mu_logp, 0.0)  # never the padding, which may be NaN
-    return logp, differences, advantage, mask
+    return logp, differences, advantage, mask, count
 
 
 # ---- the composition of the data: baseline, shares, Anna Karenina, pairs ----

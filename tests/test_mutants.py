@@ -30,7 +30,7 @@ MUTANTS = {  # what is done wrong: {text: replacement}
         NEGATIVE: "negative = log_ratio.exp().clamp(*taper.neg)"},
     "clip after exp, as a product of token ratios": {
         RATIO: "differences.detach().exp().prod(-1).log()"},
-    "mean over the micro-batch": {f"{LOSS} / (count or len(reward))": f"{LOSS} / len(reward)"},
+    "mean over the micro-batch": {f"{LOSS} / count": f"{LOSS} / len(reward)"},
     "mu re-anchored on the current weights": {
         "    advantage = reward - baseline": "    mu_logp = logp.detach()\n"
                                              "    advantage = reward - baseline"},

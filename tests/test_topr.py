@@ -242,6 +242,16 @@ def test_errors_name_the_sequence_and_the_token(topr):
             topr.Taper(pos=pos, neg=(0, 1))
 
 
+def test_a_count_of_zero_is_refused(topr):
+    """It would count as not given; and a batch without sequences has no mean."""
+    empty = [torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, 3).bool()]
+    for loss in (topr.topr_loss, topr.ppo_loss, topr.dpo_loss):
+        for batch, count in ((tensors(A), 0), (tensors(A), -1), (empty, None)):
+            with pytest.raises(ValueError, match="count is"):
+                loss(*batch, count=count)
+        assert loss(*empty, count=4)[0] == 0  # a rank that has none in this step
+
+
 def test_weights_have_no_gradient(topr):
     """The bug leaves the loss as it is and turns the gradient of a negative round."""
     logp, mu, reward, mask = tensors(A)
