@@ -4,6 +4,7 @@
     python experiments/run.py collapse shares       some of them
     python experiments/run.py --quick               one seed, one pass: about 12 minutes
     python experiments/run.py --show                tables and pictures of existing results
+    python experiments/run.py sums                  a pretrained model: about an hour
     python experiments/run.py long rates pretrained scifact     four more that take hours, on long
                                                     answers and with a pretrained model
 """
@@ -24,7 +25,7 @@ from experiments.common import MEASURES, Settings, picture, pool, show_arms
 
 FINDINGS = ("collapse", "ratio", "negatives", "shares", "importance", "rounds", "verdicts",
             "queries")
-ALL = (*FINDINGS, "long", "rates", "pretrained", "scifact")
+ALL = (*FINDINGS, "sums", "long", "rates", "pretrained", "scifact")
 
 
 def main():

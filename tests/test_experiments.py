@@ -18,7 +18,7 @@ from engine import tasks
 from engine.common import Problem, read_json, write_json
 from engine.rollouts import read_rollouts, write_rollouts
 from experiments import (common, long_apples, pretrained, queries, rates, run, scifact, shares,
-                         verdicts)
+                         sums, verdicts)
 
 RESULTS = str(ROOT / "experiments/results")
 PAGE = (ROOT / "experiments/README.md").read_text()
@@ -166,6 +166,26 @@ def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_pa
     assert len(result["arms"][pretrained.TWICE]["SVAMP"]) == 2
     monkeypatch.setattr(train, "train", None)
     assert check("pretrained", settings) == result
+
+
+@pytest.mark.slow
+def test_the_sums_from_their_rollouts_to_their_claims(tiny, tmp_path, monkeypatch):
+    """No question that is measured may have been learned, and all of it resumes."""
+    monkeypatch.chdir(tmp_path)
+    in_this_process(monkeypatch)
+    ids = [row["id"] for split in sums.SPLITS for row in sums.questions(split)]
+    assert len(ids) == len(set(ids)) == 400
+    assert sums.grade({"gold": "12"}, "7 + 5 = 12.") == ("12", 1.0)
+    assert sums.grade({"gold": "12"}, "12, or 13") == ("13", -1.0)
+    assert sums.grade({"gold": "12"}, "a dozen") == (None, -1.0)
+    monkeypatch.setattr(sums, "load_task", word_problems)
+    monkeypatch.setattr(sums, "SEEDS", 2)
+    monkeypatch.setattr(sums, "SPLITS", {"validation": slice(0, 4), "test": slice(4, 10)})
+    settings = common.Settings(seeds=5, pretrained=tiny)
+    result = check("sums", settings)
+    assert len(result["arms"]["TOPR"]["pass@1"]) == 2
+    monkeypatch.setattr(train, "train", None)
+    assert check("sums", settings) == result
 
 
 def test_arms_are_trained_once(tiny_world, monkeypatch):

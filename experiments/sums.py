@@ -1,0 +1,114 @@
+"""Sums and products: a pretrained model whose answers are buried in chatter, and every loss.
+
+    python tools/smollm2.py                         makes the model
+    python experiments/run.py sums
+
+SmolLM2 as it is, without fine-tuning, is asked "What is 7 + 5?" and "Reply with the number alone.".
+Its likeliest answer is often right, a sampled one seldom. All arms learn from the same completions;
+a seed has its own. This file is the task, too: train.py --task experiments/sums.py
+"""
+
+import dataclasses
+import os
+import random
+import re
+
+import numpy as np
+from filelock import FileLock
+
+import eval as evaluation
+import train
+from data import load_task
+from engine.measures import interval_text
+from experiments.common import bars, compare, differences, name_of, spread, verdict
+
+FOLDER = "runs/smollm2/sums"
+SEEDS = 3  # of the rollouts and of their order in training
+RATES = (3e-6, 1e-5)
+ARMS = {
+    "base": {},
+    "TOPR": {"loss": "topr"},
+    "positives only": {"loss": "sft"},
+    "truncated importance sampling": {"loss": "tis"},
+    "DPO": {"loss": "dpo"},
+    "naive REINFORCE": {"loss": "reinforce"},
+    "TOPR, mean ratio": {"loss": "topr", "ratio": "mean"},
+    "TOPR, token ratio": {"loss": "topr", "ratio": "token"},
+}
+CLAIMS = {  # (which is ahead, of which): what the paper says
+    ("TOPR", "base"): "TOPR improves a pretrained model (Figures 1, 3)",
+    ("TOPR", "positives only"): "TOPR improves it more than positives only (Figure 4)",
+    ("base", "naive REINFORCE"): "Naive REINFORCE harms a pretrained model (Figures 1, 3)",
+    ("TOPR", "DPO"): "TOPR is ahead of DPO (Figures 1, 3)",
+    ("TOPR", "truncated importance sampling"):
+        "Right answers at full weight are better than all of them fading (Figure 7)",
+    ("TOPR", "TOPR, mean ratio"): "A ratio of the whole sequence, not its mean",
+    ("TOPR", "TOPR, token ratio"): "A ratio of the whole sequence, not each token's",
+}
+MEASURES = ("pass@1", "greedy", "invalid")
+PART = "held out"
+PANELS = 1
+
+
+# ---- the task ----
+
+SPLITS = {"train": slice(0, 128), "validation": slice(128, 188), "test": slice(188, 400)}
+ASK = "Reply with the number alone."
+
+
+def questions(split):
+    """256 sums and 144 products, in an order that is always the same."""
+    sums = [(f"{a} + {b}", a + b) for a in range(1, 17) for b in range(1, 17)]
+    products = [(f"{a} times {b}", a * b) for a in range(1, 13) for b in range(1, 13)]
+    rows = [{"id": text, "question": f"What is {text}?", "gold": str(gold)}
+            for text, gold in sums + products]
+    random.Random(0).shuffle(rows)
+    return rows[SPLITS[split]]
+
+
+def grade(question, completion):
+    """The last number of the completion counts."""
+    answer = next(reversed(re.findall("[0-9]+", completion)), None)
+    return answer, 1.0 if answer == question["gold"] else -1.0
+
+
+# ---- the finding ----
+
+
+def run(settings):
+    os.makedirs(FOLDER, exist_ok=True)
+    several = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
+    arms = {name: {**arm, "model": settings.pretrained} for name, arm in ARMS.items()}
+    arms = compare(several, run_arm, arms, RATES)
+    return {"arms": arms, "paired": differences(arms, [PART], CLAIMS)}
+
+
+def run_arm(seed, arm, rate, split):
+    """The measures of an arm; its completions are kept in its folder."""
+    task, method = load_task(__file__), {**arm, "model": f"seed{seed}"}
+    settings = train.Settings(**arm, samples=8, max_new_tokens=24, seed=seed, learning_rate=rate,
+                              rollouts=f"{FOLDER}/rollouts-{seed}.jsonl",
+                              out=f"{FOLDER}/{name_of(method, rate)}")
+    policy = settings.model
+    if rate:
+        with FileLock(f"{settings.rollouts}.lock"):  # all arms need the file
+            evaluation.sample_rollout_file(settings, task, policy, settings.rollouts)
+        train.train_once(settings)
+        policy = settings.out
+    task.questions = lambda _: questions(split)
+    values = evaluation.measure_once(settings, task, policy, split)
+    measures = {name: np.mean(values[name]) for name in MEASURES}
+    return {**measures, "score": measures["pass@1"], f"by question, {PART}": values["pass@1"]}
+
+
+def draw(result, ax):
+    bars(ax, result["arms"], MEASURES, ylabel="mean over questions")
+
+
+def claims(result):
+    for (one, other), claim in CLAIMS.items():
+        gain = result["paired"][PART][f"{one} minus {other}"]
+        at = [f"{name} {spread(result['arms'][name]['pass@1'])}" for name in (one, other)]
+        yield (f"{claim}: sums, 135 million weights",
+               f"pass@1 on held-out questions: {at[0]}, {at[1]}: {interval_text(gain, '+')}",
+               verdict(gain["low"] > 0))
