@@ -49,7 +49,7 @@ class Settings(Sampling):
     questions: int = setting(0, "number of questions (0: all, or 250 generated ones)", main=True)
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
-    greedy: bool = setting(True, "also answer each question once at temperature 0")
+    greedy: bool = setting(True, "also answer each test question once at temperature 0")
     server: str = setting("", "sample from a server with OpenAI's completions, such as "
                           "http://localhost:8000/v1; OPENAI_API_KEY holds its key, if any")
 
@@ -354,7 +354,7 @@ def main():
         policy = (None, load_tokenizer(settings.model)) if settings.server else load_model(
             settings.model, settings, device)
         values = evaluate(*policy, task, settings, settings.split, settings.questions,
-                          settings.out, settings.greedy)
+                          settings.out, settings.greedy and settings.split == "test")
     else:
         raise Problem("--model is needed: a directory or a hub name (train.py makes one)")
     say(report(values, settings.grade or settings.model))

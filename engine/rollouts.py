@@ -95,7 +95,8 @@ def parse_line(line, place, mapping=None, need_reward=True):
         if b"\\u" in line:  # it may spell half a surrogate pair, which is no text
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
-        raise Problem(f"{place}: not UTF-8 ({error.reason}): save the file as plain UTF-8")
+        raise Problem(f"{place}: not UTF-8 ({error.reason}): unpack the file, if it is compressed; "
+                      "save it as plain UTF-8")
     except (ValueError, RecursionError) as error:
         torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it)"
         raise Problem(f"{place}: not a JSON object: {error}{torn}")

@@ -33,8 +33,8 @@ def complete(tokenizer, questions, todo, settings, bar):
         try:
             return job, patiently(url, request(question, job[1], tokenizer, settings))
         except Problem as problem:
-            raise Problem(f"question {question['id']!r}: {problem}. What is finished is kept if "
-                          "--out is named: the same command asks for the rest")
+            raise Problem(f"question {question['id']!r}: {problem} (what is finished is kept if "
+                          "--out is named: the same command asks for the rest)")
 
     # Not an executor, whose threads would hold up Ctrl-C until the server answers.
     with ThreadPool(REQUESTS) as pool:

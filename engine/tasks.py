@@ -40,8 +40,9 @@ def make_task(name, source):
     optional = {key: getattr(source, key, default) for key, default in OPTIONAL.items()}
     if isinstance(optional["STOP"], str):
         optional["STOP"] = [optional["STOP"]]
-    if not all(isinstance(mark, str) for mark in optional["STOP"]):
-        raise Problem(f"{name}: STOP is {optional['STOP']!r}, not a list of strings")
+    stop = optional["STOP"]
+    if not isinstance(stop, list | tuple) or not all(isinstance(mark, str) for mark in stop):
+        raise Problem(f"{name}: STOP is {stop!r}, not a list of strings")
     grade = functools.partial(grade_checked, name, source.grade)
     return types.SimpleNamespace(name=name, questions=source.questions, grade=grade, **optional)
 
@@ -62,7 +63,8 @@ def one_line(what):
     except Problem:
         raise
     except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        *_, place = [frame for frame in traceback.extract_tb(error.__traceback__)
+                     if not frame.filename.startswith("<")]  # not Python's own importer
         raise Problem(f"{what}: {type(error).__name__}: {first_line(error)} "
                       f"({os.path.basename(place.filename)}, line {place.lineno})")
 

@@ -196,6 +196,9 @@ def test_measures_of_the_tasks_own(tiny, tmp_path):
     assert written["points"]["mean"] == 0.75 and "pass@1" not in result.stdout
     assert len(read_rollouts(tmp_path / "r-greedy.jsonl")) == 4
     assert all("." not in row["completion"] for row in read_rollouts(out))
+    in_process(ROOT / "eval.py", "--model", tiny, "--task", tmp_path / "task.py", "--samples", 2,
+               "--max-new-tokens", 9, "--split", "train", "--out", tmp_path / "train.jsonl")
+    assert not (tmp_path / "train-greedy.jsonl").exists()  # nobody measures questions to train on
     broken = tasks.make_task("t", load_task(str(tmp_path / "task.py")))
     for value, named in (("x", "t: measure or same_answer: ValueError"), (2.0, "from 0 to 1"),
                          (math.nan, "from 0 to 1")):

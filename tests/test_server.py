@@ -177,7 +177,7 @@ def test_a_server_that_is_down(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(server, "REQUESTS", 1)
     with Fake(lambda body: good(body) if next(answered) < 9 else (503, b"overloaded")) as fake:
         line = one_line(monkeypatch, capsys, tiny, fake.url, "--out", tmp_path / "r.jsonl")
-    assert "503: overloaded" in line and "What is finished is kept" in line
+    assert "503: overloaded" in line and "what is finished is kept" in line
     assert sum(len(path.read_text().splitlines()) for path in tmp_path.glob("*.part-*")) == 3
 
 

@@ -85,6 +85,8 @@ def prompts(task, tokenizer=None, count=0, **changes):
 
 @pytest.mark.parametrize("text, words", [
     ("x = 1", "has no function questions"), ("def questions(split): return []", "function grade"),
+    *((f"STOP = {stop}\n{TASK}{GRADE}'5', 1.0", f"STOP is {stop}, not a list") for stop in
+      ("5", "[5]", "None", "{'a': 1}")),
     ("def (", "cannot be imported: SyntaxError"), ("import nothing_like_this", "nothing_like"),
     ("raise SystemExit(3)", "cannot be imported: SystemExit"),
     (QUESTIONS + "return []", "no questions in split 'test'"),
@@ -107,7 +109,7 @@ def test_a_broken_task_is_one_line(write, text, words):
         prompts(task)
         task.grade({"id": "test-Leo-2-1"}, "text")
     message = str(problem.value)
-    assert path in message and words in message and "\n" not in message
+    assert path in message and words in message and not set("\n<>") & set(message)
 
 
 def test_unknown_names_are_one_line(tmp_path):
