@@ -31,6 +31,7 @@ from engine import mu, server
 from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
                            write_json, writing)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
+from engine.packing import make_policy
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
 from engine.rollouts import each_rollout, read_rollouts, short_hash, write_rollouts
 from engine.sampler import (Sampling, check_room, fingerprint, generate, load_model,
@@ -305,14 +306,14 @@ def finished_rows(out, questions, grade, sampling, samples):
 def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, bar):
     """Yields (question number, the fields of its completions), each question when it is done."""
     longest = check_room(model, questions, settings.max_new_tokens)
-    scorer, ends = mu.make_scorer(model, longest, settings.precision), end_tokens(model, tokenizer)
+    policy, ends = make_policy(model, settings.precision, longest), end_tokens(model, tokenizer)
     for number, completions in generate(model, tokenizer, questions, todo, settings, bar):
         question = questions[number]
         rows = [until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)
                 for tokens in completions]
         if with_logprobs:
             ids = [row["completion_ids"] for row in rows]
-            scores = mu.score(scorer, question["prompt_ids"], ids)
+            scores = mu.score(policy, question["prompt_ids"], ids)
             rows = [{**row, "logprobs": logprobs} for row, logprobs in zip(rows, scores)]
         yield number, rows
 

@@ -9,7 +9,6 @@ The loop is train(); what a command does in all is main() and job().
 """
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -22,11 +21,9 @@ import eval as evaluation
 import topr
 from data import apples, load_task
 from engine import advice, batches, losses, mu, optim, packing, run_folder
-from engine.common import (Problem, Stopped, parse, progress, run_main, say, setting,
-                           writing)
+from engine.common import Problem, Stopped, parse, progress, run_main, say, setting
 from engine.parallel import (barrier, from_first, gather, rank, replicate, shard, start_ranks,
                              world)
-from engine.rollouts import file_fingerprint
 from engine.sampler import Sampling, fingerprint, load_for_training
 
 
@@ -104,44 +101,43 @@ def train(settings, evaluate=None):
     evaluate(model) -> dict is called every settings.eval_every steps, and before and after.
     Returns the log, a dict for each step.
     """
-    device = start_ranks()
+    start_ranks()
     lock = run_folder.lock_folder(settings)
-    model, tokenizer, data, policy, loss_function, run = set_up(settings, device)
+    tokenizer, data, model, policy, loss_function, run = set_up(settings)
     optimizer = optim.make_optimizer(settings, model)
     log, first = run_folder.resume(settings, model, optimizer, run)
     steps = batches.steps_per_epoch(data) * settings.epochs
     steps = min(steps, settings.max_steps or steps)
     bar = progress(range(first, steps), steps, f"training ({settings.loss})", initial=first)
-    log_file, saved = run_folder.open_log(settings.out), time.time()
-    with log_file, writing(log_file.name), run_folder.catch_signals() as signals:
+    saved = time.time()
+    with run_folder.catch_signals() as signals:
         for step in bar:
             # Now and then a point of the learning curve; sampling turns checkpointing off.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
-                write_log(log, log_file, {"step": step, "measured": evaluate(model)})
+                run_folder.write_log(settings, log, {"step": step, "measured": evaluate(model)})
                 optim.checkpoint_layers(settings, model)
 
             # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
             start = time.time()
-            units, parts = backward(settings, policy, data, step, loss_function, device, signals)
-            if signals and data.ranks == 1:  # this step is given up
+            units, parts = backward(settings, policy, data, step, loss_function, model, signals)
+            if signals and world() == 1:  # this step is given up
                 stop(settings, model, optimizer, step, signals)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
                                                   settings.grad_clip or math.inf)
             norm = float(norm.full_tensor() if settings.shard else norm)
             if not math.isfinite(norm):
-                raise run_folder.broken_off(settings, step, f"the gradient norm is {norm}, of "
-                                            + batches.line_numbers(data, units.ravel()))
+                raise broken_off(data, step, units.ravel(), f"the gradient norm is {norm}")
 
             # The update.
             optim.update(settings, optimizer, step, steps)
-            optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
+            optimizer.zero_grad(set_to_none=world() == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
             everyone = gather((parts, signals, start - saved))  # of all ranks: all stop together
             metrics = step_metrics([theirs for theirs, *_ in everyone], data.mu is not None)
             numbers = [number for _, theirs, _ in everyone for number in theirs]
             seconds = time.time() - start
-            write_log(log, log_file, {
+            run_folder.write_log(settings, log, {
                 "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
@@ -154,21 +150,22 @@ def train(settings, evaluate=None):
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
                 saved = time.time()
         if evaluate and settings.eval_every:
-            write_log(log, log_file, {"step": steps, "measured": evaluate(model)})
+            run_folder.write_log(settings, log, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
     lock.release()
     return log
 
 
-def backward(settings, policy, data, step, loss_function, device, signals):
+def backward(settings, policy, data, step, loss_function, model, signals):
     """Adds the gradient of the rows of this step, which are the same for any number of ranks.
 
     Returns the rows, [rows, 1], or for DPO [pairs, 2], and the numbers of each forward pass.
     """
     units, parts = batches.step_units(settings, data, step), []
-    micro_batches = batches.micro_batches(settings, data, units, device)
+    heard = units[~data.silent[units[:, 0]]]  # the others have a part in N alone
+    micro_batches = batches.micro_batches(settings, data, heard, model)
     for number, batch in enumerate(micro_batches, 1):
-        if signals and data.ranks == 1:  # of many ranks, each waits for the others' step
+        if signals and world() == 1:  # of many ranks, each waits for the others' step
             break
         # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
         policy.require_backward_grad_sync = number == len(micro_batches)
@@ -177,16 +174,21 @@ def backward(settings, policy, data, step, loss_function, device, signals):
         # that DDP and FSDP take undoes that.
         try:
             loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask,
-                                        count=units.size / data.ranks)
+                                        count=units.size / world())
         except ValueError as error:  # log pi is NaN, say: the policy has diverged
-            lines = batches.line_numbers(data, batch.rows)
-            raise run_folder.broken_off(settings, step, f"{error}, of {lines}")
+            raise broken_off(data, step, batch.rows, error)
         loss.backward()
         stats["loss"] = loss  # one number; the others are [batch]
         parts.append({name: value.tolist() for name, value in stats.items()})
-    if data.check_mu and step == 0:
+    if data.mu_tolerance and step == 0:
         mu.check_fit(settings, data, sum((part["log_ratio"] for part in parts), []))
     return units, parts
+
+
+def broken_off(data, step, rows, why):
+    lines = ", ".join(str(data.rows[row].line) for row in rows[:64])
+    return Problem(f"step {step}: {why}, of lines {lines} of the rollout file; nothing was "
+                   "updated, and the last checkpoint stays")
 
 
 def stop(settings, model, optimizer, step, signals):
@@ -214,36 +216,29 @@ def step_metrics(ranks, has_mu):
     return metrics
 
 
-def write_log(log, log_file, entry):
-    line = json.dumps(entry, default=float)
-    log.append(json.loads(line))
-    log_file.write(line + "\n")
-
-
 # ---- before the first step: the model, the data, log mu, the loss ----
 
 
-def set_up(settings, device):
+def set_up(settings):
     """The model on one card, whole on each of many (DDP), or in shards (FSDP2); and the data."""
+    device = start_ranks()
     model, tokenizer = load_for_training(settings, device)
-    data = batches.read_data(settings, model, tokenizer, device)
+    data = batches.read_data(settings, model, tokenizer)
     weights = from_first(fingerprint(model) if rank() == 0 else None)
-    run = run_folder.describe_run(settings, data.fingerprint, weights)
+    run = run_folder.describe_run(settings, starting_weights=weights)
     run_folder.check_same_run(settings, run)
-    loss_function, needs_mu, silent = losses.make_loss(settings, data)
+    loss_function, needs_mu, data.silent = losses.make_loss(settings, data)
     optim.prepare_model(settings, model)
-    known, data.pack = from_first(rank() == 0 and packing.abilities(
-        model, data.lengths.max(), settings.precision, data.mask_dtype))
-    policy = packing.LogProbs(model, settings.precision, known)
+    policy = packing.make_policy(model, settings.precision, data.lengths.max())
+    data.packs = policy.packs
     if settings.shard:
         shard(policy, device, settings.precision)
-    source = mu.make_mu(settings, policy, data, device, needs_mu, weights)
-    data.silent = silent
+    source = mu.make_mu(settings, policy, data, needs_mu, weights)
     if world() > 1 and not settings.shard:
-        policy = replicate(policy, batches.filler_batch(data, device))
+        policy = replicate(policy, batches.empty_batch(device))
     say(*advice.before_the_first_step(settings, data), f"loss {settings.loss}, "
         f"{settings.sequences} completions a step, log mu {source}, results in {settings.out}")
-    return model, tokenizer, data, policy, loss_function, run
+    return tokenizer, data, model, policy, loss_function, run
 
 
 # ---- the whole job: a policy, its rollouts, training, and what came of it ----
@@ -308,8 +303,7 @@ def train_once(settings, evaluate=None):
     """The log of a run: made now, or kept from an earlier run of the same command."""
     if not from_first(run_folder.finished(settings.out)):
         return train(settings, evaluate)
-    run = run_folder.describe_run(settings, file_fingerprint(settings.rollouts))
-    run_folder.check_same_run(settings, run)
+    run_folder.check_same_run(settings, run_folder.describe_run(settings))
     say(f"{settings.out}: trained before, reusing it")
     return from_first(run_folder.read_log(settings.out))
 

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 import typing
 
 import numpy as np
@@ -16,12 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import topr
 from engine.common import Problem, say
-from engine.packing import completion_mask, dtype_of_compute, pack
+from engine.packing import completions_per_row, pack
 from engine.parallel import rank, world
-from engine.rollouts import each_rollout, file_fingerprint
+from engine.rollouts import each_rollout
 from engine.tokens import all_token_ids, end_token_of, is_foreign
 
-DEFAULT_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a forward pass; more is slower on a CPU
 PROMPT_GROUP = 4  # completions of a prompt that stay adjacent in the random order, to be packed
 CHECKED_ROWS = 64  # of a file, whose tokens are compared with their text
 
@@ -42,70 +40,52 @@ class Row:
 class Data:
     """A rollout file, and how the run goes through it."""
 
-    path: str
-    fingerprint: str
     rows: list
-    lengths: np.ndarray  # [rows], tokens of prompt and completion
-    rewards: np.ndarray  # [rows]
-    tokens_per_pass: int
-    mask_dtype: torch.dtype  # of the compute
-    model_width: int
-    units: np.ndarray = None  # [units, 1 or 2]: rows, or pairs of rows for DPO
-    units_per_step: int = 0
+    units: np.ndarray  # [units, 1 or 2]: rows, or pairs of rows for DPO
+    units_per_step: int
+    lengths: np.ndarray = None  # [rows], tokens of prompt and completion
+    rewards: np.ndarray = None  # [rows]
     silent: np.ndarray = None  # [rows]: True where the loss gives no gradient whatever pi is
     mu: list = None  # [rows] of [time], log mu of the run; None if it is not needed
-    check_mu: bool = False  # whether it is to fit the starting weights, at the first step
-    pack: bool = False  # several completions of a prompt in one row
-    ranks: int = 1
-    rank: int = 0
+    mu_tolerance: float = None  # within which it must fit the starting weights, if it must
+    packs: bool = False  # several completions of a prompt in one row of a forward pass
 
 
 # ---- reading ----
 
 
-def read_data(settings, model, tokenizer, device):
+def read_data(settings, model, tokenizer):
     """The rollout file, checked before any weight moves."""
-    config, path = model.config.get_text_config(), settings.rollouts
-    rows, prompts = [], {}
-    for line, row, prompt, completion in each_tokenized(settings, model, tokenizer):
-        fault = find_fault(prompt, completion, config)
-        if row.get("split") == "test":
-            fault = "a question of the test split: sample rollouts with eval.py --split train"
-        if fault is None and len(rows) < CHECKED_ROWS and is_foreign(row, tokenizer):
-            fault = f"its completion_ids do not decode to its completion. {TEXT_ALONE}"
-        if fault:
-            raise Problem(f"{path}:{line}: {fault}")
-        prompt, mu = tuple(prompt), row.get("logprobs")
-        rows.append(Row(line, row["id"], row["reward"], prompts.setdefault(prompt, prompt),
-                        np.array(completion, np.int32), np.array(mu, np.float32) if mu else None))
-    data = Data(
-        path=path, fingerprint=file_fingerprint(path), rows=rows,
-        lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
-        rewards=np.array([row.reward for row in rows]),
-        tokens_per_pass=settings.tokens_per_pass or DEFAULT_TOKENS.get(device.type, 16384),
-        mask_dtype=dtype_of_compute(model, settings.precision),
-        model_width=config.hidden_size, ranks=world(), rank=rank())
-    make_units(settings, data)
-    return data
-
-
-def each_tokenized(settings, model, tokenizer):
-    """Yields (line, row, its prompt's tokens, its completion's); tokenizers like many texts."""
-    end_token = end_token_of(model, tokenizer)
+    config, end_token = model.config.get_text_config(), end_token_of(model, tokenizer)
     rollouts = each_rollout(settings.rollouts, settings.map_rewards)
-    while chunk := list(itertools.islice(rollouts, 1024)):
+    rows, prompts = [], {}
+    while chunk := list(itertools.islice(rollouts, 1024)):  # tokenizers like many texts
         tokens = all_token_ids([row for _, row in chunk], tokenizer, end_token)
         for (line, row), (prompt, completion) in zip(chunk, tokens):
-            yield line, row, prompt, completion
+            fault = find_fault(row, prompt, completion, config)
+            if fault is None and len(rows) < CHECKED_ROWS and is_foreign(row, tokenizer):
+                fault = f"its completion_ids do not decode to its completion. {TEXT_ALONE}"
+            if fault:
+                raise Problem(f"{settings.rollouts}:{line}: {fault}")
+            prompt, mu = tuple(prompt), row.get("logprobs")
+            rows.append(Row(
+                line, row["id"], row["reward"], prompts.setdefault(prompt, prompt),
+                np.array(completion, np.int32), np.array(mu, np.float32) if mu else None))
+    units = make_units(settings, rows)
+    return Data(rows, units, max(1, settings.sequences // units.shape[1]),
+                lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
+                rewards=np.array([row.reward for row in rows]))
 
 
 TEXT_ALONE = ("Was this file written with another model? Without prompt_ids, completion_ids and "
               "logprobs the text alone counts")
 
 
-def find_fault(prompt, completion, config):
-    """What is wrong with a row's tokens, or None."""
+def find_fault(row, prompt, completion, config):
+    """What is wrong with a row or its tokens, or None."""
     room = getattr(config, "max_position_embeddings", None) or math.inf
+    if row.get("split") == "test":
+        return "a question of the test split: sample rollouts with eval.py --split train"
     if not prompt:
         return "the prompt has no tokens: the first completion token has nothing before it"
     if not completion:
@@ -117,26 +97,21 @@ def find_fault(prompt, completion, config):
                 f"model's {room}: remove the line")
 
 
-def make_units(settings, data):
+def make_units(settings, rows):
     """What the order shuffles: rows, those that Anna Karenina keeps, or pairs of rows for DPO."""
-    rows = [{"row": number, "id": (row.question, row.prompt), "reward": row.reward}
-            for number, row in enumerate(data.rows)]
+    kept = [{"row": number, "id": (row.question, row.prompt), "reward": row.reward}
+            for number, row in enumerate(rows)]
     if settings.anna_karenina:
-        rows = topr.anna_karenina(rows)
-        say(f"Anna Karenina sampling keeps {len(rows):,} of {len(data.rows):,} completions")
-    data.units = np.array([row["row"] for row in rows])[:, None]  # [units, 1]
-    if settings.loss == "dpo":
-        pairs = topr.preference_pairs(rows)
-        if not pairs:
-            raise Problem(f"{data.path}: dpo needs questions with both a correct and a wrong "
-                          "completion; there is none")
-        data.units = data.units[np.array(pairs), 0]  # [units, 2]
-    data.units_per_step = max(1, settings.sequences // data.units.shape[1])
-    data.silent = np.zeros(len(data.rows), bool)
-
-
-def line_numbers(data, rows):
-    return f"{data.path}, lines {', '.join(str(data.rows[row].line) for row in rows[:64])}"
+        kept = topr.anna_karenina(kept)
+        say(f"Anna Karenina sampling keeps {len(kept):,} of {len(rows):,} completions")
+    numbers = np.array([row["row"] for row in kept])
+    if settings.loss != "dpo":
+        return numbers[:, None]  # [units, 1]
+    pairs = topr.preference_pairs(kept)
+    if not pairs:
+        raise Problem(f"{settings.rollouts}: dpo needs questions with both a correct and a wrong "
+                      "completion; there is none")
+    return numbers[np.array(pairs)]  # [units, 2]
 
 
 # ---- the rows of a step ----
@@ -152,32 +127,28 @@ def step_units(settings, data, step):
     The last step of an epoch may be smaller.
     """
     epoch, step = divmod(step, steps_per_epoch(data))
-    order = epoch_order(data, settings.seed, epoch)
-    return data.units[order[step * data.units_per_step : (step + 1) * data.units_per_step]]
+    units = epoch_units(data, settings.seed, epoch)
+    return units[step * data.units_per_step : (step + 1) * data.units_per_step]
 
 
 @functools.lru_cache(maxsize=1)
-def epoch_order(data, seed, epoch):
-    """A random order of the units in which up to PROMPT_GROUP rows of one prompt are adjacent."""
+def epoch_units(data, seed, epoch):
+    """All units in a random order in which up to PROMPT_GROUP rows of one prompt are adjacent."""
     random = np.random.default_rng([seed, epoch])
     size, groups = max(1, PROMPT_GROUP // data.units.shape[1]), []
-    for units in by_prompt(data, random.permutation(len(data.units)), data.units[:, 0]):
+    for units in by_prompt(data, data.units[random.permutation(len(data.units))]):
         groups += [units[start : start + size] for start in range(0, len(units), size)]
-    shuffled = [None] * len(groups)
-    for group, place in zip(groups, random.permutation(len(groups))):
-        shuffled[place] = group
-    return np.concatenate(shuffled)  # [units]
+    places = random.permutation(len(groups))  # of each group
+    return np.concatenate([groups[number] for number in places.argsort()])
 
 
-def by_prompt(data, items, first_rows):
-    """Lists of the items whose prompt is the same, in an order of the prompts that never changes.
-
-    first_rows[item]: a row of the item.
-    """
+def by_prompt(data, units):
+    """The units of each prompt, in an order of the prompts that never changes."""
     groups = {}
-    for item in items:
-        groups.setdefault(data.rows[first_rows[item]].prompt, []).append(item)
-    return [groups[prompt] for prompt in sorted(groups, key=hash)]  # of numbers: no random hash
+    for unit in units:
+        groups.setdefault(data.rows[unit[0]].prompt, []).append(unit)
+    # A prompt is numbers, whose hash is the same in every process.
+    return [np.stack(groups[prompt]) for prompt in sorted(groups, key=hash)]
 
 
 # ---- forward passes ----
@@ -193,87 +164,70 @@ class MicroBatch(typing.NamedTuple):
     reward: torch.Tensor  # [batch]
 
 
-def micro_batches(settings, data, units, device):
+def micro_batches(settings, data, units, model):
     """This rank's forward passes for some units.
 
-    Silent units are left out: they have a part in N, and in nothing else. The others become
-    bundles, which are dealt out to the ranks by length. Sharded ranks must run equally many passes,
-    and each rank at least one under DDP: a rank that has fewer gets filler passes, without any
-    sequence.
+    The units become bundles, which are dealt out to the ranks by length. All ranks run equally many
+    passes, for shards are gathered and gradients exchanged together: a rank that has fewer gets
+    passes without any sequence.
     """
-    bundles = make_bundles(data, units[~data.silent[units[:, 0]]])
-    passes = []  # of each rank, a list of lists of bundles
-    for number in range(data.ranks):
-        passes.append([])
-        taken = longest = 0
-        for height, length, rows in bundles[number :: data.ranks]:
-            if not passes[number] or (taken + height) * longest > data.tokens_per_pass:
-                passes[number].append([])
-                taken, longest = 0, length  # the longest bundle comes first
-            passes[number][-1].append(rows)
-            taken += height
-    mine = [make_batch(data, bundles, device) for bundles in passes[data.rank]]
-    wanted = max(1, *map(len, passes)) if settings.shard else 1
-    while len(mine) < wanted:
-        mine.append(filler_batch(data, device))
+    limit = settings.tokens_per_pass or (1024 if model.device.type == "cpu" else 16384)
+    bundles = make_bundles(data, units, limit, model.config.get_text_config().hidden_size)
+    passes = [deal_out(bundles[number :: world()], limit) for number in range(world())]
+    mine = [make_batch(data, bundles, model.device) for bundles in passes[rank()]]
+    while len(mine) < max(1, *map(len, passes)):
+        mine.append(empty_batch(model.device))
     return mine
 
 
-def make_bundles(data, units):
-    """(rows in a pass, tokens in each, rows of the file), the longest first: a unit, or several
-    that share a prompt and are packed into one row."""
-    if not data.pack:
-        bundles = [(len(unit), data.lengths[unit].max(), unit) for unit in units]
-    else:
-        bundles = []
-        for group in by_prompt(data, range(len(units)), units[:, 0]):
-            group = units[group]  # [units of this prompt, 1 or 2]
-            prompt = len(data.rows[group[0, 0]].prompt)
+def make_bundles(data, units, limit, width):
+    """[(tokens in a row, bundle)], the longest first. A bundle is what stays together, [rows in a
+    forward pass, completions in each]: a unit, or several that are packed into one row."""
+    bundles = []
+    for group in by_prompt(data, units):  # [units of this prompt, 1 or 2]
+        prompt = len(data.rows[group[0, 0]].prompt)
+        parts = len(group)
+        if data.packs:
             completion = data.lengths[group].mean() - prompt
-            most = min(units.size // data.ranks, group.size,
-                       int(data.tokens_per_pass // (prompt + completion)))
-            fit = completions_per_row(prompt, completion, most, data.model_width)
+            most = min(units.size // world(), group.size, int(limit // (prompt + completion)))
+            fit = completions_per_row(prompt, completion, most, width)
             parts = math.ceil(len(group) / max(1, fit // group.shape[1]))
-            for part in np.array_split(group, parts):
-                rows = part.ravel()
-                bundles.append((1, prompt + (data.lengths[rows] - prompt).sum(), rows))
-    return sorted(bundles, key=operator.itemgetter(1), reverse=True)
+        for part in np.array_split(group, parts):
+            bundle = part.reshape(1, -1) if data.packs else part.reshape(-1, 1)
+            length = prompt + (data.lengths[bundle] - prompt).sum(1).max()
+            bundles.append((length, bundle))
+    return sorted(bundles, key=lambda bundle: bundle[0], reverse=True)
 
 
-def completions_per_row(prompt, completion, most, width):
-    """How many completions behind one prompt cost least, given the lengths of both and the model's
-    width.
-
-    Packing saves prompt tokens, but attention computes all pairs of a row, masked ones too. In a
-    layer a token takes 24 width^2 operations in the matrices, a pair 4 width: 6 width pairs cost as
-    much as a token.
-    """
-    best, least = 1, math.inf
-    for n in range(1, most + 1):
-        cost = (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n
-        if cost < least:
-            best, least = n, cost
-    return best
+def deal_out(bundles, limit):
+    """Forward passes of at most `limit` tokens, padding included: a list of bundles for each."""
+    passes, room = [], 0
+    for length, bundle in bundles:
+        if len(bundle) > room:
+            passes.append([])
+            room = limit // length  # in rows as long as the first one, which is the longest
+        passes[-1].append(bundle)
+        room -= len(bundle)
+    return passes
 
 
 def make_batch(data, bundles, device):
-    numbers, layout = np.concatenate(bundles), []
+    rows, layout = np.concatenate([bundle.ravel() for bundle in bundles]), []
     for bundle in bundles:
-        prompt = data.rows[bundle[0]].prompt
-        completions = [data.rows[number].completion for number in bundle]
-        layout += [(prompt, completions)] if data.pack else [(prompt, [c]) for c in completions]
-    mask = completion_mask([data.rows[number].completion for number in numbers], device)
+        prompt = data.rows[bundle[0, 0]].prompt
+        layout += [(prompt, [data.rows[row].completion for row in line]) for line in bundle]
+    packed, mask = pack(layout, device)
     mu_logp = None
     if data.mu is not None:
-        values = [torch.from_numpy(data.mu[number]) for number in numbers]
+        values = [torch.from_numpy(data.mu[row]) for row in rows]
         mu_logp = pad_sequence(values, batch_first=True).to(device)  # [batch, time]
-    reward = torch.tensor(data.rewards[numbers], dtype=torch.float32, device=device)
-    return MicroBatch(numbers, pack(layout, device, data.mask_dtype), mask, mu_logp, reward)
+    reward = torch.tensor(data.rewards[rows], dtype=torch.float32, device=device)
+    return MicroBatch(rows, packed, mask, mu_logp, reward)
 
 
-def filler_batch(data, device):
+def empty_batch(device):
     """A forward pass without any sequence, whose gradients are 0."""
-    batch = make_batch(data, data.units[:1], device)
-    packed = {**batch.packed, "mask": torch.zeros_like(batch.packed["mask"])}
-    mu_logp = None if batch.mu_logp is None else batch.mu_logp[:0]
-    return MicroBatch(batch.rows[:0], packed, batch.mask[:0], mu_logp, batch.reward[:0])
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    nothing = torch.zeros(0, 1, device=device)  # [no sequence, time]
+    packed = {"ids": ids, "mask": ids > 0}
+    return MicroBatch(np.array([], int), packed, nothing > 0, nothing, nothing[:, 0])

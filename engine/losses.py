@@ -24,7 +24,7 @@ def make_loss(settings, data):
     """(loss_function(logp, mu_logp, reward, mask, count=N) -> (loss, stats), whether it needs mu,
     for which rows it is silent: it gives them no gradient, whatever pi is)"""
     if settings.loss in OTHERS:
-        return OTHERS[settings.loss], True, data.silent
+        return OTHERS[settings.loss], True, np.zeros(len(data.rows), bool)
     rewards, baseline = data.rewards[data.units], settings.baseline
     taper = topr.TAPERS[settings.loss]
     if settings.ratio:

@@ -32,10 +32,9 @@ def prepare_model(settings, model):
 def checkpoint_layers(settings, model):
     """Switches gradient checkpointing on; eval() switches it off again."""
     if settings.gradient_checkpointing:
-        if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 on
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True  # transformers checkpoints layers only in training mode
@@ -51,40 +50,26 @@ def make_optimizer(settings, model):
         + f" = {factor} / sqrt(weights)" * (not settings.learning_rate))
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
         optimizer = torch.optim.AdamW(weights, rate, fused=True, weight_decay=0)
-        for p in weights:
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device),  # fused: on the device
-                                  "exp_avg": torch.zeros_like(p, dtype=torch.float32),
-                                  "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
-        return optimizer
-    return make_adafactor(weights, rate)
+    else:
+        from transformers.optimization import Adafactor
 
-
-def make_adafactor(weights, rate):
-    from transformers.optimization import Adafactor
-
-    optimizer = Adafactor(weights, rate, scale_parameter=False, relative_step=False,
-                          warmup_init=False)
+        optimizer = Adafactor(weights, rate, scale_parameter=False, relative_step=False,
+                              warmup_init=False)
     for p in weights:
-        zeros = torch.zeros_like(p, dtype=torch.float32)
-        state = {"step": 0, "RMS": torch.zeros((), device=p.device)}
-        if p.ndim > 1:
-            state["exp_avg_sq_row"] = mean_over(zeros, -1)
-            state["exp_avg_sq_col"] = mean_over(zeros, -2)
-        else:
-            state["exp_avg_sq"] = zeros
-        optimizer.state[p] = state
+        optimizer.state[p] = first_state(settings, p)
     return optimizer
 
 
-def mean_over(tensor, axis):
-    """The mean; that of a sharded tensor over the sharded axis is whole on every rank."""
-    mean = tensor.mean(axis)
-    if not is_sharded(mean):
-        return mean
-    from torch.distributed.tensor import Replicate
-
-    placements = [Replicate() if part.is_partial() else part for part in mean.placements]
-    return mean.redistribute(placements=placements)
+def first_state(settings, p):
+    """What the optimizer would make in its first step, but in float32, and in shards like p."""
+    zeros = torch.zeros_like(p, dtype=torch.float32)
+    if settings.optimizer == "adamw":  # fused: its step is on the device
+        return {"step": torch.zeros((), device=p.device), "exp_avg": zeros,
+                "exp_avg_sq": zeros.clone()}
+    if p.ndim == 1:
+        return {"step": 0, "exp_avg_sq": zeros}
+    return {"step": 0, "exp_avg_sq_row": zeros[..., 0].clone(),
+            "exp_avg_sq_col": zeros[..., 0, :].clone()}
 
 
 @torch.no_grad()

@@ -2,15 +2,16 @@
 
 import math
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import topr
+from engine.parallel import from_first, rank
 
 
-def pack(layout, device=None, mask_dtype=None):
-    """Arguments of completion_logprobs for rows of (prompt, its completions), tokens each.
+def pack(rows, device):
+    """(arguments of completion_logprobs, [batch, time]: which tokens each completion has) for rows
+    of (prompt, its completions), tokens each.
 
         ids       prompt prompt prompt | first first | second second second
         position       0      1      2 |     3     4 |      3      4      5
@@ -18,58 +19,50 @@ def pack(layout, device=None, mask_dtype=None):
 
     A completion sees the prompt and itself, at the positions that it has alone; its first token is
     predicted from the prompt's last. Rows of one completion each need no more than ids and mask.
-    Padded on the right. mask_dtype: additive attention mask in this type, else a boolean one.
+    Padded on the right.
     """
-    rows = []
-    for prompt, completions in layout:
-        sizes = np.array([len(prompt), *map(len, completions)])
-        part = np.repeat(np.arange(len(sizes)), sizes)  # [time]
-        place = np.arange(len(part))  # [time]
-        inside = place - (sizes.cumsum() - sizes)[part]  # place in its own part  [time]
-        position = inside + len(prompt) * (part > 0)  # [time]
-        previous = np.where((inside == 0) & (part > 0), len(prompt) - 1, place - 1)  # [time]
-        ids = np.concatenate([prompt, *completions])  # [time]
-        rows.append(torch.tensor(np.stack([ids, position, previous, part], 1)))  # [time, 4]
-    padded = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)  # [rows, time, 4]
+    tables, lengths = [], []
+    for prompt, completions in rows:
+        end = len(prompt)
+        ids, part, position = list(prompt), [0] * end, list(range(end))
+        previous = list(range(-1, end - 1))
+        for number, completion in enumerate(completions, 1):
+            size = len(completion)
+            previous += [end - 1, *range(len(ids), len(ids) + size - 1)]
+            position += range(end, end + size)
+            part += [number] * size
+            ids += list(completion)
+            lengths.append(size)
+        tables.append(torch.tensor([ids, position, previous, part]).T)  # [time, 4]
+    padded = pad_sequence(tables, batch_first=True, padding_value=-1).to(device)
     ids, position, previous = padded[..., :3].clamp(min=0).unbind(-1)  # each [rows, time]
     part = padded[..., 3]  # [rows, time], -1 at padding
     packed = {"ids": ids, "mask": part > 0}
     if part.max() > 1:
         visible = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-        attention = visible.tril()[:, None]  # [rows, 1, time, time]
-        if mask_dtype:  # a boolean one would be converted, and kept, in every layer
-            hidden = torch.zeros(attention.shape, dtype=mask_dtype, device=device)
-            attention = hidden.masked_fill(~attention, -math.inf)
-        packed |= {"position_ids": position, "previous": previous, "attention_mask": attention}
-    return packed
-
-
-def completion_mask(completions, device):
-    """[batch, time]: True at the tokens of each completion, False at its padding."""
-    lengths = torch.tensor([len(tokens) for tokens in completions], device=device)  # [batch]
-    return torch.arange(lengths.max(), device=device) < lengths[:, None]
-
-
-def dtype_of_compute(model, precision):
-    """What the model's attention computes in, and so the dtype of its additive mask."""
-    return torch.bfloat16 if precision == "bfloat16" else model.dtype
+        packed |= {"position_ids": position, "previous": previous,
+                   "attention_mask": visible.tril()[:, None]}  # [rows, 1, time, time]
+    lengths = torch.tensor(lengths, device=device)  # [batch]
+    return packed, torch.arange(lengths.max(), device=device) < lengths[:, None]
 
 
 class LogProbs(torch.nn.Module):
-    """The policy as a module, because DDP and FSDP hook forward(): log pi of the completions.
-
-    packed: arguments of completion_logprobs, often with several completions behind one prompt.
-    mask: [batch, time] -> [batch, time], a row for each completion
-    """
+    """The policy as a module, because DDP and FSDP hook forward(): log pi of the completions."""
 
     def __init__(self, model, precision="float32", head_is_known=True):
         super().__init__()
         self.model = model
-        self.bfloat16 = precision == "bfloat16"
-        self.head_is_known = head_is_known
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else model.dtype  # of the compute
+        self.autocasts = precision == "bfloat16"
+        self.head_is_known, self.packs = head_is_known, False
 
     def forward(self, packed, mask):
-        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.bfloat16):
+        """packed and mask: as pack returns them -> [batch, time], a row for each completion"""
+        if "attention_mask" in packed:  # a boolean one would be converted, and kept, in every layer
+            visible = packed["attention_mask"]
+            hidden = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+            packed = {**packed, "attention_mask": hidden.masked_fill(~visible, -math.inf)}
+        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.autocasts):
             if self.head_is_known:
                 logp = topr.completion_logprobs(self.model, **packed)  # [rows, time of a row]
             else:  # then nothing is packed
@@ -77,6 +70,19 @@ class LogProbs(torch.nn.Module):
                 logp = topr.token_logprobs(logits, packed["ids"])  # [batch, time of a row]
         empty = torch.zeros(mask.shape, device=mask.device)
         return empty.masked_scatter(mask, logp[packed["mask"]])  # [batch, time]
+
+
+# ---- what a model can do ----
+
+
+def make_policy(model, precision, longest):
+    """The policy, after trying what its model can do.
+
+    longest: tokens of the longest sequence. In shards the first rank alone has the weights to try.
+    """
+    policy = LogProbs(model, precision)
+    policy.head_is_known, policy.packs = from_first(rank() == 0 and abilities(policy, longest))
+    return policy
 
 
 @torch.no_grad()
@@ -92,14 +98,14 @@ def head_is_known(model):
 
 
 @torch.no_grad()
-def abilities(model, longest, precision, mask_dtype):
+def abilities(policy, longest):
     """(whether its head is known, whether completions can be packed behind one prompt).
 
     The second is tried, too: are log-probs of packed completions those that they have alone? A
     model that keeps a state, or counts positions its own way, gives others, and our mask would hide
     a sliding window that is shorter than the longest sequence.
     """
-    config = model.config.get_text_config()
+    model, config = policy.model, policy.model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or longest
     known = head_is_known(model)
     if not known or longest > window or model.config._attn_implementation != "sdpa":
@@ -109,13 +115,25 @@ def abilities(model, longest, precision, mask_dtype):
     completions, others = draws[:16], draws[16:]
     others[::2] = completions[::2]  # every second one is the same, among other neighbours
     layouts = [(prompt, completions)], [(prompt, others)], [(prompt, [c]) for c in completions]
-    mask = torch.ones(16, 4, dtype=torch.bool, device=model.device)
-    policy = LogProbs(model, precision)
     try:
-        packed, elsewhere, alone = (policy(pack(layout, model.device, mask_dtype), mask)[::2]
-                                    for layout in layouts)  # [8, 4]
+        packed, elsewhere, alone = (policy(*pack(layout, model.device))[::2]
+                                    for layout in layouts)  # each [8, 4]
     except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
         return known, False
-    tolerance = 1e-4 if mask_dtype == torch.float32 else 0.1
     leaks = (packed - elsewhere).abs().max() > 1e-6  # rounding in bfloat16 would hide a leak
+    tolerance = 1e-4 if policy.dtype == torch.float32 else 0.1
     return known, not leaks and (packed - alone).abs().mean().item() < tolerance
+
+
+def completions_per_row(prompt, completion, most, width):
+    """How many completions behind one prompt cost least, given the lengths of both and the model's
+    width.
+
+    Packing saves prompt tokens, but attention computes all pairs of a row, masked ones too. In a
+    layer a token takes 24 width^2 operations in the matrices, a pair 4 width: 6 width pairs cost as
+    much as a token.
+    """
+    def cost(n):
+        return (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n
+
+    return min(range(1, most + 1), key=cost, default=1)

@@ -67,12 +67,8 @@ def gather_on_first(value):
 
 
 def from_first(value):
-    """The first rank's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    message = [value if rank() == 0 else None]
-    dist.broadcast_object_list(message)
-    return message[0]
+    """The first rank's value, on every rank; a small one."""
+    return gather(value)[0]
 
 
 # ---- one model on many ranks: DDP, or shards (FSDP2) ----
@@ -113,14 +109,14 @@ def shard(policy, device, precision):
     The first rank holds the weights (see load_on_first_rank) and sends each tensor's parts.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     full = policy.state_dict() if rank() == 0 else {}
     mesh = init_device_mesh(device.type, (world(),))
-    mixed = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    if precision == "bfloat16":  # layers are gathered in bfloat16: half the traffic, no copies
-        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Layers are gathered in bfloat16, if they compute in it: half the traffic, no copies.
+    gathered = torch.bfloat16 if precision == "bfloat16" else None
+    mixed = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
     kinds = policy.model._no_split_modules or ()
     layers = [module for module in policy.modules() if type(module).__name__ in kinds]
     for module in (*reversed(layers), policy):  # inner ones first; the policy holds the rest

@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout  # a requirement of torch
 
 from engine import lora
 from engine.common import Problem, first_line, read_json, say, whole_file, write_json, writing
-from engine.parallel import barrier, from_first, is_sharded, rank, whole_weights
+from engine.parallel import barrier, from_first, rank, whole_weights
+from engine.rollouts import file_fingerprint
 
 
 # ---- one run at a time ----
@@ -36,15 +37,12 @@ def prepare_folder(settings):
         os.makedirs(out, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
-    rounds = read_json(f"{out}/run.json")["rounds"] if finished(out) else settings.rounds
-    if rounds != settings.rounds:
-        raise Problem(f"{out} holds {rounds} round(s): use another --out; --model {out} goes on "
-                      "from there")
+    check_same_run(settings, {"rounds": settings.rounds})
 
 
 def lock_folder(settings):
     """Makes the folder; the lock that is returned holds until its release or the process's end."""
-    lock = FileLock(os.path.join(settings.out, ".lock"))
+    lock = FileLock(f"{settings.out}/.lock")
     if rank() == 0:
         try:
             prepare_folder(settings)
@@ -78,19 +76,17 @@ def catch_signals():
 # ---- one command a folder ----
 
 
-def describe_run(settings, file_fingerprint, model_fingerprint=None):
-    """What makes a run this one: its settings, but for those that change no result."""
+def describe_run(settings, **weights):
+    """What makes a run this one: its settings, but for those that change no result, and files."""
     fixed = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
              if not field.metadata["free"]}
-    weights = {"weights of the model": model_fingerprint} if model_fingerprint else {}
-    return {**fixed, "file": file_fingerprint, **weights}
+    return {**fixed, "file": file_fingerprint(settings.rollouts), **weights}
 
 
 def check_same_run(settings, run):
     """A folder belongs to one command: another one is refused, naming what differs."""
-    path = os.path.join(settings.out, "run.json")
-    if os.path.exists(path) and (checkpoints(settings.out) or finished(settings.out)):
-        before = read_json(path)
+    if checkpoints(settings.out) or finished(settings.out):
+        before = read_json(f"{settings.out}/run.json")
         differ = [f"{name} was {before.get(name)!r} and is {now!r}" for name, now in run.items()
                   if before.get(name, now) != now]
         if differ:
@@ -99,17 +95,26 @@ def check_same_run(settings, run):
 
 
 def finished(folder):
-    path = os.path.join(folder, "run.json")
-    return os.path.exists(path) and bool(read_json(path).get("finished"))
+    path = f"{folder}/run.json"
+    return os.path.exists(path) and "finished" in read_json(path)
+
+
+# ---- the log ----
 
 
 def read_log(folder):
-    path = os.path.join(folder, "log.jsonl")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
-    except (OSError, ValueError) as error:
-        raise Problem(f"{path}: cannot be read: {error}. Remove {folder} to start anew")
+    with open(f"{folder}/log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]  # the last may be torn
+
+
+def write_log(settings, log, entry):
+    """Adds a line to the log, and to its file."""
+    line = json.dumps(entry, default=float)
+    log.append(json.loads(line))
+    if rank() == 0:
+        path = f"{settings.out}/log.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 # ---- checkpoints ----
@@ -117,13 +122,7 @@ def read_log(folder):
 
 def checkpoints(folder):
     """Complete checkpoints, the newest last."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 8)))
-
-
-def broken_off(settings, step, why):
-    paths = checkpoints(settings.out)
-    last = f"the last checkpoint is {paths[-1]}" if paths else "there is no checkpoint"
-    return Problem(f"step {step}: {why}; nothing was updated, {last}")
+    return sorted(glob.glob(f"{glob.escape(folder)}/checkpoint-{'[0-9]' * 8}"))
 
 
 def run_tensors(model, optimizer):
@@ -132,9 +131,9 @@ def run_tensors(model, optimizer):
     for name, p in model.named_parameters():
         if p.requires_grad:
             tensors[name] = p
-        for key, value in optimizer.state.get(p, {}).items():
-            if torch.is_tensor(value) and value.ndim > 0:  # numbers follow from the step
-                tensors[f"{key} of {name}"] = value
+            for key, value in optimizer.state[p].items():
+                if torch.is_tensor(value) and value.ndim:  # numbers follow from the step
+                    tensors[f"{key} of {name}"] = value
     return tensors
 
 
@@ -142,21 +141,19 @@ def save_checkpoint(settings, model, optimizer, step):
     """Written beside and renamed: complete or not there."""
     import torch.distributed.checkpoint as dcp  # takes a second, and most commands need none
 
-    path = os.path.join(settings.out, f"checkpoint-{step:08}")
-    beside = path + ".part"
-    older = checkpoints(settings.out)
+    path = f"{settings.out}/checkpoint-{step:08}"
+    beside, older = path + ".part", checkpoints(settings.out)
     if from_first(path in older):  # a signal came just after it was made
         return
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()
     errors = (OSError, RuntimeError, dcp.api.CheckpointException)
-    with writing(path, errors), quiet():  # safetensors: DCP's own format holds pickles
-        dcp.save(run_tensors(model, optimizer),
+    with writing(path, errors), warnings.catch_warnings(action="ignore"):  # of a single process
+        dcp.save(run_tensors(model, optimizer),  # as safetensors: DCP's own format holds pickles
                  storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True))
     if rank() == 0:
         with writing(path):
-            write_json(os.path.join(beside, "step.json"), {"step": step})
             os.rename(beside, path)
         for old in older:
             shutil.rmtree(old)
@@ -172,10 +169,10 @@ def resume(settings, model, optimizer, run):
         log = [entry for entry in read_log(settings.out) if entry["step"] < step]
         say(f"{settings.out}: going on from step {step}")
     if rank() == 0:
-        write_json(os.path.join(settings.out, "run.json"), run)
-        for half in glob.glob(os.path.join(glob.escape(settings.out), "checkpoint-*.part")):
+        write_json(f"{settings.out}/run.json", run)
+        for half in glob.glob(f"{glob.escape(settings.out)}/checkpoint-*.part"):
             shutil.rmtree(half)
-        with whole_file(os.path.join(settings.out, "log.jsonl")) as file:
+        with whole_file(f"{settings.out}/log.jsonl") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in log)
     barrier()
     return log, step
@@ -186,39 +183,23 @@ def load_checkpoint(path, model, optimizer):
     import torch.distributed.checkpoint as dcp
 
     try:
-        step = read_json(os.path.join(path, "step.json"))["step"]
-        with quiet(), torch.no_grad():
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             dcp.load(run_tensors(model, optimizer),
                      storage_reader=dcp.HuggingFaceStorageReader(path))
     except (Exception, dcp.api.CheckpointException) as error:  # many kinds; for the user one
         raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from the "
                       "beginning")
+    step = int(path.rpartition("-")[2])
     for state in optimizer.state.values():
-        is_tensor = torch.is_tensor(state["step"])
-        state["step"] = torch.full_like(state["step"], step) if is_tensor else step
+        state["step"] += step  # a number or a tensor, and 0 until now
     return step
-
-
-def open_log(folder):
-    """The file that takes a line a step; only the first rank's is real."""
-    path = os.path.join(folder, "log.jsonl") if rank() == 0 else os.devnull
-    return open(path, "a", encoding="utf-8", buffering=1)
-
-
-@contextlib.contextmanager
-def quiet():
-    """torch warns that one process saves alone, which is what is meant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def save_policy(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens; the checkpoints are removed."""
     from transformers import GenerationConfig
 
-    sharded = any(map(is_sharded, model.parameters()))
-    weights = whole_weights(model) if sharded or settings.lora else None
+    weights = whole_weights(model) if settings.shard or settings.lora else None
     if rank() == 0:
         with writing(settings.out, (OSError, RuntimeError)):
             if settings.lora:
@@ -228,7 +209,7 @@ def save_policy(settings, model, tokenizer, run):
             model.save_pretrained(settings.out, state_dict=weights)
             own.to_json_file(f"{settings.out}/generation_config.json")  # odd ones are not refused
             tokenizer.save_pretrained(settings.out)
-        write_json(os.path.join(settings.out, "run.json"), {**run, "finished": True})
+        write_json(f"{settings.out}/run.json", {**run, "finished": True})
         for path in checkpoints(settings.out):
             shutil.rmtree(path)
     barrier()

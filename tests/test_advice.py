@@ -46,7 +46,7 @@ def test_advice_before_the_first_step(changes, share, said):
 
 def data_of(share):
     rewards = np.where(np.arange(10) < 10 * share, 1.0, -1.0)
-    return SimpleNamespace(path="r.jsonl", rewards=rewards, units=np.arange(10)[:, None],
+    return SimpleNamespace(rewards=rewards, units=np.arange(10)[:, None],
                            silent=np.zeros(10, bool))
 
 

@@ -11,7 +11,6 @@ import pickle
 import shutil
 
 import pytest
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import train
@@ -48,7 +47,7 @@ def good(policy):
 def read(policy, path, **changes):
     folder, model, tokenizer = policy
     settings = train_settings(folder, path, "", **changes)
-    return batches.read_data(settings, model, tokenizer, torch.device("cpu"))
+    return batches.read_data(settings, model, tokenizer)
 
 
 def in_a_file(folder, *lines):
@@ -181,7 +180,6 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
         sampler.load_model(str(folder), train.Settings(), "cpu")
     path, checkpoint = in_a_file(tmp_path, good), tmp_path / "out/checkpoint-00000001"
     shutil.copytree(policy[0], checkpoint)
-    (checkpoint / "step.json").write_text('{"step": 1}')
     for name in (".metadata", "__0_0.distcp", "model.safetensors"):  # where torch keeps pickles
         (checkpoint / name).write_bytes(bomb)
     with pytest.raises(Problem, match="checkpoint-00000001: cannot be opened"):

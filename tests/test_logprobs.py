@@ -11,8 +11,7 @@ import topr
 import train
 from conftest import shell
 from engine import optim
-from engine.batches import completions_per_row
-from engine.packing import LogProbs, abilities, pack
+from engine.packing import LogProbs, abilities, completions_per_row, pack
 
 
 def gradients(model, logp):
@@ -55,22 +54,28 @@ def test_left_padding():
     assert (padded[:, 3:] - plain).abs().max() < 1e-5
 
 
+def some_mask(completions):
+    lengths = torch.tensor(list(map(len, completions)))
+    return torch.arange(lengths.max()) < lengths[:, None]
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_behind_one_prompt_or_alone(kind):
     """A completion that sees its neighbour, or stands at another position, is off by far more; it
     does where a model keeps a state, or counts its neighbours in a window of 6 tokens."""
     model = random_model(kind)
     prompt, completions = [1, 5, 6, 7, 8], [[9, 10], [11], [12, 13, 14, 15], [9, 16, 17]]
+    policy = LogProbs(model)
     alone, *others = [
-        gradients(model, topr.completion_logprobs(model, **packed)[packed["mask"]])
-        for packed in map(pack, ([(prompt, [c]) for c in completions], [(prompt, completions)],
-                                 [(prompt, completions[:1]), (prompt, completions[1:])]))]
+        gradients(model, policy(*pack(rows, "cpu"))[some_mask(completions)])
+        for rows in ([(prompt, [c]) for c in completions], [(prompt, completions)],
+                     [(prompt, completions[:1]), (prompt, completions[1:])])]
     has_window = kind in ("mistral", "gemma2", "gemma3_text")
     can = not has_window and kind not in ("falcon_h1", "granitemoehybrid", "qwen3_next")
-    assert abilities(model, 9, "float32", torch.float32) == (True, can)
+    assert abilities(policy, 9) == (True, can)
     if has_window:
         model.config.sliding_window = 9
-        assert abilities(model, 9, "float32", torch.float32) == (True, kind != "gemma2")
+        assert abilities(policy, 9) == (True, kind != "gemma2")
     for other in others:
         assert distance(other, alone) < 1e-5 if can else distance(other, alone) > 1e-2
 
@@ -106,10 +111,10 @@ def test_families_with_oddities(kind, dtype):
     sizes, known_in, packs = ODD[kind]
     model = random_model(kind, **sizes).to(dtype)
     optim.prepare_model(train.Settings(gradient_checkpointing=True), model)
-    assert abilities(model, 20, "float32", dtype) == (dtype in known_in, packs)
+    policy = LogProbs(model, head_is_known=dtype in known_in)
+    assert abilities(policy, 20) == (dtype in known_in, packs)
     ids, mask = some_ids(2, 10), torch.ones(2, 6) > 0
     packed = {"ids": ids, "mask": (torch.arange(10) > 3).expand(2, -1)}
-    policy = LogProbs(model, head_is_known=dtype in known_in)
     logp = policy(packed, mask)
     plain = topr.token_logprobs(model(input_ids=ids).logits, ids)[:, 4:]
     assert (logp - plain).abs().max() < (1e-5 if dtype == torch.float32 else 0.2)

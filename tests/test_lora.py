@@ -27,7 +27,7 @@ def test_the_update_is_that_of_a_plain_loop(tiny, rollouts, adapted):
     torch.manual_seed(0)
     settings = train_settings(tiny, rollouts, folder, **OPTIONS)
     start, tokenizer = sampler.load_model(tiny, settings, "cpu")
-    data = batches.read_data(settings, start, tokenizer, torch.device("cpu"))
+    data = batches.read_data(settings, start, tokenizer)
     model = peft.get_peft_model(start, peft.LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [p for p in model.parameters() if p.requires_grad]

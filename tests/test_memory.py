@@ -29,7 +29,8 @@ def test_the_count_is_what_is_held(weights, optimizer):
     states = [value for state in steps.state.values() for value in state.values()]
     assert counted["weights"] == sum(p.nbytes for p in model.parameters())
     assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters())
-    assert counted["optimizer"] == sum(v.nbytes for v in states if torch.is_tensor(v))
+    assert counted["optimizer"] == sum(v.nbytes for v in states
+                                       if torch.is_tensor(v) and v.ndim)  # no numbers
 
 
 ROUNDS = """

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as evaluation
 from conftest import apples_questions
-from engine import mu, sampler, tokens
+from engine import mu, packing, sampler, tokens
 from engine.common import Problem, progress, run_main
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, vocab_size=61, bos_token_id=1, eos_token_id=2,
@@ -237,8 +237,8 @@ def test_precision_and_weights(tiny, tmp_path):
         row = first[weights, precision] = evaluation.sample_rollouts(
             model, tokenizer, apples_questions(tokenizer, settings, 2), lambda *_: (None, 0.0),
             settings, str(tmp_path / f"{weights}-{precision}.jsonl"))[0]
-        scorer = mu.make_scorer(model, 40, precision)
-        again = mu.score(scorer, row["prompt_ids"], [row["completion_ids"]])
+        policy = packing.make_policy(model, precision, 40)
+        again = mu.score(policy, row["prompt_ids"], [row["completion_ids"]])
         assert row["logprobs"] == pytest.approx(again[0], abs=0.05)
     assert first["auto", "float32"]["logprobs"] != first["float32", "bfloat16"]["logprobs"]
     model.save_pretrained(tmp_path / "half")

@@ -22,7 +22,7 @@ def read(model, rollouts, **changes):
     """read_data as train.py calls it."""
     settings = train_settings(model, rollouts, "", **changes)
     model, tokenizer = sampler.load_model(model, settings, "cpu")
-    return batches.read_data(settings, model, tokenizer, torch.device("cpu"))
+    return batches.read_data(settings, model, tokenizer)
 
 
 TWO_RANKS = """
@@ -99,7 +99,7 @@ def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monk
     log = train.train(train_settings(tiny, rollouts, tmp_path / "without", **changes))
     assert len(set(itertools.chain(*seen))) == 1
     monkeypatch.setattr(losses, "make_loss", lambda settings, data: (
-        *own_loss(settings, data)[:2], data.silent))
+        *own_loss(settings, data)[:2], np.zeros(len(data.rows), bool)))
     other = train.train(train_settings(tiny, rollouts, tmp_path / "with", **changes))
     assert len(set(itertools.chain(*seen))) == 2
     assert furthest(tmp_path / "without", tmp_path / "with") < 1e-6
@@ -121,8 +121,9 @@ def test_a_step_without_any_gradient(tiny, two_ranks, tmp_path):
 def test_completions_of_a_prompt_stand_together():
     """Each unit once an epoch, in a random order of groups of one prompt."""
     rows = [SimpleNamespace(prompt=(number % 50,)) for number in range(600)]
-    data = batches.Data("", "", rows, None, None, 0, None, 0, units=np.arange(600)[:, None])
-    orders = [batches.epoch_order(data, *seeds).tolist() for seeds in ((0, 0), (0, 1), (1, 0))]
+    data = batches.Data(rows, np.arange(600)[:, None], 0)
+    orders = [batches.epoch_units(data, *seeds)[:, 0].tolist()
+              for seeds in ((0, 0), (0, 1), (1, 0))]
     for order in orders:
         assert sorted(order) == list(range(600))
         assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
@@ -133,8 +134,8 @@ def test_prompts_are_compared_and_not_their_hashes(tiny, rollouts):
     """Two prompts with the same hash would have been packed as one."""
     rows = [SimpleNamespace(prompt=(token,)) for token in (-1, -2, -1, -2)]
     assert hash(rows[0].prompt) == hash(rows[1].prompt)
-    groups = batches.by_prompt(SimpleNamespace(rows=rows), range(4), range(4))
-    assert sorted(groups) == [[0, 2], [1, 3]]
+    groups = batches.by_prompt(SimpleNamespace(rows=rows), np.arange(4)[:, None])
+    assert sorted(group[:, 0].tolist() for group in groups) == [[0, 2], [1, 3]]
     prompts = [row.prompt for row in read(tiny, rollouts).rows]
     assert len(set(map(id, prompts))) == len(set(prompts)) == 10
 

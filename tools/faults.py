@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
@@ -253,16 +252,15 @@ def flipped_files(folder, rollouts, scratch, times, seed=0):
     is raised."""
     settings = train.Settings(model=str(folder), rollouts=f"{scratch}/flipped.jsonl")
     model, tokenizer = sampler.load_model(settings.model, settings, "cpu")
-    device, bits = torch.device("cpu"), random.Random(seed)
-    whole, refused = Path(rollouts).read_bytes(), 0
+    bits, whole, refused = random.Random(seed), Path(rollouts).read_bytes(), 0
     for _ in range(times):
         content = bytearray(whole)
         for _ in range(bits.randint(1, 4)):
             content[bits.randrange(len(content))] ^= 1 << bits.randrange(8)
         Path(settings.rollouts).write_bytes(content)
         try:
-            data = batches.read_data(settings, model, tokenizer, device)
-            batches.micro_batches(settings, data, data.units, device)
+            data = batches.read_data(settings, model, tokenizer)
+            batches.micro_batches(settings, data, data.units, model)
         except Problem as problem:
             assert str(problem).startswith(settings.rollouts)
             refused += 1

@@ -112,7 +112,8 @@ def count_memory(model, optimizer):
         size["weights"] += local_shard(p).nbytes
         size["gradients"] += local_shard(p).nbytes * p.requires_grad
         for value in optimizer.state[p].values() if p.requires_grad else ():
-            size["optimizer"] += local_shard(value).nbytes if torch.is_tensor(value) else 0
+            is_tensor = torch.is_tensor(value) and value.ndim
+            size["optimizer"] += local_shard(value).nbytes if is_tensor else 0
     return size
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 if not __package__:  # started as a script: find the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,9 +22,8 @@ FOLDER = "runs/apples-seed0"
 def log_ratios(policy):
     """d of each rollout under a policy, and which rollouts are right. two of [rows]"""
     settings = train.Settings(model=policy, rollouts=f"{FOLDER}/rollouts-512x16.jsonl", mu="file")
-    device = torch.device("cpu")
-    _, _, data, policy, *_ = train.set_up(settings, device)
-    scores = mu.score_rows(settings, policy, data, range(len(data.rows)), device)
+    _, data, _, policy, *_ = train.set_up(settings)
+    scores = mu.score_rows(settings, policy, data)
     d = [(scores[number] - row.logprobs).sum() for number, row in enumerate(data.rows)]
     return np.array(d), data.rewards > 0
 
