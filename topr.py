@@ -163,9 +163,9 @@ def checked(logp, mu_logp, advantage, mask, count):
         "log mu is missing, NaN or infinite": mask & ~mu_logp.isfinite()}
     if torch.stack([where.any() for where in faults.values()]).any():  # one wait for the device
         for message, where in faults.items():
-            for place in where.nonzero().tolist():  # [sequence] or [sequence, token]
-                place = ", ".join(map(" ".join, zip(("sequence", "token"), map(str, place))))
-                raise ValueError(f"{place}: {message}")
+            for sequence, *token in where.nonzero().tolist():
+                token = f", token {token[0]}" if token else ""
+                raise ValueError(f"sequence {sequence}{token}: {message}")
     differences = torch.where(mask, logp - mu_logp, 0.0)  # never the padding, which may be NaN
     return logp, differences, advantage, mask, count
 

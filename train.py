@@ -311,8 +311,6 @@ def train_once(settings, evaluate=None):
 def check_settings(settings, task):
     """What would only fail, or do nothing, after hours of work."""
     losses.check(settings)
-    if settings.rollouts and not os.path.isfile(settings.rollouts):
-        raise Problem(f"{settings.rollouts}: cannot be read: there is no such file")
     if task is None and (settings.rounds > 1 or settings.eval_every):
         raise Problem("--rounds and --eval-every need --task: what to sample from, and to measure "
                       "on")

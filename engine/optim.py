@@ -6,7 +6,7 @@ import torch
 
 from engine import lora
 from engine.common import say
-from engine.parallel import is_sharded, local_shard, rank
+from engine.parallel import local_shard, rank
 
 
 def prepare_model(settings, model):
@@ -44,10 +44,8 @@ def make_optimizer(settings, model):
     """The optimizer with all of its state: a checkpoint is then loaded in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in weights)
-    factor = 1 if settings.lora else 0.1
-    rate = settings.learning_rate or factor / math.sqrt(count)
-    say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}"
-        + f" = {factor} / sqrt(weights)" * (not settings.learning_rate))
+    rate = settings.learning_rate or (1 if settings.lora else 0.1) / math.sqrt(count)
+    say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}")
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
         optimizer = torch.optim.AdamW(weights, rate, fused=True, weight_decay=0)
     else:
@@ -90,7 +88,7 @@ def update(settings, optimizer, step, steps):
     parameters = group["params"]
     if all(p.dtype == torch.float32 for p in parameters):
         return optimizer.step()
-    shard = rank() if is_sharded(parameters[0]) else 0  # under DDP every rank draws the same
+    shard = rank() if settings.shard else 0  # under DDP every rank draws the same
     seed = (settings.seed * 1_000_003 + step) * 10_007 + shard
     random = torch.Generator(parameters[0].device).manual_seed(seed)
     for p in parameters:

@@ -23,17 +23,15 @@ def pack(rows, device):
     """
     tables, lengths = [], []
     for prompt, completions in rows:
-        end = len(prompt)
-        ids, part, position = list(prompt), [0] * end, list(range(end))
-        previous = list(range(-1, end - 1))
-        for number, completion in enumerate(completions, 1):
-            size = len(completion)
-            previous += [end - 1, *range(len(ids), len(ids) + size - 1)]
-            position += range(end, end + size)
-            part += [number] * size
-            ids += list(completion)
-            lengths.append(size)
+        ids, position, previous, part = [], [], [], []
+        for number, tokens in enumerate([prompt, *completions]):
+            first = len(prompt) if number else 0  # the position of its first token
+            position += range(first, first + len(tokens))
+            previous += [first - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
+            part += [number] * len(tokens)
+            ids += list(tokens)
         tables.append(torch.tensor([ids, position, previous, part]).T)  # [time, 4]
+        lengths += map(len, completions)
     padded = pad_sequence(tables, batch_first=True, padding_value=-1).to(device)
     ids, position, previous = padded[..., :3].clamp(min=0).unbind(-1)  # each [rows, time]
     part = padded[..., 3]  # [rows, time], -1 at padding

@@ -135,11 +135,8 @@ def whole_weights(model):
 
     weights = get_model_state_dict(model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True))
-    once = dict(model.named_parameters())
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in once:  # a tied weight has two names
-            weights.pop(name, None)
-    return weights
+    once = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in weights.items() if name in once}  # not a tied one
 
 
 def is_sharded(tensor):

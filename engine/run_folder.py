@@ -7,7 +7,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import glob
 import json
 import os
@@ -25,6 +24,9 @@ from engine.parallel import barrier, from_first, rank, whole_weights
 from engine.rollouts import file_fingerprint
 
 
+HALF = "checkpoint.part"  # while it is written
+
+
 # ---- one run at a time ----
 
 
@@ -35,8 +37,7 @@ def prepare_folder(settings):
         raise Problem(f"--out {out} is the starting model, and would be overwritten")
     with writing(out):
         os.makedirs(out, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
+        open(f"{out}/.lock", "a").close()  # may files be written to it?
     check_same_run(settings, {"rounds": settings.rounds})
 
 
@@ -141,8 +142,8 @@ def save_checkpoint(settings, model, optimizer, step):
     """Written beside and renamed: complete or not there."""
     import torch.distributed.checkpoint as dcp  # takes a second, and most commands need none
 
-    path = f"{settings.out}/checkpoint-{step:08}"
-    beside, older = path + ".part", checkpoints(settings.out)
+    path, beside = f"{settings.out}/checkpoint-{step:08}", f"{settings.out}/{HALF}"
+    older = checkpoints(settings.out)
     if from_first(path in older):  # a signal came just after it was made
         return
     if rank() == 0:
@@ -162,16 +163,14 @@ def save_checkpoint(settings, model, optimizer, step):
 
 def resume(settings, model, optimizer, run):
     """(log so far, first step to do), after loading the newest checkpoint, if there is one."""
-    path = from_first((checkpoints(settings.out) or [None])[-1])
+    found = from_first(checkpoints(settings.out))
     step, log = 0, []
-    if path:
-        step = load_checkpoint(path, model, optimizer)
+    if found:
+        step = load_checkpoint(found[-1], model, optimizer)
         log = [entry for entry in read_log(settings.out) if entry["step"] < step]
         say(f"{settings.out}: going on from step {step}")
     if rank() == 0:
         write_json(f"{settings.out}/run.json", run)
-        for half in glob.glob(f"{glob.escape(settings.out)}/checkpoint-*.part"):
-            shutil.rmtree(half)
         with whole_file(f"{settings.out}/log.jsonl") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in log)
     barrier()
@@ -210,6 +209,6 @@ def save_policy(settings, model, tokenizer, run):
             own.to_json_file(f"{settings.out}/generation_config.json")  # odd ones are not refused
             tokenizer.save_pretrained(settings.out)
         write_json(f"{settings.out}/run.json", {**run, "finished": True})
-        for path in checkpoints(settings.out):
-            shutil.rmtree(path)
+        for path in [*checkpoints(settings.out), f"{settings.out}/{HALF}"]:
+            shutil.rmtree(path, ignore_errors=True)
     barrier()

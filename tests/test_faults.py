@@ -180,6 +180,7 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
         sampler.load_model(str(folder), train.Settings(), "cpu")
     path, checkpoint = in_a_file(tmp_path, good), tmp_path / "out/checkpoint-00000001"
     shutil.copytree(policy[0], checkpoint)
+    (tmp_path / "out/run.json").write_text("{}")
     for name in (".metadata", "__0_0.distcp", "model.safetensors"):  # where torch keeps pickles
         (checkpoint / name).write_bytes(bomb)
     with pytest.raises(Problem, match="checkpoint-00000001: cannot be opened"):

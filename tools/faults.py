@@ -152,11 +152,11 @@ def killed(folder, what, command, sign, results, times):
             wait_for(lambda: sign() or process.poll() is not None)
             time.sleep(RANDOM.random() * seconds)
             if number % 3 == 0 and "eval.py" not in what:  # while a checkpoint is being written
-                wait_for(lambda: glob.glob(f"{out}/**/checkpoint-*.part", recursive=True)
+                wait_for(lambda: glob.glob(f"{out}/**/checkpoint.part", recursive=True)
                          or process.poll() is not None, 1)
             unfinished = process.poll() is None
             kill(process)
-        writing += bool(glob.glob(f"{out}/**/checkpoint-*.part", recursive=True))
+        writing += bool(glob.glob(f"{out}/**/checkpoint.part", recursive=True))
         code, output, _ = run(command, folder)
         same = code == 0 and all(same_bytes(f"{out}/{name}", f"{folder}/whole/{name}")
                                  for name in results)
