@@ -133,20 +133,19 @@ def train(settings, evaluate=None):
             optimizer.zero_grad(set_to_none=world() == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
-            everyone = gather((parts, signals, start - saved))  # of all ranks: all stop together
-            metrics = step_metrics([theirs for theirs, *_ in everyone], data.mu is not None)
-            numbers = [number for _, theirs, _ in everyone for number in theirs]
-            seconds = time.time() - start
+            # Each is of all ranks, so that all stop and save together.
+            parts, signalled, waited = zip(*gather((parts, signals, start - saved)))
+            metrics, seconds = step_metrics(parts, data.mu is not None), time.time() - start
             run_folder.write_log(settings, log, {
                 "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
             if step in (advice.LOOK_AT, steps - 1):
                 say(*advice.of_log(log))
-            if numbers:
-                stop(settings, model, optimizer, step + 1, numbers)
+            if any(signalled):
+                stop(settings, model, optimizer, step + 1, sum(signalled, []))
             is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
-            if is_due or everyone[0][2] > 300:  # seconds without one
+            if is_due or waited[0] > 300:  # seconds without one
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
                 saved = time.time()
         if evaluate and settings.eval_every:
@@ -224,7 +223,7 @@ def set_up(settings):
     device = start_ranks()
     model, tokenizer = load_for_training(settings, device)
     data = batches.read_data(settings, model, tokenizer)
-    weights = from_first(fingerprint(model) if rank() == 0 else None)
+    weights = from_first(rank() == 0 and fingerprint(model))
     run = run_folder.describe_run(settings, starting_weights=weights)
     run_folder.check_same_run(settings, run)
     loss_function, needs_mu, data.silent = losses.make_loss(settings, data)
@@ -312,12 +311,10 @@ def check_settings(settings, task):
     """What would only fail, or do nothing, after hours of work."""
     losses.check(settings)
     if task is None and (settings.rounds > 1 or settings.eval_every):
-        raise Problem("--rounds and --eval-every need --task: what to sample from, and to measure "
-                      "on")
-    if settings.shard and world() == 1:
-        raise Problem("--shard needs more than one process: torchrun --nproc-per-node 8 train.py")
-    if settings.shard and settings.eval_every:
-        raise Problem("--shard draws no curve, for no card holds the whole model: --eval-every 0")
+        raise Problem("--rounds and --eval-every need --task: to sample from, and to measure on")
+    if settings.shard and (world() == 1 or settings.eval_every):
+        raise Problem("--shard needs more than one process (torchrun --nproc-per-node 8 train.py), "
+                      "and --eval-every 0: no card holds the whole model")
 
 
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):

@@ -139,10 +139,6 @@ def whole_weights(model):
     return {name: tensor for name, tensor in weights.items() if name in once}  # not a tied one
 
 
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")
-
-
 def local_shard(tensor):
     """This rank's shard, in place."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -25,6 +25,7 @@ from engine.rollouts import file_fingerprint
 
 
 HALF = "checkpoint.part"  # while it is written
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may save alone
 
 
 # ---- one run at a time ----
@@ -150,7 +151,7 @@ def save_checkpoint(settings, model, optimizer, step):
         shutil.rmtree(beside, ignore_errors=True)
     barrier()
     errors = (OSError, RuntimeError, dcp.api.CheckpointException)
-    with writing(path, errors), warnings.catch_warnings(action="ignore"):  # of a single process
+    with writing(path, errors):
         dcp.save(run_tensors(model, optimizer),  # as safetensors: DCP's own format holds pickles
                  storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True))
     if rank() == 0:
@@ -182,7 +183,7 @@ def load_checkpoint(path, model, optimizer):
     import torch.distributed.checkpoint as dcp
 
     try:
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        with torch.no_grad():
             dcp.load(run_tensors(model, optimizer),
                      storage_reader=dcp.HuggingFaceStorageReader(path))
     except (Exception, dcp.api.CheckpointException) as error:  # many kinds; for the user one
