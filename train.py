@@ -31,8 +31,9 @@ from engine.sampler import Sampling, fingerprint, load_for_training
 class Job(Sampling):
     """A policy and how it learns: the settings that train.py, verifier.py and search.py share."""
 
-    model: str = setting("", "policy to start from: a directory or a hub name (none: the embedded "
-                         "one, made here)", main=True)
+    model: str = setting(
+        "", "policy to start from: a directory or a hub name (none: the embedded one, made here)",
+        main=True)
     out: str = setting("", "folder of the trained policy (default: runs/MODEL-LOSS)", main=True,
                        free=True)
     rounds: int = setting(1, "rounds of sample-then-train, each from the policy of the last",
@@ -68,19 +69,19 @@ class Job(Sampling):
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
     tokens_per_pass: int = setting(
         0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True)
-    lora: int = setting(0, "rank of LoRA adapters, trained in place of the weights (0: none; needs "
-                        "the package peft)")
+    lora: int = setting(
+        0, "rank of LoRA adapters, trained in place of the weights (0: none; needs package peft)")
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: slower, less memory", free=True)
     shard: bool = setting(
-        False, "a part of every weight, gradient and optimizer state on each rank (FSDP2), for a "
-        "model that does not fit one card; --task samples with the whole model", free=True)
+        False, "a part of all weights, gradients and optimizer state on each rank (FSDP2)",
+        free=True)
     checkpoint_every: int = setting(100, "steps between checkpoints (0: only every 5 minutes)",
                                     free=True)
     rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy)",
                             main=True, free=True)
-    map_rewards: str = setting("", "rewards for 0 and 1 in a file that has them, for instance "
-                               "--map-rewards=-1,1")
+    map_rewards: str = setting(
+        "", "rewards for 0 and 1 in a file that has them, for instance --map-rewards=-1,1")
 
 
 @dataclass

@@ -8,8 +8,8 @@ LOOK_AT = 20  # the step after which the log is read, as at the end
 def before_the_first_step(settings, data):
     rewards = data.rewards[data.units]  # [units, 1 or 2]
     positive_share, silent = (rewards > 0).mean(), data.silent[data.units].sum()
-    yield (f"{settings.rollouts}: {rewards.size:,} completions, {positive_share:.1%} positive, {silent:,} "
-           "without a gradient in this loss")
+    yield (f"{settings.rollouts}: {rewards.size:,} completions, {positive_share:.1%} positive, "
+           f"{silent:,} without a gradient in this loss")
     if rewards.min() >= 0 or rewards.max() <= 0:
         yield "all rewards have the same sign: there is nothing to tell right from wrong"
     is_chosen = settings.baseline or settings.positive_share is not None

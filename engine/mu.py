@@ -29,8 +29,7 @@ def make_mu(settings, policy, data, needs_mu, model_fingerprint):
             data.mu_tolerance = 0.1 if policy.dtype == torch.float32 else 2.0
         return "from the file"
     if settings.mu == "file":
-        raise Problem(f"{settings.rollouts}: {missing:,} of {len(data.rows):,} rows hold no "
-                      "logprobs, which --mu file needs: --mu start computes them")
+        raise Problem(f"{settings.rollouts}: {missing:,} rows hold no logprobs: --mu start, not file")
     inputs = hashlib.sha256(f"{model_fingerprint} {settings.precision}".encode())
     for row in data.rows:
         inputs.update(np.array([*row.prompt, -1, *row.completion]).tobytes())
@@ -69,15 +68,13 @@ def check_fit(settings, data, log_ratios):
     log_ratios: log pi/mu of the completions of the first step, this rank's.
     """
     largest = max(map(abs, log_ratios), default=0.0)
-    say(f"{settings.rollouts}: before the first step the largest |log pi/mu| of {len(log_ratios)} "
-        f"completions is {largest:.2g}")
+    fit = f"{settings.rollouts}: the largest |log pi/mu| is {largest:.2g} before the first step"
+    say(fit)
     if not largest <= data.mu_tolerance:
         raise Problem(
-            f"{settings.rollouts}: its logprobs do not fit {settings.model}: |log pi/mu| is "
-            f"{largest:.3g} before the first step, over the tolerance of {data.mu_tolerance}. If "
-            "another policy wrote the file on purpose: --mu file. If its logprobs are not those of "
-            "a plain softmax at temperature 1, or you do not know: --mu start computes them with "
-            "the starting weights")
+            f"{fit}: its logprobs do not fit {settings.model}. If another policy wrote the file on "
+            "purpose: --mu file. If its logprobs are not those of a plain softmax at temperature "
+            "1, or you do not know: --mu start computes them with the starting weights")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,7 +31,8 @@ def pack(rows, device):
             previous += [first - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
             part += [number] * len(tokens)
             ids += list(tokens)
-        tables.append(torch.tensor([ids, position, previous, part]).T)  # [time, 4]
+        table = np.array([ids, position, previous, part])  # quicker than torch.tensor  [4, time]
+        tables.append(torch.from_numpy(table.T))
         lengths += map(len, completions)
     padded = pad_sequence(tables, batch_first=True, padding_value=-1).to(device)
     ids, position, previous = padded[..., :3].clamp(min=0).unbind(-1)  # each [rows, time]
