@@ -134,19 +134,19 @@ def train(settings, evaluate=None):
             optimizer.zero_grad(set_to_none=world() == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop.
-            # Each is of all ranks, so that all stop and save together.
-            parts, signalled, waited = zip(*gather((parts, signals, start - saved)))
-            metrics, seconds = step_metrics(parts, data.mu is not None), time.time() - start
+            # What all ranks know, so that all stop and save together.
+            all_parts, all_signals, waits = zip(*gather((parts, signals, start - saved)))
+            metrics, seconds = step_metrics(all_parts, data.mu is not None), time.time() - start
             run_folder.write_log(settings, log, {
                 "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": data.lengths[units].sum() / seconds})
             if step in (advice.LOOK_AT, steps - 1):
                 say(*advice.of_log(log))
-            if any(signalled):
-                stop(settings, model, optimizer, step + 1, sum(signalled, []))
+            if any(all_signals):
+                stop(settings, model, optimizer, step + 1, sum(all_signals, []))
             is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
-            if is_due or waited[0] > 300:  # seconds without one
+            if is_due or waits[0] > 300:  # seconds without one
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
                 saved = time.time()
         if evaluate and settings.eval_every:

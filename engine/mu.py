@@ -29,7 +29,7 @@ def make_mu(settings, policy, data, needs_mu, model_fingerprint):
             data.mu_tolerance = 0.1 if policy.dtype == torch.float32 else 2.0
         return "from the file"
     if settings.mu == "file":
-        raise Problem(f"{settings.rollouts}: {missing:,} rows hold no logprobs: --mu start, not file")
+        raise Problem(f"{settings.rollouts}: {missing:,} rows hold no logprobs: --mu start")
     inputs = hashlib.sha256(f"{model_fingerprint} {settings.precision}".encode())
     for row in data.rows:
         inputs.update(np.array([*row.prompt, -1, *row.completion]).tobytes())
