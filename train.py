@@ -133,8 +133,8 @@ def train(settings, evaluate=None):
             optim.update(settings, optimizer, step, steps)
             optimizer.zero_grad(set_to_none=world() == 1)  # DDP's are its buckets: keep
 
-            # The log; a checkpoint when it is due, or when a signal asks to stop.
-            # What all ranks know, so that all stop and save together.
+            # The log; a checkpoint when it is due, or when a signal asks to stop. Ranks tell each
+            # other what they have, so that all stop and save together.
             all_parts, all_signals, waits = zip(*gather((parts, signals, start - saved)))
             metrics, seconds = step_metrics(all_parts, data.mu is not None), time.time() - start
             run_folder.write_log(settings, log, {
