@@ -28,8 +28,8 @@ import numpy as np
 
 from data import OURS, load_task
 from engine import mu, server
-from engine.common import (Problem, draw_lines, parse, progress, run_main, say, setting, table,
-                           write_json, writing)
+from engine.common import (Problem, draw_lines, lock, parse, progress, run_main, say, setting,
+                           table, write_json, writing)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
 from engine.packing import make_policy
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
@@ -352,6 +352,8 @@ def main():
         if settings.out and rank() == 0:
             write_rollouts(settings.out, rows)
     elif settings.model:
+        folder, name = os.path.split(settings.out)
+        held = name and lock(os.path.join(folder, f".{name}.lock"))  # up to the end of main
         policy = (None, load_tokenizer(settings.model)) if settings.server else load_model(
             settings.model, settings, device)
         values = evaluate(*policy, task, settings, settings.split, settings.questions,

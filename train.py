@@ -65,7 +65,8 @@ class Job(Sampling):
         "weights (checked); the file, whoever wrote it (file); the starting weights, once (start)",
         ("checked", "file", "start"))
     schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
-    warmup: int = setting(0, "steps in which the rate rises from 0")
+    warmup: int = setting(0, "steps in which the rate rises from 0 (a cosine falls from the first "
+                         "step on)")
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
     tokens_per_pass: int = setting(
         0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True)
@@ -136,11 +137,10 @@ def train(settings, evaluate=None):
             # The log; a checkpoint when it is due, or when a signal asks to stop. Ranks tell each
             # other what they have, so that all stop and save together.
             all_parts, all_signals, waits = zip(*gather((parts, signals, start - saved)))
-            metrics, seconds = step_metrics(all_parts, data.mu is not None), time.time() - start
+            metrics = step_metrics(all_parts, data.mu is not None)
             run_folder.write_log(settings, log, {
                 "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
-                "learning_rate": optimizer.param_groups[0]["lr"], "seconds": seconds,
-                "tokens_per_second": data.lengths[units].sum() / seconds})
+                "learning_rate": optimizer.param_groups[0]["lr"], "seconds": time.time() - start})
             if step in (advice.LOOK_AT, steps - 1):
                 say(*advice.of_log(log))
             if any(all_signals):

@@ -15,6 +15,7 @@ import typing
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout  # a requirement of torch
 from tqdm import tqdm
 
 from engine.parallel import barrier, leave_ranks, rank, world
@@ -179,6 +180,19 @@ def writing(path, errors=OSError):
         why = getattr(error, "strerror", None) or first_line(error)
         raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: fix "
                       "that, then rerun the same command")
+
+
+def lock(path):
+    """A lock of the first rank, which holds until its release or the end of the process."""
+    held = FileLock(path)
+    if rank() == 0:
+        with writing(path):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            try:
+                held.acquire(timeout=0)
+            except Timeout:
+                raise Problem(f"{path} is locked: another process is at work there")
+    return held
 
 
 @contextlib.contextmanager

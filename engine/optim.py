@@ -44,8 +44,10 @@ def make_optimizer(settings, model):
     """The optimizer with all of its state: a checkpoint is then loaded in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in weights)
-    rate = settings.learning_rate or (1 if settings.lora else 0.1) / math.sqrt(count)
-    say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}")
+    factor = 1 if settings.lora else 0.1
+    rate = settings.learning_rate or factor / math.sqrt(count)
+    say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}"
+        + f" = {factor} / sqrt(weights)" * (not settings.learning_rate))
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
         optimizer = torch.optim.AdamW(weights, rate, fused=True, weight_decay=0)
     else:

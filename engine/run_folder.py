@@ -16,13 +16,12 @@ import sys
 import warnings
 
 import torch
-from filelock import FileLock, Timeout  # a requirement of torch
 
 from engine import lora
-from engine.common import Problem, first_line, read_json, say, whole_file, write_json, writing
+from engine.common import (Problem, first_line, lock, read_json, say, whole_file, write_json,
+                           writing)
 from engine.parallel import barrier, from_first, rank, whole_weights
 from engine.rollouts import file_fingerprint
-
 
 HALF = "checkpoint.part"  # while it is written
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may save alone
@@ -44,17 +43,13 @@ def prepare_folder(settings):
 
 def lock_folder(settings):
     """Makes the folder; the lock that is returned holds until its release or the process's end."""
-    lock = FileLock(f"{settings.out}/.lock")
     if rank() == 0:
-        try:
-            prepare_folder(settings)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise Problem(f"{settings.out}: another process is training in this folder")
+        prepare_folder(settings)
+    held = lock(f"{settings.out}/.lock")
     barrier()
-    if not os.path.exists(lock.lock_file):
+    if not os.path.exists(held.lock_file):
         raise Problem(f"{settings.out} is not visible on every machine: --out needs a common disk")
-    return lock
+    return held
 
 
 @contextlib.contextmanager
@@ -105,8 +100,12 @@ def finished(folder):
 
 
 def read_log(folder):
-    with open(f"{folder}/log.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # the last may be torn
+    path = f"{folder}/log.jsonl"
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
+    except (OSError, ValueError) as error:
+        raise Problem(f"{path}: cannot be read: {error}. Remove {folder} to start anew")
 
 
 def write_log(settings, log, entry):

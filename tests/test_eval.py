@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import eval as evaluation
 from conftest import ROOT, apples_questions, in_process, shell, torchrun
@@ -183,6 +184,14 @@ def grade(row, completion):
 def measure(rows):
     return {"long": [float(len(row["completion"]) > 3) for row in rows], "points": [0.5, 1.0]}
 """
+
+
+def test_a_second_process_with_the_same_out_is_refused(tiny, tmp_path):
+    """Both would do all of the work."""
+    with FileLock(tmp_path / ".r.jsonl.lock"):
+        result = in_process(ROOT / "eval.py", "--model", tiny, "--task", "apples",
+                            "--out", tmp_path / "r.jsonl")
+    assert result.returncode == 2 and "another process is at work there" in result.stdout
 
 
 def test_measures_of_the_tasks_own(tiny, tmp_path):
