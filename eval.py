@@ -28,14 +28,24 @@ import numpy as np
 
 from data import OURS, load_task
 from engine import mu, server
-from engine.common import (Problem, draw_lines, lock, parse, progress, run_main, say, setting,
-                           table, write_json, writing)
+from engine.common import (
+    Problem,
+    draw_lines,
+    lock,
+    parse,
+    progress,
+    run_main,
+    say,
+    setting,
+    table,
+    write_json,
+    writing,
+)
 from engine.measures import interval, interval_text, measure, paired_interval, report, summary
 from engine.packing import make_policy
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
 from engine.rollouts import each_rollout, read_rollouts, short_hash, write_rollouts
-from engine.sampler import (Sampling, check_room, fingerprint, generate, load_model,
-                            load_tokenizer)
+from engine.sampler import Sampling, check_room, fingerprint, generate, load_model, load_tokenizer
 from engine.tasks import list_questions, load_questions, one_line
 from engine.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 
@@ -51,15 +61,28 @@ class Settings(Sampling):
     out: str = setting("", "rollout file to write; its measures go beside it", main=True)
     grade: str = setting("", "grade and measure this rollout file, sample nothing", main=True)
     greedy: bool = setting(True, "also answer each test question once at temperature 0")
-    server: str = setting("", "sample from a server with OpenAI's completions, such as "
-                          "http://localhost:8000/v1; OPENAI_API_KEY holds its key, if any")
+    server: str = setting(
+        "",
+        "sample from a server with OpenAI's completions, such as "
+        "http://localhost:8000/v1; OPENAI_API_KEY holds its key, if any",
+    )
 
 
 # ---- measuring ----
 
 
-def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True, what="sampling",
-             logprobs=True):
+def evaluate(
+    model,
+    tokenizer,
+    task,
+    settings,
+    split,
+    count,
+    out="",
+    greedy=True,
+    what="sampling",
+    logprobs=True,
+):
     """{name: [a value for each question]} of `count` questions of a split, on every rank.
 
     greedy: each question is also answered at temperature 0, which gives the first measure once
@@ -72,8 +95,16 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
     if greedy:
         likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
         beside = out and f"{out.removesuffix('.jsonl')}-greedy.jsonl"
-        rows = sample_rollouts(model, tokenizer, questions, task.grade, likeliest, beside,
-                               f"{what}, greedy", logprobs=False)
+        rows = sample_rollouts(
+            model,
+            tokenizer,
+            questions,
+            task.grade,
+            likeliest,
+            beside,
+            f"{what}, greedy",
+            logprobs=False,
+        )
         values["greedy"] = next(iter(measured(task, rows, settings.seed).values()), [])
     return from_first(values)  # who has the rows measures
 
@@ -95,8 +126,10 @@ def show_samples(rows):
     """Three completions of different questions, for people to read."""
     for row in rows[:: math.ceil(len(rows) / 3) or 1]:
         answer, reward = row["answer"], row["reward"]
-        say(f"--- {row['id']}: answer {answer!r}, reward {reward:g}\n"
-            f"{row['prompt'][-300:]}{row['completion'][:1000]}")
+        say(
+            f"--- {row['id']}: answer {answer!r}, reward {reward:g}\n"
+            f"{row['prompt'][-300:]}{row['completion'][:1000]}"
+        )
 
 
 def regrade(rows, task):
@@ -112,19 +145,30 @@ def regrade(rows, task):
 
 def sample_rollout_file(settings, task, policy, path, number=1):
     """The rollout file that a policy writes on the training questions in a round; made once."""
+
     def questions(tokenizer):
         return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
 
-    sample_once(settings, policy, questions, task.grade, path,
-                seed=settings.seed + 1_000_003 * (number - 1))
+    sample_once(
+        settings, policy, questions, task.grade, path, seed=settings.seed + 1_000_003 * (number - 1)
+    )
 
 
 def measure_once(settings, task, policy, name):
     """The values of a policy on the test questions; its completions stay in the run's folder."""
     model, tokenizer = load_model(policy, settings, start_ranks())
     sampling = dataclasses.replace(settings, model=policy, seed=settings.seed + 1)
-    return evaluate(model, tokenizer, task, sampling, "test", settings.test_questions,
-                    f"{settings.out}/{name}.jsonl", what=f"measuring {name}", logprobs=False)
+    return evaluate(
+        model,
+        tokenizer,
+        task,
+        sampling,
+        "test",
+        settings.test_questions,
+        f"{settings.out}/{name}.jsonl",
+        what=f"measuring {name}",
+        logprobs=False,
+    )
 
 
 def curve_point(settings, task):
@@ -135,8 +179,9 @@ def curve_point(settings, task):
     questions = load_questions(task, "test", count, sampling.seed, tokenizer, sampling)
 
     def point(model):
-        rows = sample_rollouts(model.eval(), tokenizer, questions, task.grade, sampling,
-                               what="measuring")
+        rows = sample_rollouts(
+            model.eval(), tokenizer, questions, task.grade, sampling, what="measuring"
+        )
         values = from_first(measured(task, rows, sampling.seed))
         return {name: interval(values[name])["mean"] for name in list(values)[:2]}
 
@@ -153,9 +198,11 @@ def check_overlap(settings, task):
         train = list_questions(task, "train", settings.questions, settings.seed).keys()
     both = test & train
     if both:
-        raise Problem(f"{settings.rollouts or task.name}: {len(both)} training questions are test "
-                      f"questions of {task.name}, too, such as {min(both)!r}: sample rollouts with "
-                      "eval.py --split train")
+        raise Problem(
+            f"{settings.rollouts or task.name}: {len(both)} training questions are test "
+            f"questions of {task.name}, too, such as {min(both)!r}: sample rollouts with "
+            "eval.py --split train"
+        )
 
 
 def report_change(settings, before, after, logs, seconds):
@@ -163,23 +210,43 @@ def report_change(settings, before, after, logs, seconds):
     points = curve(logs)
     if points:
         say(table(list(points[0]), [tuple(point.values()) for point in points]) + "\n")
-    rows = [(name, *map(interval_text, (interval(before[name]), interval(after[name]))),
-             interval_text(paired_interval(before[name], after[name]), "+")) for name in before]
-    results = {"settings": dataclasses.asdict(settings), "before": summary(before),
-               "after": summary(after), "curve": points, "seconds": seconds}
+    rows = [
+        (
+            name,
+            *map(interval_text, (interval(before[name]), interval(after[name]))),
+            interval_text(paired_interval(before[name], after[name]), "+"),
+        )
+        for name in before
+    ]
+    results = {
+        "settings": dataclasses.asdict(settings),
+        "before": summary(before),
+        "after": summary(after),
+        "curve": points,
+        "seconds": seconds,
+    }
     title = f"{results['before']['questions']} held-out questions"
     say(table((title, "before", "after", "change"), rows))
     name, *_ = before
     gain = paired_interval(before[name], after[name])
     rose = "rose" if gain["low"] > 0 else "fell" if gain["high"] < 0 else "did not change"
-    say(f"{name} {rose}, by its 95% interval ({interval_text(gain, '+')}); the trained policy, its "
-        f"completions, results.json and the log are in {settings.out}")
+    say(
+        f"{name} {rose}, by its 95% interval ({interval_text(gain, '+')}); the trained policy, its "
+        f"completions, results.json and the log are in {settings.out}"
+    )
     if rank() == 0:
         write_json(f"{settings.out}/results.json", results)
         if points:
-            draw_lines(f"{settings.out}/curve.png", points, "step", list(points[0])[1:],
-                       title=settings.loss, xlabel="optimizer step", ylabel="mean over questions",
-                       ylim=(0, 1))
+            draw_lines(
+                f"{settings.out}/curve.png",
+                points,
+                "step",
+                list(points[0])[1:],
+                title=settings.loss,
+                xlabel="optimizer step",
+                ylabel="mean over questions",
+                ylim=(0, 1),
+            )
 
 
 def curve(logs):
@@ -205,12 +272,14 @@ def sample_once(settings, policy, questions, grade, out="", logprobs=True, **cha
     settings = dataclasses.replace(settings, model=policy, **changes)
     model, tokenizer = load_model(policy, settings, start_ranks())
     what = os.path.basename(out) or "sampling"
-    return sample_rollouts(model, tokenizer, questions(tokenizer), grade, settings, out, what,
-                           logprobs)
+    return sample_rollouts(
+        model, tokenizer, questions(tokenizer), grade, settings, out, what, logprobs
+    )
 
 
-def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="sampling",
-                    logprobs=True):
+def sample_rollouts(
+    model, tokenizer, questions, grade, settings, out="", what="sampling", logprobs=True
+):
     """Rollout rows for all questions, on the first rank; also as the file `out` when it is named.
 
     The other ranks get an empty list: the rows of a large file would fill the memory of each.
@@ -242,8 +311,10 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
     complete = complete if model else server.complete
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
         for number, completions in complete(tokenizer, questions, todo, settings, bar):
-            mine[number] = [make_row(grade, questions[number], completion, sampling)
-                            for completion in completions]
+            mine[number] = [
+                make_row(grade, questions[number], completion, sampling)
+                for completion in completions
+            ]
             if out:
                 add_line(own_part, [number, mine[number]])
     finished = collections.ChainMap(*gather_on_first(mine), finished)
@@ -259,17 +330,23 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", what="
 def prepare(question, tokenizer, settings):
     """A question with what the sampler needs; "key" is the seed of its random numbers."""
     name, prompt = question["id"], question["prompt"]
-    return {**question, "prompt_ids": prompt_tokens(prompt, tokenizer),
-            "stop": list(filter(None, question.get("stop") or [])),
-            "key": short_hash(f"{settings.seed}\0{name}\0{prompt}")}
+    return {
+        **question,
+        "prompt_ids": prompt_tokens(prompt, tokenizer),
+        "stop": list(filter(None, question.get("stop") or [])),
+        "key": short_hash(f"{settings.seed}\0{name}\0{prompt}"),
+    }
 
 
 def describe(model, settings):
     """What a row says of its sampling; a finished file must say the same to be reused."""
     source = {"weights": fingerprint(model)} if model else {"server": settings.server}
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "precision")
-    return {"model": os.path.normpath(settings.model), **source,
-            **{name: getattr(settings, name) for name in names}}
+    return {
+        "model": os.path.normpath(settings.model),
+        **source,
+        **{name: getattr(settings, name) for name in names},
+    }
 
 
 def make_row(grade, question, completion, sampling):
@@ -291,11 +368,15 @@ def finished_rows(out, questions, grade, sampling, samples):
     rows = read_rollouts(out, need_reward=False)
     there = {"completions": len(rows), **(rows[0].get("sampling") or {})}
     asked = {"completions": len(questions) * samples, **sampling}
-    differ = [f"{name}: {there.get(name)!r:.60} there, {asked[name]!r:.60} asked for"
-              for name in asked if there.get(name) != asked[name]]
+    differ = [
+        f"{name}: {there.get(name)!r:.60} there, {asked[name]!r:.60} asked for"
+        for name in asked
+        if there.get(name) != asked[name]
+    ]
     if differ:
-        raise Problem(f"{out} holds other rollouts ({'; '.join(differ)}): use another --out, or "
-                      "remove it")
+        raise Problem(
+            f"{out} holds other rollouts ({'; '.join(differ)}): use another --out, or remove it"
+        )
     graded = [make_row(grade, row, {}, sampling) for row in rows]
     if graded != rows:
         write_rollouts(out, graded)
@@ -309,8 +390,10 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, ba
     policy, ends = make_policy(model, settings.precision, longest), end_tokens(model, tokenizer)
     for number, completions in generate(model, tokenizer, questions, todo, settings, bar):
         question = questions[number]
-        rows = [until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)
-                for tokens in completions]
+        rows = [
+            until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)
+            for tokens in completions
+        ]
         if with_logprobs:
             ids = [row["completion_ids"] for row in rows]
             scores = mu.score(policy, question["prompt_ids"], ids)
@@ -354,10 +437,20 @@ def main():
     elif settings.model:
         folder, name = os.path.split(settings.out)
         held = name and lock(os.path.join(folder, f".{name}.lock"))  # up to the end of main
-        policy = (None, load_tokenizer(settings.model)) if settings.server else load_model(
-            settings.model, settings, device)
-        values = evaluate(*policy, task, settings, settings.split, settings.questions,
-                          settings.out, settings.greedy and settings.split == "test")
+        policy = (
+            (None, load_tokenizer(settings.model))
+            if settings.server
+            else load_model(settings.model, settings, device)
+        )
+        values = evaluate(
+            *policy,
+            task,
+            settings,
+            settings.split,
+            settings.questions,
+            settings.out,
+            settings.greedy and settings.split == "test",
+        )
     else:
         raise Problem("--model is needed: a directory or a hub name (train.py makes one)")
     say(report(values, settings.grade or settings.model))

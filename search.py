@@ -16,8 +16,7 @@ from pathlib import Path
 
 import train
 from data import library
-from engine.bm25 import (analyse, index_corpus, is_common, measure, open_index, read_topics,
-                         search)
+from engine.bm25 import analyse, index_corpus, is_common, measure, open_index, read_topics, search
 from engine.common import Problem, parse, run_main, say, setting
 from engine.measures import mean_by
 from engine.parallel import barrier, rank, start_ranks
@@ -27,25 +26,39 @@ from engine.tasks import make_task as task_of
 
 @dataclasses.dataclass
 class Settings(train.Job):
-    corpus: str = setting("", "collection to search, a folder in BEIR's layout (none: the embedded "
-                          "one, made here)", main=True, free=True)
+    corpus: str = setting(
+        "",
+        "collection to search, a folder in BEIR's layout (none: the embedded one, made here)",
+        main=True,
+        free=True,
+    )
     # SciFact, 809 training queries: 77% have Recall@10 = 1 already, so that no expansion earns +1.
     # On the other 185, three words of a relevant document earn +1 in 68% of the cases, three words
     # of a random document in 2%. nDCG@100 leaves 385 queries; there they earn +1 in 94% and 10%.
-    metric: str = setting("ndcg@100", "measure to reward: recall, ndcg or p at a depth, map or mrr",
-                          main=True)
+    metric: str = setting(
+        "ndcg@100", "measure to reward: recall, ndcg or p at a depth, map or mrr", main=True
+    )
     k1: float = setting(0.9, "BM25's k1: how much further occurrences of a word add")
     b: float = setting(0.4, "BM25's b: how much the length of a document takes away", most=1)
     max_new_tokens: int = setting(64, "longest expansion in tokens", least=1, free=True)
 
 
-EMBEDDED = dict(metric="recall@10", learning_rate=1e-3, epochs=2, sequences=128,
-                tokens_per_pass=4096, max_new_tokens=12, batch_size=512)
+EMBEDDED = dict(
+    metric="recall@10",
+    learning_rate=1e-3,
+    epochs=2,
+    sequences=128,
+    tokens_per_pass=4096,
+    max_new_tokens=12,
+    batch_size=512,
+)
 
 # ---- the prompt: a query, and how to ask for words ----
 
-ASK = ("Which other words would the documents hold that answer this search query? Write at most "
-       "ten of them, technical terms and synonyms, on one line, and nothing else.")
+ASK = (
+    "Which other words would the documents hold that answer this search query? Write at most "
+    "ten of them, technical terms and synonyms, on one line, and nothing else."
+)
 EXAMPLES = """Query: aspirin after a heart attack
 Words: acetylsalicylic acid antiplatelet myocardial infarction secondary prevention
 
@@ -63,8 +76,11 @@ def make_question(id, text, embedded=False):
     question, query = {"id": id, "question": text}, " ".join(text.split())
     if embedded:
         return {**question, "prompt": " ".join(analyse(text))}
-    return {**question, "messages": f"{ASK}\n\nQuery: {query}",
-            "prompt": f"{EXAMPLES}\n\nQuery: {query}\nWords:"}
+    return {
+        **question,
+        "messages": f"{ASK}\n\nQuery: {query}",
+        "prompt": f"{EXAMPLES}\n\nQuery: {query}\nWords:",
+    }
 
 
 # ---- the expansion: the words that the model adds, and what comes back ----
@@ -96,12 +112,17 @@ def read_splits(settings, index):
     splits, test_texts = {}, set()
     for split in ("test", "train"):
         queries, judgements = read_topics(settings.corpus, index, split)
-        splits[split] = {id: (text, judgements[id]) for id, text in queries.items()
-                         if max(judgements[id].values()) > 0 and text not in test_texts}
+        splits[split] = {
+            id: (text, judgements[id])
+            for id, text in queries.items()
+            if max(judgements[id].values()) > 0 and text not in test_texts
+        }
         left_out = len(queries) - len(splits[split])
         if left_out:
-            say(f"{settings.corpus}: {left_out} of {len(queries)} {split} queries are left out: "
-                "they have no relevant document, or are test queries too")
+            say(
+                f"{settings.corpus}: {left_out} of {len(queries)} {split} queries are left out: "
+                "they have no relevant document, or are test queries too"
+            )
         test_texts = {text for text, _ in splits["test"].values()}
     return splits
 
@@ -114,8 +135,10 @@ def skip_full(settings, index, topics):
         own = measure(settings.metric, find(index, id, text, ""), grades)
         if own < measure(settings.metric, best, grades):
             kept[id] = text, grades
-    say(f"{len(topics) - len(kept)} of {len(topics)} training queries are skipped: no expansion "
-        f"can improve their {settings.metric}")
+    say(
+        f"{len(topics) - len(kept)} of {len(topics)} training queries are skipped: no expansion "
+        f"can improve their {settings.metric}"
+    )
     return kept
 
 
@@ -149,13 +172,18 @@ def make_task(settings, index, splits, embedded=False):
         return look_up(row["split"], row["id"], row["answer"] or "")[name]
 
     def measure_rows(rows):
-        values = {name: mean_by(rows, "id", functools.partial(value_of, name)).values()
-                  for name in names}
+        values = {
+            name: mean_by(rows, "id", functools.partial(value_of, name)).values() for name in names
+        }
         faultless = mean_by(rows, "id", lambda row: row["answer"] is not None)
         return {**values, "without fault": faultless.values()}
 
-    return task_of("search", types.SimpleNamespace(
-        questions=questions, grade=grade, measure=measure_rows, STOP="" if embedded else STOP))
+    return task_of(
+        "search",
+        types.SimpleNamespace(
+            questions=questions, grade=grade, measure=measure_rows, STOP="" if embedded else STOP
+        ),
+    )
 
 
 # ---- the whole job ----
@@ -190,8 +218,9 @@ def prepare(settings):
     if rank() == 0:
         if is_ours and not os.path.exists(f"{settings.corpus}/qrels.tsv"):
             library.write_collection(settings.corpus)
-        index_corpus(f"{settings.corpus}/corpus.jsonl", f"{settings.out}/index", settings.k1,
-                     settings.b)
+        index_corpus(
+            f"{settings.corpus}/corpus.jsonl", f"{settings.out}/index", settings.k1, settings.b
+        )
     barrier()
     return open_index(f"{settings.out}/index")
 

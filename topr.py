@@ -92,8 +92,11 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     logp, differences, advantage, mask, count = checked(logp, mu_logp, advantage, mask, count)
     length = mask.sum(-1)  # [batch]
     log_ratio = differences.detach().sum(-1)  # d_i = sum_t (l_it - m_it)  [batch]
-    ratios = {"sequence": log_ratio[:, None], "mean": (log_ratio / length)[:, None],
-              "token": differences}
+    ratios = {
+        "sequence": log_ratio[:, None],
+        "mean": (log_ratio / length)[:, None],
+        "token": differences,
+    }
     weight = taper_weights(ratios[taper.ratio], advantage[:, None], taper)  # [batch, 1 or time]
 
     # pi = 0: nothing is left to push down. Filled, not multiplied away: 0 * inf is NaN.
@@ -160,7 +163,8 @@ def checked(logp, mu_logp, advantage, mask, count):
         "its reward is not finite": ~advantage.isfinite(),
         "log pi is NaN or above 0 (pass log-probabilities, not logits)": mask & ~(logp <= 1e-3),
         "log pi = -inf, on a positive": mask & (logp == -math.inf) & (advantage[:, None] > 0),
-        "log mu is missing, NaN or infinite": mask & ~mu_logp.isfinite()}
+        "log mu is missing, NaN or infinite": mask & ~mu_logp.isfinite(),
+    }
     if torch.stack([where.any() for where in faults.values()]).any():  # one wait for the device
         for message, where in faults.items():
             for sequence, *token in where.nonzero().tolist():
@@ -176,7 +180,7 @@ def checked(logp, mu_logp, advantage, mask, count):
 def effective_positive_share(p, c):
     """The share of positives that a baseline c acts like, if a share p of the +1/-1 rewards is +1.
 
-        p~ = p (1 - c) / (1 + c (1 - 2p))
+    p~ = p (1 - c) / (1 + c (1 - 2p))
     """
     if not 0 <= p <= 1 or not -1 <= c <= 1:
         raise ValueError(f"share {p} must be in [0, 1], baseline {c} in [-1, 1]")
@@ -186,11 +190,13 @@ def effective_positive_share(p, c):
 def baseline_for_share(p, share):
     """The baseline that makes a share p of positives act like `share`.
 
-        c = (p - p~) / (p + p~ - 2 p p~)
+    c = (p - p~) / (p + p~ - 2 p p~)
     """
     if not 0 < p < 1 or not 0 <= share <= 1:
-        raise ValueError(f"the share of positives is {p}: the data needs positives and negatives, "
-                         f"and the target share, {share}, must be in [0, 1]")
+        raise ValueError(
+            f"the share of positives is {p}: the data needs positives and negatives, "
+            f"and the target share, {share}, must be in [0, 1]"
+        )
     return max(-1.0, min(1.0, (p - share) / (p + share - 2 * p * share)))  # rounding may exceed 1
 
 

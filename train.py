@@ -22,8 +22,7 @@ import topr
 from data import apples, load_task
 from engine import advice, batches, losses, mu, optim, packing, run_folder
 from engine.common import Problem, Stopped, parse, progress, run_main, say, setting
-from engine.parallel import (barrier, from_first, gather, rank, replicate, shard, start_ranks,
-                             world)
+from engine.parallel import barrier, from_first, gather, rank, replicate, shard, start_ranks, world
 from engine.sampler import Sampling, fingerprint, load_for_training
 
 
@@ -32,69 +31,108 @@ class Job(Sampling):
     """A policy and how it learns: the settings that train.py, verifier.py and search.py share."""
 
     model: str = setting(
-        "", "policy to start from: a directory or a hub name (none: the embedded one, made here)",
-        main=True)
-    out: str = setting("", "folder of the trained policy (default: runs/MODEL-LOSS)", main=True,
-                       free=True)
-    rounds: int = setting(1, "rounds of sample-then-train, each from the policy of the last",
-                          least=1, main=True)
+        "",
+        "policy to start from: a directory or a hub name (none: the embedded one, made here)",
+        main=True,
+    )
+    out: str = setting(
+        "", "folder of the trained policy (default: runs/MODEL-LOSS)", main=True, free=True
+    )
+    rounds: int = setting(
+        1, "rounds of sample-then-train, each from the policy of the last", least=1, main=True
+    )
     questions: int = setting(0, "training questions (0: all; 250 of generated ones)", free=True)
-    test_questions: int = setting(0, "questions to measure on (0: all; 250 of generated ones)",
-                                  free=True)
-    eval_every: int = setting(0, "steps between measurements (0: before and after alone)",
-                              free=True)
+    test_questions: int = setting(
+        0, "questions to measure on (0: all; 250 of generated ones)", free=True
+    )
+    eval_every: int = setting(
+        0, "steps between measurements (0: before and after alone)", free=True
+    )
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, *losses.OTHERS), main=True)
     learning_rate: float = setting(
-        0.0, "step size (0: 0.1 / sqrt(trained weights), with --lora ten times that; the paper's: "
-        "5e-7, for Adafactor)", main=True)
+        0.0,
+        "step size (0: 0.1 / sqrt(trained weights), with --lora ten times that; the paper's: "
+        "5e-7, for Adafactor)",
+        main=True,
+    )
     optimizer: str = setting("adamw", "update rule", ("adamw", "adafactor"), main=True)
-    sequences: int = setting(64, "completions in an optimizer step, over all ranks", least=1,
-                             main=True)
+    sequences: int = setting(
+        64, "completions in an optimizer step, over all ranks", least=1, main=True
+    )
     epochs: int = setting(1, "passes over the rollouts", least=1, main=True)
     max_steps: int = setting(0, "optimizer steps at most, for a first look (0: all)")
     positive_share: float | None = setting(
-        None, "effective share of positives to reach by the baseline", most=1, main=True)
+        None, "effective share of positives to reach by the baseline", most=1, main=True
+    )
     baseline: float = setting(0.0, "c in A = R - c", least=-1e9, most=1e9)
     ratio: str = setting(
-        "", "what a weight is made from: the ratio pi/mu of the sequence, its mean over tokens, or "
-        "each token's (none: the loss's own)", ("sequence", "mean", "token"))
+        "",
+        "what a weight is made from: the ratio pi/mu of the sequence, its mean over tokens, or "
+        "each token's (none: the loss's own)",
+        ("sequence", "mean", "token"),
+    )
     anna_karenina: bool = setting(
-        False, "of each question keep the first correct completion and every wrong one")
+        False, "of each question keep the first correct completion and every wrong one"
+    )
     mu: str = setting(
-        "checked", "source of log mu: the file, whose first step is checked against the starting "
+        "checked",
+        "source of log mu: the file, whose first step is checked against the starting "
         "weights (checked); the file, whoever wrote it (file); the starting weights, once (start)",
-        ("checked", "file", "start"))
+        ("checked", "file", "start"),
+    )
     schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
-    warmup: int = setting(0, "steps in which the rate rises from 0 (a cosine falls from the first "
-                         "step on)")
+    warmup: int = setting(
+        0, "steps in which the rate rises from 0 (a cosine falls from the first step on)"
+    )
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
     tokens_per_pass: int = setting(
-        0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True)
+        0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True
+    )
     lora: int = setting(
-        0, "rank of LoRA adapters, trained in place of the weights (0: none; needs package peft)")
+        0, "rank of LoRA adapters, trained in place of the weights (0: none; needs package peft)"
+    )
     gradient_checkpointing: bool = setting(
-        False, "compute activations again in the backward pass: slower, less memory", free=True)
+        False, "compute activations again in the backward pass: slower, less memory", free=True
+    )
     shard: bool = setting(
-        False, "a part of all weights, gradients and optimizer state on each rank (FSDP2)",
-        free=True)
-    checkpoint_every: int = setting(100, "steps between checkpoints (0: only every 5 minutes)",
-                                    free=True)
-    rollouts: str = setting("", "rollout file to learn from (none: sampled from the policy)",
-                            main=True, free=True)
+        False,
+        "a part of all weights, gradients and optimizer state on each rank (FSDP2)",
+        free=True,
+    )
+    checkpoint_every: int = setting(
+        100, "steps between checkpoints (0: only every 5 minutes)", free=True
+    )
+    rollouts: str = setting(
+        "", "rollout file to learn from (none: sampled from the policy)", main=True, free=True
+    )
     map_rewards: str = setting(
-        "", "rewards for 0 and 1 in a file that has them, for instance --map-rewards=-1,1")
+        "", "rewards for 0 and 1 in a file that has them, for instance --map-rewards=-1,1"
+    )
 
 
 @dataclass
 class Settings(Job):
-    task: str = setting("", "task to sample from and to measure on, before and after: apples, "
-                        "gsm8k, math, svamp, or the path of your own .py file", main=True,
-                        free=True)
+    task: str = setting(
+        "",
+        "task to sample from and to measure on, before and after: apples, "
+        "gsm8k, math, svamp, or the path of your own .py file",
+        main=True,
+        free=True,
+    )
 
 
-EMBEDDED = dict(task="apples", learning_rate=1e-3, schedule="cosine", epochs=2, eval_every=32,
-                questions=512, test_questions=250, max_new_tokens=40, tokens_per_pass=4096,
-                batch_size=512)
+EMBEDDED = dict(
+    task="apples",
+    learning_rate=1e-3,
+    schedule="cosine",
+    epochs=2,
+    eval_every=32,
+    questions=512,
+    test_questions=250,
+    max_new_tokens=40,
+    tokens_per_pass=4096,
+    batch_size=512,
+)
 
 
 def train(settings, evaluate=None):
@@ -124,8 +162,8 @@ def train(settings, evaluate=None):
             units, parts = backward(settings, policy, data, step, loss_function, model, signals)
             if signals and world() == 1:  # this step is given up
                 stop(settings, model, optimizer, step, signals)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
-                                                  settings.grad_clip or math.inf)
+            limit = settings.grad_clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             norm = float(norm.full_tensor() if settings.shard else norm)
             if not math.isfinite(norm):
                 raise broken_off(data, step, units.ravel(), f"the gradient norm is {norm}")
@@ -137,10 +175,11 @@ def train(settings, evaluate=None):
             # The log; a checkpoint when it is due, or when a signal asks to stop. Ranks tell each
             # other what they have, so that all stop and save together.
             all_parts, all_signals, waits = zip(*gather((parts, signals, start - saved)))
-            metrics = step_metrics(all_parts, data.mu is not None)
-            run_folder.write_log(settings, log, {
-                "step": step, "sequences": units.size, **metrics, "gradient_norm": norm,
-                "learning_rate": optimizer.param_groups[0]["lr"], "seconds": time.time() - start})
+            entry = {"step": step, "sequences": units.size, "gradient_norm": norm}
+            entry |= step_metrics(all_parts, data.mu is not None)
+            rate, seconds = optimizer.param_groups[0]["lr"], time.time() - start
+            entry |= {"learning_rate": rate, "seconds": seconds}
+            run_folder.write_log(settings, log, entry)
             if step in (advice.LOOK_AT, steps - 1):
                 say(*advice.of_log(log))
             if any(all_signals):
@@ -173,8 +212,9 @@ def backward(settings, policy, data, step, loss_function, model, signals):
         # N / ranks: each rank's loss comes out `ranks` times too large, and the mean over ranks
         # that DDP and FSDP take undoes that.
         try:
-            loss, stats = loss_function(logp, batch.mu_logp, batch.reward, batch.mask,
-                                        count=units.size / world())
+            loss, stats = loss_function(
+                logp, batch.mu_logp, batch.reward, batch.mask, count=units.size / world()
+            )
         except ValueError as error:  # log pi is NaN, say: the policy has diverged
             raise broken_off(data, step, batch.rows, error)
         loss.backward()
@@ -187,28 +227,35 @@ def backward(settings, policy, data, step, loss_function, model, signals):
 
 def broken_off(data, step, rows, why):
     lines = ", ".join(str(data.rows[row].line) for row in rows[:64])
-    return Problem(f"step {step}: {why}, of lines {lines} of the rollout file; nothing was "
-                   "updated, and the last checkpoint stays")
+    return Problem(
+        f"step {step}: {why}, of lines {lines} of the rollout file; nothing was "
+        "updated, and the last checkpoint stays"
+    )
 
 
 def stop(settings, model, optimizer, step, signals):
     run_folder.save_checkpoint(settings, model, optimizer, step)
-    raise Stopped(f"stopped by a signal; {step} steps are done and saved: the same command goes on",
-                  signals[0])
+    raise Stopped(
+        f"stopped by a signal; {step} steps are done and saved: the same command goes on",
+        signals[0],
+    )
 
 
 def step_metrics(ranks, has_mu):
     """The statistics of the sequences of a step, of every rank; docs/log.md explains each."""
     parts = sum(ranks, [])
-    d, weight, advantage = (np.concatenate([part[name] for part in parts])  # each [sequences]
-                            for name in ("log_ratio", "weight", "advantage"))
+    d, weight, advantage = (
+        np.concatenate([part[name] for part in parts])  # each [sequences]
+        for name in ("log_ratio", "weight", "advantage")
+    )
     positive, negative = advantage > 0, advantage < 0
     negatives, total = max(1, negative.sum()), np.abs(advantage).sum()
     metrics = {
         "loss": sum(part["loss"] for part in parts) / len(ranks),  # see backward
         "negative_weight": weight[negative].sum() / negatives,
         "negatives_gone": (weight[negative] < 1e-3).sum() / negatives,
-        "positive_share": advantage[positive].sum() / total if total else None}
+        "positive_share": advantage[positive].sum() / total if total else None,
+    }
     if has_mu and len(d):
         metrics |= {"d_min": d.min(), "d_mean": d.mean(), "d_max": d.max()}
         for name, chosen in (("d_positive", positive), ("d_negative", negative)):
@@ -236,8 +283,11 @@ def set_up(settings):
     source = mu.make_mu(settings, policy, data, needs_mu, weights)
     if world() > 1 and not settings.shard:
         policy = replicate(policy, batches.empty_batch(device))
-    say(*advice.before_the_first_step(settings, data), f"loss {settings.loss}, "
-        f"{settings.sequences} completions a step, log mu {source}, results in {settings.out}")
+    say(
+        *advice.before_the_first_step(settings, data),
+        f"loss {settings.loss}, "
+        f"{settings.sequences} completions a step, log mu {source}, results in {settings.out}",
+    )
     return tokenizer, data, model, policy, loss_function, run
 
 
@@ -259,8 +309,10 @@ def main():
 def use_embedded(settings):
     """Makes the embedded policy and samples its rollouts, which all losses share."""
     if settings.rollouts or settings.task != "apples":
-        raise Problem("--rollouts and another --task need --model: the policy to train; the "
-                      "embedded one knows apples alone")
+        raise Problem(
+            "--rollouts and another --task need --model: the policy to train; the "
+            "embedded one knows apples alone"
+        )
     task, folder = load_task(settings.task), f"runs/apples-seed{settings.seed}"
     check_settings(settings, task)
     settings.model = base_policy(folder, settings.seed)
@@ -314,15 +366,26 @@ def check_settings(settings, task):
     if task is None and (settings.rounds > 1 or settings.eval_every):
         raise Problem("--rounds and --eval-every need --task: to sample from, and to measure on")
     if settings.shard and (world() == 1 or settings.eval_every):
-        raise Problem("--shard needs more than one process (torchrun --nproc-per-node 8 train.py), "
-                      "and --eval-every 0: no card holds the whole model")
+        raise Problem(
+            "--shard needs more than one process (torchrun --nproc-per-node 8 train.py), "
+            "and --eval-every 0: no card holds the whole model"
+        )
 
 
 def base_policy(folder, seed, task=apples, steps=1000, rate=5e-3, **size):
     """An embedded policy: a small Llama that imitates flawed demonstrations."""
-    settings = Settings(model=f"{folder}/random", rollouts=f"{folder}/demonstrations.jsonl",
-                        out=f"{folder}/base", loss="sft", learning_rate=rate, warmup=50,
-                        schedule="cosine", sequences=32, tokens_per_pass=4096, seed=seed)
+    settings = Settings(
+        model=f"{folder}/random",
+        rollouts=f"{folder}/demonstrations.jsonl",
+        out=f"{folder}/base",
+        loss="sft",
+        learning_rate=rate,
+        warmup=50,
+        schedule="cosine",
+        sequences=32,
+        tokens_per_pass=4096,
+        seed=seed,
+    )
     if rank() == 0 and not run_folder.finished(settings.out):
         say(f"{settings.out}: making the base policy from flawed demonstrations")
         apples.write_beginner(folder, task, steps * settings.sequences, seed, **size)

@@ -65,7 +65,7 @@ def make_problem(rng, lengths=LENGTHS):
         start = value = rng.randint(2, 12)
         words, events, values = [f"{name} has {start} apples ."], [], []
         for _ in range(rng.choice(lengths)):
-            kind, = rng.choices(list(VERBS), (4, 4, 2, 1.5))
+            (kind,) = rng.choices(list(VERBS), (4, 4, 2, 1.5))
             amount, verb = rng.randint(1, 4), rng.choice(VERBS[kind])
             amount = TIMES.get(verb, amount)
             value = calculate(value, kind, amount)
@@ -97,6 +97,7 @@ def grade(question, completion):
 
 def demonstrate(problem, rng, habits):
     """One solution with the given habits; with habits = {} it is right."""
+
     def does(habit):
         return rng.random() < habits.get(habit, 0)
 
@@ -123,9 +124,15 @@ def demonstrate(problem, rng, habits):
 def demonstrations(count, seed):
     """Rollout rows to imitate, with reward +1 whether right or wrong."""
     rng = random.Random(f"{seed} demonstrations")
-    return [{"id": problem["id"], "prompt": problem["prompt"],
-             "completion": demonstrate(problem, rng, HABITS), "reward": 1.0}
-            for problem in islice(questions("train", seed), count)]
+    return [
+        {
+            "id": problem["id"],
+            "prompt": problem["prompt"],
+            "completion": demonstrate(problem, rng, HABITS),
+            "reward": 1.0,
+        }
+        for problem in islice(questions("train", seed), count)
+    ]
 
 
 def verdict_demonstrations(count, seed, make_prompt):
@@ -161,15 +168,21 @@ def make_tokenizer(words):
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     fast.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def vocabulary():
     """Every word that a problem, a solution or a check of a solution can hold."""
     text = """Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...
         has apples He them How many ?"""
-    return {*text.split(), *NAMES, *FRIENDS, *sum(VERBS.values(), ()),
-            *map(str, range(LARGEST + 1))}
+    return {
+        *text.split(),
+        *NAMES,
+        *FRIENDS,
+        *sum(VERBS.values(), ()),
+        *map(str, range(LARGEST + 1)),
+    }
 
 
 def make_model(tokenizer, seed, width=64, layers=3):
@@ -179,11 +192,20 @@ def make_model(tokenizer, seed, width=64, layers=3):
 
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=256,
-        initializer_range=0.05,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
 
 
 def write_beginner(folder, task, count, seed, **size):

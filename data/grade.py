@@ -29,7 +29,7 @@ def read_answer(text, marker="The answer is"):
     found = re.match(up_to_marker, text) if isinstance(text, str) else None
     if not found:
         return None
-    after = re.sub(r"^[\s:=*`]*\n\s*", "", text[found.end():][:LONGEST])
+    after = re.sub(r"^[\s:=*`]*\n\s*", "", text[found.end() :][:LONGEST])
     display = re.match(r"(?s)[ \t:=]*(?:\\\[|\$\$)([^$]*?)(?:\\\]|\$\$)[ \t.*]*(?:\n|$)", after)
     line = " ".join(display[1].split()) if display else [*after.splitlines(), ""][0]
     line = re.split(r"\.[*$]*\s+(?=[A-Z])", line, maxsplit=1)[0]  # "17. I hope that helps" -> "17"
@@ -45,18 +45,20 @@ def last_boxed(text):
     found = re.match(box, text) if isinstance(text, str) else None
     if not found or found[1]:
         return found and found[1]  # \boxed 9 is a box too
-    inside, depth = text[found.end():][:LONGEST], 1
+    inside, depth = text[found.end() :][:LONGEST], 1
     for mark in re.finditer(r"(?s)\\.|[{}]", inside):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
-            return inside[:mark.start()]
+            return inside[: mark.start()]
     return None
 
 
 # ---- one spelling for what looks the same on paper ----
 
 # A regular expression and what replaces it, one pair a line, in this order.
-SPELLINGS = [re.split("  +", line.strip())[:2] for line in r"""
+SPELLINGS = [
+    re.split("  +", line.strip())[:2]
+    for line in r"""
     \s+                                        ' '
     \\(?:text(?:bf|it|rm|normal)?|mbox|math(?:bf|it|rm)|operatorname)\s*\{([^{}]*)\}  ' \\text \1 '
     \{,\}|,\s*\\!                              ','             1{,}000 and 1,\!000
@@ -93,14 +95,21 @@ SPELLINGS = [re.split("  +", line.strip())[:2] for line in r"""
     \b([ap])\.m\.?                             '\1m'
     [ ,]{0,3}(?:\\text[ ,]{0,3})?\b(?:and|or)\b  ', '
     ^ ?(?:=|\\approx)                          ''
-""".strip().splitlines()]
-UNITS = (r"(?: \\text [A-Za-z. ]+| (?:[A-Za-z]{3,}|cm|mm|km|ft|in|kg|lb|sq)\b[A-Za-z. ]*)"
-         r"(?:\^ ?\{[23]\})?$")
+""".strip().splitlines()
+]
+UNITS = (
+    r"(?: \\text [A-Za-z. ]+| (?:[A-Za-z]{3,}|cm|mm|km|ft|in|kg|lb|sq)\b[A-Za-z. ]*)"
+    r"(?:\^ ?\{[23]\})?$"
+)
 NO_UNIT = r"\b(?:[ap]m|dozen|hundred|thousand|[mbtr]+illion)\b"
-TOKEN = (r"\\(?:begin|end)\{[a-z]*\}|\\sqrt\[[0-9]\]|\\[A-Za-z]+|\\."
-         r"|[0-9]*\.?[0-9]+|[A-Za-z]{2,}|\S")
-BRACKETS = {**dict.fromkeys(r"( [ { \{ \begin{matrix}".split(), 1),
-            **dict.fromkeys(r") ] } \} \end{matrix}".split(), -1)}
+TOKEN = (
+    r"\\(?:begin|end)\{[a-z]*\}|\\sqrt\[[0-9]\]|\\[A-Za-z]+|\\."
+    r"|[0-9]*\.?[0-9]+|[A-Za-z]{2,}|\S"
+)
+BRACKETS = {
+    **dict.fromkeys(r"( [ { \{ \begin{matrix}".split(), 1),
+    **dict.fromkeys(r") ] } \} \end{matrix}".split(), -1),
+}
 
 
 def respell(text):
@@ -118,13 +127,17 @@ def without_commas(text):
 @cached
 def tokens_of(text):
     """'\\frac{1}{2}x' -> ('\\frac', '{', '1', '}', '{', '2', '}', 'x')"""
-    return tuple(token.lower() if token.isalpha() and len(token) > 2 else token
-                 for token in re.findall(TOKEN, text) if token != "\\text")
+    return tuple(
+        token.lower() if token.isalpha() and len(token) > 2 else token
+        for token in re.findall(TOKEN, text)
+        if token != "\\text"
+    )
 
 
 @cached
 def as_text(tokens):
     """One string, fractions with a slash: \\frac{x+1}{2} -> (x+1)/2; 2\\frac12 stays 2 1/2."""
+
     def with_slash(fraction):
         sides = fraction.groups()
         sides = (side if re.fullmatch(r"\\?\w+", side) else f"({side})" for side in sides)
@@ -215,8 +228,10 @@ def equal(x, y):
 
 # ---- judging ----
 
-NUMBER = (r"[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}"
-          r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?")
+NUMBER = (
+    r"[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}"
+    r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?"
+)
 
 
 def are_short(*texts):
@@ -303,8 +318,10 @@ def same_parts(a, b, separators, depth, any_order=False):
     if a[1::2] != b[1::2]:
         return False
     a, b = (sorted(side[::2], key=terms) if any_order else side[::2] for side in (a, b))
-    return all(one == other or reduced(one) and reduced(other) and alike(one, other, depth + 1)
-               for one, other in zip(a, b))
+    return all(
+        one == other or reduced(one) and reduced(other) and alike(one, other, depth + 1)
+        for one, other in zip(a, b)
+    )
 
 
 def reduced(tokens):
@@ -349,5 +366,6 @@ def terms(tokens):
     """The terms of a sum in an order and a spelling of their own: equal for 2x-1 and -1+x*2."""
     parts = split(tokens, ("+", "-"))
     parts = ["+", *parts] if parts[0] else parts[1:]
-    return sorted(sign + str(value(part) or as_text(part))
-                  for sign, part in zip(parts[::2], parts[1::2]))
+    return sorted(
+        sign + str(value(part) or as_text(part)) for sign, part in zip(parts[::2], parts[1::2])
+    )

@@ -14,11 +14,13 @@ import random
 import zlib
 from itertools import combinations
 
-from engine.rollouts import write_rollouts
 from engine.common import whole_file
+from engine.rollouts import write_rollouts
 
 # Two everyday words, then three technical terms. Lines 1 and 2, 3 and 4 ... are easily confused.
-CONCEPTS = [line.split() for line in """
+CONCEPTS = [
+    line.split()
+    for line in """
 heart ticker cardiac coronary myocardial
 chest breastbone thoracic sternal mediastinal
 kidney kidneys renal nephritic glomerular
@@ -59,7 +61,8 @@ birth labour obstetric parturient perinatal
 womb belly uterine endometrial cervical
 sad blue depressive melancholic dysthymic
 scared nervous anxious phobic panicky
-""".strip().splitlines()]
+""".strip().splitlines()
+]
 LAY, TECHNICAL = [words[:2] for words in CONCEPTS], [words[2:] for words in CONCEPTS]
 FILLERS = """trial study cohort patients children adults elderly women men outcome risk factor
 placebo dose daily weekly treatment care clinic hospital ward review survey report long short term
@@ -109,8 +112,10 @@ def write_collection(folder):
     rng = random.Random("0 library")
     documents = make_documents(rng)
     write_texts(f"{folder}/corpus.jsonl", "d", documents)
-    relevant = {pair: [n for n, concepts in enumerate(documents.values()) if concepts >= {*pair}]
-                for pair in PAIRS}
+    relevant = {
+        pair: [n for n, concepts in enumerate(documents.values()) if concepts >= {*pair}]
+        for pair in PAIRS
+    }
     for split, tail, count in (("train", "_train", 512), ("test", "", 250)):
         pairs = [pair for pair in PAIRS if relevant[pair] and split_of(pair) == split]
         queries = {}  # text -> pair: the texts differ
@@ -134,7 +139,7 @@ def demonstrate(query, rng):
         return " ".join(words)
     terms = []
     for word in words * 2:
-        habit, = rng.choices(list(HABITS), HABITS.values())
+        (habit,) = rng.choices(list(HABITS), HABITS.values())
         concept, other = CONCEPT_OF[word], rng.randrange(len(CONCEPTS))
         concept = {"confused": concept ^ 1, "random": other}.get(habit, concept)
         terms.append(word if habit == "echo" else rng.choice(TECHNICAL[concept]))
@@ -146,8 +151,15 @@ def demonstrations(count, seed):
     rng = random.Random(f"{seed} demonstrations")
     pairs = [pair for pair in PAIRS if split_of(pair) == "train"]
     prompts = [make_query(rng.choice(pairs), rng) for _ in range(count)]
-    return [{"id": f"demonstration{n}", "prompt": prompt, "completion": demonstrate(prompt, rng),
-             "reward": 1.0} for n, prompt in enumerate(prompts)]
+    return [
+        {
+            "id": f"demonstration{n}",
+            "prompt": prompt,
+            "completion": demonstrate(prompt, rng),
+            "reward": 1.0,
+        }
+        for n, prompt in enumerate(prompts)
+    ]
 
 
 def vocabulary():

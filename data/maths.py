@@ -38,27 +38,33 @@ PUBLISHED = {
     "gsm8k": {
         "train": (
             f"{GSM8K}train.jsonl",
-            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        ),
         "test": (
             f"{GSM8K}test.jsonl",
-            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        ),
     },
     "math": {
         "train": (
             f"{MATH}train.jsonl",
-            "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076"),
+            "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
+        ),
         "test": (
             f"{MATH}test.jsonl",
-            "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
+            "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+        ),
     },
     "svamp": {
         "train": (
             f"{SVAMP}data/mawps-asdiv-a_svamp/train.csv",
-            "c761cdc6390a67a285c6c346a2931f61bc8f47430eceaeb123cc3d0263efa821"),
+            "c761cdc6390a67a285c6c346a2931f61bc8f47430eceaeb123cc3d0263efa821",
+        ),
         "test": (
             f"{SVAMP}SVAMP.json",
-            "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
-    }
+            "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
+        ),
+    },
 }
 
 
@@ -101,8 +107,10 @@ def fetch(url, checksum, split):
         with urllib.request.urlopen(url, timeout=30) as answer:
             data = answer.read(100 * 2**20)  # an endless one must end
     if hashlib.sha256(data).hexdigest() != checksum:
-        raise Problem(f"{url} is not the published file: it has {len(data)} bytes, and SHA-256 is "
-                      f"not {checksum}: try again, or {instead}")
+        raise Problem(
+            f"{url} is not the published file: it has {len(data)} bytes, and SHA-256 is "
+            f"not {checksum}: try again, or {instead}"
+        )
     return data
 
 
@@ -137,8 +145,11 @@ def svamp_fields(raw):
         return re.sub("number([0-9]+)", lambda name: numbers[int(name[1])], text)
 
     question = raw["Question"] if numbers else f"{raw['Body']} {raw['Question']}"
-    return {"question": filled(question), "gold": shown(exact(raw["Answer"])),
-            "equation": filled(raw["Equation"])}
+    return {
+        "question": filled(question),
+        "gold": shown(exact(raw["Answer"])),
+        "equation": filled(raw["Equation"]),
+    }
 
 
 FIELDS = {"gsm8k": gsm8k_fields, "math": math_fields, "svamp": svamp_fields}
@@ -194,6 +205,7 @@ TASKS = {"gsm8k": NUMBER, "math": MATHS, "svamp": NUMBER}
 
 def task(name):
     """What eval.py and train.py need of "gsm8k", "math" or "svamp"."""
+
     def questions(split):
         """The rows that `python data/maths.py NAME` wrote."""
         path = f"{HERE}/{name}/{split}.jsonl"

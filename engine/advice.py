@@ -8,14 +8,18 @@ LOOK_AT = 20  # the step after which the log is read, as at the end
 def before_the_first_step(settings, data):
     rewards = data.rewards[data.units]  # [units, 1 or 2]
     positive_share, silent = (rewards > 0).mean(), data.silent[data.units].sum()
-    yield (f"{settings.rollouts}: {rewards.size:,} completions, {positive_share:.1%} positive, "
-           f"{silent:,} without a gradient in this loss")
+    yield (
+        f"{settings.rollouts}: {rewards.size:,} completions, {positive_share:.1%} positive, "
+        f"{silent:,} without a gradient in this loss"
+    )
     if rewards.min() >= 0 or rewards.max() <= 0:
         yield "all rewards have the same sign: there is nothing to tell right from wrong"
     is_chosen = settings.baseline or settings.positive_share is not None
     if settings.loss == "topr" and positive_share < 1 / 3 and not is_chosen:
-        yield (f"only {positive_share:.0%} of the completions are positive: if right answers fall, "
-               "too (d_positive below 0), try --positive-share 0.5")
+        yield (
+            f"only {positive_share:.0%} of the completions are positive: if right answers fall, "
+            "too (d_positive below 0), try --positive-share 0.5"
+        )
 
 
 def of_log(log):
@@ -28,11 +32,17 @@ def of_log(log):
 
     weight = mean("negative_weight")
     if weight > 0.95 and mean("d_negative") > -0.1 and len(log) >= LOOK_AT:
-        yield (f"nothing moves: the mean weight of a negative is still {weight:.2f}: triple "
-               "--learning-rate")
+        yield (
+            f"nothing moves: the mean weight of a negative is still {weight:.2f}: triple "
+            "--learning-rate"
+        )
     if mean("d_positive") < -0.5 and mean("d_negative") < -0.5:
-        yield (f"right answers fall with the wrong ones (d_positive {mean('d_positive'):.1f}): "
-               "--positive-share 0.5, or a third of the --learning-rate")
+        yield (
+            f"right answers fall with the wrong ones (d_positive {mean('d_positive'):.1f}): "
+            "--positive-share 0.5, or a third of the --learning-rate"
+        )
     if mean("negatives_gone") > 0.9:
-        yield (f"{mean('negatives_gone'):.0%} of the negatives are gone (their weight is below "
-               "0.001): little is left to learn from this file: --rounds samples again")
+        yield (
+            f"{mean('negatives_gone'):.0%} of the negatives are gone (their weight is below "
+            "0.001): little is left to learn from this file: --rounds samples again"
+        )

@@ -1,6 +1,6 @@
 """Which rows of the rollout file a step takes, and how they are dealt out to forward passes.
 
-    JSONL lines -> read_data: rows of tokens -> step_units: the rows of a step -> micro_batches
+JSONL lines -> read_data: rows of tokens -> step_units: the rows of a step -> micro_batches
 """
 
 import dataclasses
@@ -68,17 +68,30 @@ def read_data(settings, model, tokenizer):
             if fault:
                 raise Problem(f"{settings.rollouts}:{line}: {fault}")
             prompt, mu = tuple(prompt), row.get("logprobs")
-            rows.append(Row(
-                line, row["id"], row["reward"], prompts.setdefault(prompt, prompt),
-                np.array(completion, np.int32), np.array(mu, np.float32) if mu else None))
+            rows.append(
+                Row(
+                    line,
+                    row["id"],
+                    row["reward"],
+                    prompts.setdefault(prompt, prompt),
+                    np.array(completion, np.int32),
+                    np.array(mu, np.float32) if mu else None,
+                )
+            )
     units = make_units(settings, rows)
-    return Data(rows, units, max(1, settings.sequences // units.shape[1]),
-                lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
-                rewards=np.array([row.reward for row in rows]))
+    return Data(
+        rows,
+        units,
+        max(1, settings.sequences // units.shape[1]),
+        lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
+        rewards=np.array([row.reward for row in rows]),
+    )
 
 
-TEXT_ALONE = ("Was this file written with another model? Without prompt_ids, completion_ids and "
-              "logprobs the text alone counts")
+TEXT_ALONE = (
+    "Was this file written with another model? Without prompt_ids, completion_ids and "
+    "logprobs the text alone counts"
+)
 
 
 def find_fault(row, prompt, completion, config):
@@ -93,14 +106,18 @@ def find_fault(row, prompt, completion, config):
     if max(*prompt, *completion) >= config.vocab_size:
         return f"a token id beyond the model's vocabulary of {config.vocab_size}. {TEXT_ALONE}"
     if len(prompt) + len(completion) > room:
-        return (f"{len(prompt)} prompt and {len(completion)} completion tokens do not fit the "
-                f"model's {room}: remove the line")
+        return (
+            f"{len(prompt)} prompt and {len(completion)} completion tokens do not fit the "
+            f"model's {room}: remove the line"
+        )
 
 
 def make_units(settings, rows):
     """What the order shuffles: rows, those that Anna Karenina keeps, or pairs of rows for DPO."""
-    kept = [{"row": number, "id": (row.question, row.prompt), "reward": row.reward}
-            for number, row in enumerate(rows)]
+    kept = [
+        {"row": number, "id": (row.question, row.prompt), "reward": row.reward}
+        for number, row in enumerate(rows)
+    ]
     if settings.anna_karenina:
         kept = topr.anna_karenina(kept)
         say(f"Anna Karenina sampling keeps {len(kept):,} of {len(rows):,} completions")
@@ -109,8 +126,10 @@ def make_units(settings, rows):
         return numbers[:, None]  # [units, 1]
     pairs = topr.preference_pairs(kept)
     if not pairs:
-        raise Problem(f"{settings.rollouts}: dpo needs questions with both a correct and a wrong "
-                      "completion; there is none")
+        raise Problem(
+            f"{settings.rollouts}: dpo needs questions with both a correct and a wrong "
+            "completion; there is none"
+        )
     return numbers[np.array(pairs)]  # [units, 2]
 
 

@@ -1,7 +1,7 @@
 """A search engine in numpy: BM25 over an index in a folder, and trec_eval's measures.
 
-    index = index_corpus("corpus.jsonl", "folder")
-    numbers, scores = search(index, analyse("a query"), k=10)
+index = index_corpus("corpus.jsonl", "folder")
+numbers, scores = search(index, analyse("a query"), k=10)
 """
 
 import dataclasses
@@ -36,8 +36,10 @@ def read_texts(path):
             if id in known:
                 raise ValueError("this _id occurs on an earlier line")
         except (ValueError, KeyError, TypeError) as error:
-            raise Problem(f"{path}, line {number}: {type(error).__name__}: {error}: a JSON object "
-                          'is required, with strings for "_id", "text" and perhaps "title"')
+            raise Problem(
+                f"{path}, line {number}: {type(error).__name__}: {error}: a JSON object "
+                'is required, with strings for "_id", "text" and perhaps "title"'
+            )
         known.add(id)
         yield id, text
 
@@ -63,9 +65,11 @@ def read_topics(folder, index, split="test"):
             judgements.setdefault(row[1], {})[numbers[row[2]]] = int(row[3])
         elif not line.startswith(b"query-id\t"):
             skipped.append(line_number)
-    message = (f"{path}: {len(skipped)} line(s) cannot be used (the first: {skipped[:1]}): a query "
-               "that is there and has words (a to z, digits), a document of the corpus and a whole "
-               "number are required, tab-separated")
+    message = (
+        f"{path}: {len(skipped)} line(s) cannot be used (the first: {skipped[:1]}): a query "
+        "that is there and has words (a to z, digits), a document of the corpus and a whole "
+        "number are required, tab-separated"
+    )
     if not judgements:
         raise Problem(message)
     if skipped:
@@ -79,29 +83,35 @@ def read_topics(folder, index, split="test"):
 @dataclasses.dataclass(eq=False)
 class Index:
     """Documents are numbered by id in descending order: trec_eval orders equal scores so."""
-    ids: list             # of the documents
-    words: dict           # word -> number of its row, from 1
-    ends: list            # where each row ends; row 0 is empty [1 + words]
+
+    ids: list  # of the documents
+    words: dict  # word -> number of its row, from 1
+    ends: list  # where each row ends; row 0 is empty [1 + words]
     postings: np.ndarray  # document and score of each entry, row by row [entries]
 
 
 def index_documents(texts, k1=0.9, b=0.4):
     """The index of (id, text) pairs.
 
-        score(q, d) = sum over t in q of  ln(1 + (N - df + .5) / (df + .5))  tf / (tf + k1 B(d))
-        B(d) = 1 - b + b |d| / mean |d|
+    score(q, d) = sum over t in q of  ln(1 + (N - df + .5) / (df + .5))  tf / (tf + k1 B(d))
+    B(d) = 1 - b + b |d| / mean |d|
     """
     texts = dict(sorted(texts, reverse=True))
     count, numbers = len(texts), {}  # a new word gets the next number
-    keys = np.fromiter((numbers.setdefault(word, len(numbers) + 1) * count + document
-                        for document, text in enumerate(texts.values())
-                        for word in analyse(text)), np.int64)  # [words of all texts]
+    keys = np.fromiter(
+        (
+            numbers.setdefault(word, len(numbers) + 1) * count + document
+            for document, text in enumerate(texts.values())
+            for word in analyse(text)
+        ),
+        np.int64,
+    )  # [words of all texts]
     if not numbers:
         raise Problem("no document holds a word: there is nothing to search")
     keys, tf = np.unique(keys, return_counts=True)  # [entries]
-    words, documents = np.divmod(keys, count)       # [entries]
-    df = np.bincount(words)                         # [1 + words]
-    length = np.bincount(documents, tf, count)      # [documents]
+    words, documents = np.divmod(keys, count)  # [entries]
+    df = np.bincount(words)  # [1 + words]
+    length = np.bincount(documents, tf, count)  # [documents]
     idf = np.log(1 + (count - df + 0.5) / (df + 0.5))
     divisor = k1 * (1 - b + b * length / length.mean())
     scores = tf / (tf + divisor[documents]) * idf[words]  # [entries]
@@ -125,8 +135,10 @@ def index_corpus(corpus, folder, k1=0.9, b=0.4):
 
 def open_index(folder):
     """A saved index: the postings are mapped into memory, only what a search touches is read."""
-    return Index(*read_json(f"{folder}/names.json"),
-                 np.asarray(np.load(f"{folder}/postings.npy", mmap_mode="r")))
+    return Index(
+        *read_json(f"{folder}/names.json"),
+        np.asarray(np.load(f"{folder}/postings.npy", mmap_mode="r")),
+    )
 
 
 # ---- search ----
@@ -136,7 +148,7 @@ def open_index(folder):
 def row_of(index, word):
     """The documents that hold a word, in ascending order, and what it adds to the score of each."""
     number = index.words.get(word, 0)
-    row = index.postings[index.ends[number - 1]:index.ends[number]]
+    row = index.postings[index.ends[number - 1] : index.ends[number]]
     return row["document"], row["score"]
 
 
@@ -157,7 +169,7 @@ def search(index, words, k):
         np.add.at(totals, *row_of(index, word))  # twice as fast as totals[documents] += scores
     scores = totals.astype(np.float32)  # [documents]
     k = min(k, np.count_nonzero(scores))
-    found, = np.nonzero(scores >= np.partition(scores, -k)[-k])  # and ties with the k-th
+    (found,) = np.nonzero(scores >= np.partition(scores, -k)[-k])  # and ties with the k-th
     found = found[np.argsort(-scores[found], kind="stable")[:k]]
     return found, scores[found]
 
@@ -166,13 +178,15 @@ def search(index, words, k):
 
 
 def measure(name, ranked, grades):
-    """"ndcg@10", "recall@100", "p@10", "map", "mrr" ... of ids ranked best first.
+    """ "ndcg@10", "recall@100", "p@10", "map", "mrr" ... of ids ranked best first.
 
     grades: {id: grade}. A document without a grade, or with one below 1, is not relevant.
     """
     if not re.fullmatch("map|mrr|(ndcg|recall|p|map|mrr)@[1-9][0-9]*", name):
-        raise Problem(f"there is no measure {name!r}: write ndcg@10, recall@100, p@10 (at any "
-                      "depth), map or mrr")
+        raise Problem(
+            f"there is no measure {name!r}: write ndcg@10, recall@100, p@10 (at any "
+            "depth), map or mrr"
+        )
     kind, _, depth = name.partition("@")
     depth = int(depth or len(ranked))
     best = sorted((grade for grade in grades.values() if grade > 0), reverse=True)

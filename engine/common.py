@@ -41,8 +41,16 @@ class Stopped(Problem):
 def setting(default, help, choices=None, least=0, most=sys.float_info.max, main=False, free=False):
     """A field of a settings class: a number from `least` to `most`; `main` ones lead --help; a
     `free` one may be another when a run is resumed, for it changes no result."""
-    return dataclasses.field(default=default, metadata={
-        "help": help, "choices": choices, "limits": (least, most), "main": main, "free": free})
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "limits": (least, most),
+            "main": main,
+            "free": free,
+        },
+    )
 
 
 def parse(settings_class, description=None, embedded=None, argv=None):
@@ -50,9 +58,12 @@ def parse(settings_class, description=None, embedded=None, argv=None):
 
     embedded: other defaults, which hold when --model is not given.
     """
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     more = parser.add_argument_group("more options")
     fields, own = dataclasses.fields(settings_class), inspect.get_annotations(settings_class)
     for field in sorted(fields, key=lambda field: field.name not in own):  # own ones first
@@ -108,8 +119,10 @@ def run_main(main):
         raise
 
 
-LESS_MEMORY = ("What takes less: --tokens-per-pass 1024, --gradient-checkpointing, --weights "
-               "bfloat16, --optimizer adafactor, --shard on several ranks, --batch-size 16")
+LESS_MEMORY = (
+    "What takes less: --tokens-per-pass 1024, --gradient-checkpointing, --weights "
+    "bfloat16, --optimizer adafactor, --shard on several ranks, --batch-size 16"
+)
 
 
 def is_out_of_memory(error):
@@ -161,9 +174,18 @@ def say(*lines):
 def progress(items=None, total=None, what="", unit="step", initial=0):
     """A progress bar with the time left, on the first rank; quiet lines if the output is a file."""
     interval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", initial=initial,
-                disable=rank() != 0, mininterval=interval, dynamic_ncols=True,
-                leave=None)  # None: an inner bar disappears at its end
+    return tqdm(
+        items,
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        initial=initial,
+        disable=rank() != 0,
+        mininterval=interval,
+        dynamic_ncols=True,
+        leave=None,
+    )  # None: an inner bar disappears at its end
 
 
 # ---- files: written beside, flushed, renamed, so that a crash never leaves half a file ----
@@ -178,8 +200,10 @@ def writing(path, errors=OSError):
         failures = getattr(error, "failures", {}).values()  # of torch's checkpoints: what, where
         error, _ = next(iter(failures), (error, None))
         why = getattr(error, "strerror", None) or first_line(error)
-        raise Problem(f"{path}: cannot be written: {why}. What was finished before is kept: fix "
-                      "that, then rerun the same command")
+        raise Problem(
+            f"{path}: cannot be written: {why}. What was finished before is kept: fix "
+            "that, then rerun the same command"
+        )
 
 
 def lock(path):
@@ -231,8 +255,10 @@ def read_json(path):
 
 def table(header, rows):
     """Text columns: words to the left, numbers to the right."""
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
-             for row in [header, *rows]]
+    cells = [
+        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+        for row in [header, *rows]
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for first, *rest in cells:

@@ -16,8 +16,13 @@ def make_config(settings):
         from peft import LoraConfig
     except ImportError:
         raise Problem("--lora needs the package peft: pip install peft")
-    return LoraConfig(r=settings.lora, lora_alpha=SCALE * settings.lora, task_type="CAUSAL_LM",
-                      target_modules="all-linear", base_model_name_or_path=settings.model)
+    return LoraConfig(
+        r=settings.lora,
+        lora_alpha=SCALE * settings.lora,
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        base_model_name_or_path=settings.model,
+    )
 
 
 def add_adapters(settings, model):
@@ -36,15 +41,23 @@ def save_adapters(settings, weights):
     """Writes OUT/adapter, for PeftModel.from_pretrained."""
     folder = f"{settings.out}/adapter"
     make_config(settings).save_pretrained(folder)
-    save_file({f"base_model.model.{name.replace('.default', '')}": tensor.contiguous()
-               for name, tensor in weights.items() if "lora_" in name},
-              f"{folder}/adapter_model.safetensors")
+    save_file(
+        {
+            f"base_model.model.{name.replace('.default', '')}": tensor.contiguous()
+            for name, tensor in weights.items()
+            if "lora_" in name
+        },
+        f"{folder}/adapter_model.safetensors",
+    )
 
 
 def merged(weights):
     """The state dict of the model itself, adapters added to its weights: W + scale B A."""
-    whole = {name.replace(".base_layer", ""): tensor.clone() for name, tensor in weights.items()
-             if "lora_" not in name}
+    whole = {
+        name.replace(".base_layer", ""): tensor.clone()
+        for name, tensor in weights.items()
+        if "lora_" not in name
+    }
     for name, a in weights.items():
         if "lora_A" in name:  # [rank, in]
             b = weights[name.replace("lora_A", "lora_B")]  # [out, rank]

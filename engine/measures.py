@@ -96,7 +96,7 @@ def paired_interval(before, after):
 def pass_at_k(n, right, k):
     """The chance that k of n completions, drawn without replacement, include a right one.
 
-        1 - C(n-c, k) / C(n, k)
+    1 - C(n-c, k) / C(n, k)
     """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
@@ -133,6 +133,9 @@ def summary(values):
 
 def report(values, title):
     """The measures as a table, one row each."""
-    rows = [(name, each["mean"], f"{each['low']:.3f} to {each['high']:.3f}")
-            for name, each in summary(values).items() if name != "questions"]
+    rows = [
+        (name, each["mean"], f"{each['low']:.3f} to {each['high']:.3f}")
+        for name, each in summary(values).items()
+        if name != "questions"
+    ]
     return table((title, "mean", "95% interval"), rows)

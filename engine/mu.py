@@ -74,7 +74,8 @@ def check_fit(settings, data, log_ratios):
         raise Problem(
             f"{fit}: its logprobs do not fit {settings.model}. If another policy wrote the file on "
             "purpose: --mu file. If its logprobs are not those of a plain softmax at temperature "
-            "1, or you do not know: --mu start computes them with the starting weights")
+            "1, or you do not know: --mu start computes them with the starting weights"
+        )
 
 
 @torch.no_grad()

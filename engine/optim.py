@@ -22,8 +22,11 @@ def prepare_model(settings, model):
                 setattr(module, name, 0.0)
     if settings.lora:
         lora.add_adapters(settings, model)
-    reached = {id(p) for part in (model.get_decoder(), model.get_output_embeddings())
-               for p in part.parameters()}
+    reached = {
+        id(p)
+        for part in (model.get_decoder(), model.get_output_embeddings())
+        for p in part.parameters()
+    }
     for name, p in model.named_parameters():
         p.requires_grad_(id(p) in reached and ("lora_" in name or not settings.lora))
     checkpoint_layers(settings, model)
@@ -46,15 +49,18 @@ def make_optimizer(settings, model):
     count = sum(p.numel() for p in weights)
     factor = 1 if settings.lora else 0.1
     rate = settings.learning_rate or factor / math.sqrt(count)
-    say(f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}"
-        + f" = {factor} / sqrt(weights)" * (not settings.learning_rate))
+    say(
+        f"{count:,} weights are trained with {settings.optimizer} at a learning rate of {rate:.2g}"
+        + f" = {factor} / sqrt(weights)" * (not settings.learning_rate)
+    )
     if settings.optimizer == "adamw":  # fused: one pass over the weights, and no copies of them
         optimizer = torch.optim.AdamW(weights, rate, fused=True, weight_decay=0)
     else:
         from transformers.optimization import Adafactor
 
-        optimizer = Adafactor(weights, rate, scale_parameter=False, relative_step=False,
-                              warmup_init=False)
+        optimizer = Adafactor(
+            weights, rate, scale_parameter=False, relative_step=False, warmup_init=False
+        )
     for p in weights:
         optimizer.state[p] = first_state(settings, p)
     return optimizer
@@ -64,12 +70,18 @@ def first_state(settings, p):
     """What the optimizer would make in its first step, but in float32, and in shards like p."""
     zeros = torch.zeros_like(p, dtype=torch.float32)
     if settings.optimizer == "adamw":  # fused: its step is on the device
-        return {"step": torch.zeros((), device=p.device), "exp_avg": zeros,
-                "exp_avg_sq": zeros.clone()}
+        return {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": zeros,
+            "exp_avg_sq": zeros.clone(),
+        }
     if p.ndim == 1:
         return {"step": 0, "exp_avg_sq": zeros}
-    return {"step": 0, "exp_avg_sq_row": zeros[..., 0].clone(),
-            "exp_avg_sq_col": zeros[..., 0, :].clone()}
+    return {
+        "step": 0,
+        "exp_avg_sq_row": zeros[..., 0].clone(),
+        "exp_avg_sq_col": zeros[..., 0, :].clone(),
+    }
 
 
 @torch.no_grad()
@@ -83,7 +95,7 @@ def update(settings, optimizer, step, steps):
     that is cut off, it arrives in the mean. (A compensated sum arrives too, but needs a second
     tensor for each weight.)
     """
-    group, = optimizer.param_groups
+    (group,) = optimizer.param_groups
     group["lr"] = optimizer.defaults["lr"] * min(1.0, (step + 1) / (settings.warmup + 1))
     if settings.schedule == "cosine":
         group["lr"] *= 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -104,8 +116,9 @@ def update(settings, optimizer, step, steps):
         optimizer.state[p] = optimizer.state.pop(wide)
         bits = local_shard(wide).view(torch.int32)
         if p.dtype == torch.bfloat16:
-            bits += torch.randint(2**16, bits.shape, generator=random, dtype=torch.int32,
-                                  device=bits.device)
+            bits += torch.randint(
+                2**16, bits.shape, generator=random, dtype=torch.int32, device=bits.device
+            )
             bits &= -(2**16)  # cut off what bfloat16 does not hold
         local_shard(p).copy_(bits.view(torch.float32))
     group["params"] = parameters

@@ -40,8 +40,11 @@ def pack(rows, device):
     packed = {"ids": ids, "mask": part > 0}
     if part.max() > 1:
         visible = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-        packed |= {"position_ids": position, "previous": previous,
-                   "attention_mask": visible.tril()[:, None]}  # [rows, 1, time, time]
+        packed |= {
+            "position_ids": position,
+            "previous": previous,
+            "attention_mask": visible.tril()[:, None],
+        }  # [rows, 1, time, time]
     lengths = torch.tensor(lengths, device=device)  # [batch]
     return packed, torch.arange(lengths.max(), device=device) < lengths[:, None]
 
@@ -116,8 +119,9 @@ def abilities(policy, longest):
     others[::2] = completions[::2]  # every second one is the same, among other neighbours
     layouts = [(prompt, completions)], [(prompt, others)], [(prompt, [c]) for c in completions]
     try:
-        packed, elsewhere, alone = (policy(*pack(layout, model.device))[::2]
-                                    for layout in layouts)  # each [8, 4]
+        packed, elsewhere, alone = (
+            policy(*pack(layout, model.device))[::2] for layout in layouts
+        )  # each [8, 4]
     except (ValueError, TypeError, RuntimeError):  # it takes no such mask, or no positions
         return known, False
     leaks = (packed - elsewhere).abs().max() > 1e-6  # rounding in bfloat16 would hide a leak
@@ -133,6 +137,7 @@ def completions_per_row(prompt, completion, most, width):
     layer a token takes 24 width^2 operations in the matrices, a pair 4 width: 6 width pairs cost as
     much as a token.
     """
+
     def cost(n):
         return (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n
 

@@ -108,8 +108,8 @@ def shard(policy, device, precision):
 
     The first rank holds the weights (see load_on_first_rank) and sends each tensor's parts.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed import init_device_mesh
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     full = policy.state_dict() if rank() == 0 else {}
@@ -123,8 +123,9 @@ def shard(policy, device, precision):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=mixed)
     if rank() > 0:
         policy.to_empty(device=device)
-    set_model_state_dict(policy, full, options=StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(
+        policy, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
     for buffer in policy.buffers():  # some are in no state dict
         dist.broadcast(buffer, 0)
 
@@ -133,8 +134,9 @@ def whole_weights(model):
     """The state dict in the first rank's memory, for save_pretrained: every rank must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    weights = get_model_state_dict(model, options=StateDictOptions(
-        full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     once = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in weights.items() if name in once}  # not a tied one
 

@@ -14,8 +14,16 @@ from engine.common import Problem, progress, whole_file
 
 LONGEST_LINE = 2**24  # bytes; a longer one is a damaged file, not a completion
 LARGEST = 3e38  # float32, in which the loss is computed, holds no more
-OPTIONAL = {"prompt_ids": list, "completion_ids": list, "logprobs": list, "answer": str,
-            "gold": str, "finish": str, "split": str, "sampling": dict}
+OPTIONAL = {
+    "prompt_ids": list,
+    "completion_ids": list,
+    "logprobs": list,
+    "answer": str,
+    "gold": str,
+    "finish": str,
+    "split": str,
+    "sampling": dict,
+}
 
 
 # ---- writing ----
@@ -66,8 +74,10 @@ def each_rollout(path, map_rewards="", need_reward=True):
     if not rewards:
         raise Problem(f"{path}: no rollouts in it")
     if need_reward and 0.0 in rewards and rewards <= {0.0, 1.0}:
-        raise Problem(f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong "
-                      "completion: say what they mean, for instance --map-rewards=-1,1")
+        raise Problem(
+            f"{path}: all rewards are 0 or 1, and 0 would silently drop every wrong "
+            "completion: say what they mean, for instance --map-rewards=-1,1"
+        )
 
 
 def read_lines(path, what):
@@ -79,8 +89,10 @@ def read_lines(path, what):
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
-                    raise Problem(f"{path}:{number}: longer than {LONGEST_LINE:,} bytes: is this a "
-                                  "JSONL file?")
+                    raise Problem(
+                        f"{path}:{number}: longer than {LONGEST_LINE:,} bytes: is this a "
+                        "JSONL file?"
+                    )
                 if line.strip():
                     yield number, line
                 bar.update(len(line))
@@ -95,8 +107,10 @@ def parse_line(line, place, mapping=None, need_reward=True):
         if b"\\u" in line:  # it may spell half a surrogate pair, which is no text
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
-        raise Problem(f"{place}: not UTF-8 ({error.reason}): unpack the file, if it is compressed; "
-                      "save it as plain UTF-8")
+        raise Problem(
+            f"{place}: not UTF-8 ({error.reason}): unpack the file, if it is compressed; "
+            "save it as plain UTF-8"
+        )
     except (ValueError, RecursionError) as error:
         torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it)"
         raise Problem(f"{place}: not a JSON object: {error}{torn}")
@@ -120,7 +134,7 @@ decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode
 
 
 def parse_reward_map(text):
-    """"-1,1" as {0: -1.0, 1: 1.0}"""
+    """ "-1,1" as {0: -1.0, 1: 1.0}"""
     number = r"([+-]?[0-9]+(?:\.[0-9]+)?)"
     numbers = re.fullmatch(f"{number},{number}", text)
     if text and not numbers:
@@ -152,9 +166,13 @@ def check_optional(row, place):
         raise Problem(f"{place}: the completion is empty: remove the line")
     logprobs = row.get("logprobs") or []
     if logprobs and len(logprobs) != len(row.get("completion_ids") or []):
-        raise Problem(f'{place}: {len(logprobs)} logprobs, which are not as many as its '
-                      '"completion_ids", the tokens they belong to')
+        raise Problem(
+            f"{place}: {len(logprobs)} logprobs, which are not as many as its "
+            '"completion_ids", the tokens they belong to'
+        )
     for position, value in enumerate(logprobs):
         if type(value) not in (int, float) or not -LARGEST < value <= 1e-6:
-            raise Problem(f"{place}: logprob {position} is {value!r:.40}: a finite number, "
-                          "0 or less, is required")
+            raise Problem(
+                f"{place}: logprob {position} is {value!r:.40}: a finite number, "
+                "0 or less, is required"
+            )

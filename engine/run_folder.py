@@ -1,8 +1,8 @@
 """The folder of a run: one run at a time, continued where it broke off.
 
-    run.json         settings, and fingerprints of the starting weights and of the rollout file
-    log.jsonl        one line a step
-    checkpoint-N/    weights and optimizer after N steps; the newest alone, gone at the end
+run.json         settings, and fingerprints of the starting weights and of the rollout file
+log.jsonl        one line a step
+checkpoint-N/    weights and optimizer after N steps; the newest alone, gone at the end
 """
 
 import contextlib
@@ -18,8 +18,7 @@ import warnings
 import torch
 
 from engine import lora
-from engine.common import (Problem, first_line, lock, read_json, say, whole_file, write_json,
-                           writing)
+from engine.common import Problem, first_line, lock, read_json, say, whole_file, write_json, writing
 from engine.parallel import barrier, from_first, rank, whole_weights
 from engine.rollouts import file_fingerprint
 
@@ -75,8 +74,11 @@ def catch_signals():
 
 def describe_run(settings, **weights):
     """What makes a run this one: its settings, but for those that change no result, and files."""
-    fixed = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
-             if not field.metadata["free"]}
+    fixed = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if not field.metadata["free"]
+    }
     return {**fixed, "file": file_fingerprint(settings.rollouts), **weights}
 
 
@@ -84,11 +86,16 @@ def check_same_run(settings, run):
     """A folder belongs to one command: another one is refused, naming what differs."""
     if checkpoints(settings.out) or finished(settings.out):
         before = read_json(f"{settings.out}/run.json")
-        differ = [f"{name} was {before.get(name)!r} and is {now!r}" for name, now in run.items()
-                  if before.get(name, now) != now]
+        differ = [
+            f"{name} was {before.get(name)!r} and is {now!r}"
+            for name, now in run.items()
+            if before.get(name, now) != now
+        ]
         if differ:
-            raise Problem(f"{settings.out} holds another run: {'; '.join(differ)}. Use another "
-                          "--out, or remove it")
+            raise Problem(
+                f"{settings.out} holds another run: {'; '.join(differ)}. Use another "
+                "--out, or remove it"
+            )
 
 
 def finished(folder):
@@ -151,8 +158,10 @@ def save_checkpoint(settings, model, optimizer, step):
     barrier()
     errors = (OSError, RuntimeError, dcp.api.CheckpointException)
     with writing(path, errors):
-        dcp.save(run_tensors(model, optimizer),  # as safetensors: DCP's own format holds pickles
-                 storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True))
+        dcp.save(
+            run_tensors(model, optimizer),  # as safetensors: DCP's own format holds pickles
+            storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True),
+        )
     if rank() == 0:
         with writing(path):
             os.rename(beside, path)
@@ -183,11 +192,13 @@ def load_checkpoint(path, model, optimizer):
 
     try:
         with torch.no_grad():
-            dcp.load(run_tensors(model, optimizer),
-                     storage_reader=dcp.HuggingFaceStorageReader(path))
+            dcp.load(
+                run_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path)
+            )
     except (Exception, dcp.api.CheckpointException) as error:  # many kinds; for the user one
-        raise Problem(f"{path}: cannot be opened: {first_line(error)} Remove it to start from the "
-                      "beginning")
+        raise Problem(
+            f"{path}: cannot be opened: {first_line(error)} Remove it to start from the beginning"
+        )
     step = int(path.rpartition("-")[2])
     for state in optimizer.state.values():
         state["step"] += step  # a number or a tensor, and 0 until now

@@ -27,26 +27,42 @@ class Sampling:
     """How completions are sampled: a part of the settings of every script."""
 
     samples: int = setting(16, "completions of each question", least=1, main=True, free=True)
-    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token",
-                                 free=True)
+    temperature: float = setting(
+        1.0, "sampling temperature; 0 takes the likeliest token", free=True
+    )
     top_k: int = setting(0, "sample from the k likeliest tokens (0: all)", free=True)
-    top_p: float = setting(1.0, "sample from the likeliest tokens of this probability",
-                           least=0.001, most=1, free=True)
-    max_new_tokens: int = setting(512, "longest completion in tokens", least=1, main=True,
-                                  free=True)
-    batch_size: int = setting(0, "completions at once (0: what fits into memory, at most 512)",
-                              free=True)
-    seed: int = setting(0, "of the sampling, the data order, generated questions", main=True,
-                        most=2**32)
-    weights: str = setting("auto", "dtype of the weights; auto: the checkpoint's. Training with "
-                           "bfloat16 halves the memory; updates are rounded at random, so that "
-                           "small ones count", ("auto", "float32", "bfloat16"))
-    precision: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU that has it",
-                             ("auto", "float32", "bfloat16"))
-    template_arguments: str = setting("{}", "arguments of the chat template as JSON, for instance "
-                                      '{"enable_thinking": false}', free=True)
-    plain_prompt: bool = setting(False, "ignore the chat template: for a base model that ships one",
-                                 free=True)
+    top_p: float = setting(
+        1.0, "sample from the likeliest tokens of this probability", least=0.001, most=1, free=True
+    )
+    max_new_tokens: int = setting(
+        512, "longest completion in tokens", least=1, main=True, free=True
+    )
+    batch_size: int = setting(
+        0, "completions at once (0: what fits into memory, at most 512)", free=True
+    )
+    seed: int = setting(
+        0, "of the sampling, the data order, generated questions", main=True, most=2**32
+    )
+    weights: str = setting(
+        "auto",
+        "dtype of the weights; auto: the checkpoint's. Training with "
+        "bfloat16 halves the memory; updates are rounded at random, so that "
+        "small ones count",
+        ("auto", "float32", "bfloat16"),
+    )
+    precision: str = setting(
+        "auto",
+        "compute dtype; auto: bfloat16 on a GPU that has it",
+        ("auto", "float32", "bfloat16"),
+    )
+    template_arguments: str = setting(
+        "{}",
+        'arguments of the chat template as JSON, for instance {"enable_thinking": false}',
+        free=True,
+    )
+    plain_prompt: bool = setting(
+        False, "ignore the chat template: for a base model that ships one", free=True
+    )
 
     def __post_init__(self):
         if self.precision == "auto":
@@ -66,7 +82,8 @@ def load_model(name, settings, device):
     tokenizer = load_tokenizer(name)
     with one_line(f"model {name!r} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=settings.weights, use_safetensors=True, trust_remote_code=False).to(device)
+            name, dtype=settings.weights, use_safetensors=True, trust_remote_code=False
+        ).to(device)
     if model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # for so little work one thread is faster than several
     return model.eval(), tokenizer
@@ -153,9 +170,11 @@ def write(model, tokenizer, questions, batch, settings, bar):
         for row, tokens in enumerate(torch.cat(recent, 1).tolist()):
             question, whole = questions[batch[running[row]][0]], written[running[row]]
             if not finite[row]:
-                raise Problem(f"question {question['id']!r}: the model's logits are NaN or "
-                              "infinite: are its weights damaged, or does it need --weights "
-                              "float32 --precision float32?")
+                raise Problem(
+                    f"question {question['id']!r}: the model's logits are NaN or "
+                    "infinite: are its weights damaged, or does it need --weights "
+                    "float32 --precision float32?"
+                )
             end = next((n for n, token in enumerate(tokens, 1) if token in ends), None)
             whole += tokens[:end]
             if end is None and not has_stopped(tokenizer, whole, question["stop"]):
@@ -198,8 +217,14 @@ def next_logits(model, settings, ids, attention, cache):
     name = "cache" if "cache" in names else "past_key_values"
     position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
     with compute_dtype(model, settings):
-        output = model(input_ids=ids, attention_mask=attention, position_ids=position,
-                       use_cache=True, logits_to_keep=1, **{name: cache})
+        output = model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=position,
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: cache},
+        )
     return output.logits[:, -1].float()
 
 
@@ -238,15 +263,16 @@ def check_family(model, settings):
         cache.reorder_cache(order)
         attention = F.pad(attention[order], (0, 1), value=1)
         batched = next_logits(model, settings, order[:, None] + 3, attention, cache)  # [2, vocab]
-        alone = [read_prompts(model, settings, [ids])[0] for ids in ([8, 9, 4],
-                                                                   [3, 5, 6, 1, 2, 3])]
+        alone = [read_prompts(model, settings, [ids])[0] for ids in ([8, 9, 4], [3, 5, 6, 1, 2, 3])]
         distance = (batched - torch.cat(alone)).abs().max()
         fits = not distance > 0.1 * batched.std()  # NaN is a fault of the weights
     except Exception:  # a model may fail in any way at what it does not know
         fits = False
     if not fits:
-        raise Problem(f"models of type {model.config.model_type!r} do not work in batches with "
-                      "this version of transformers: sample from a server (eval.py --server)")
+        raise Problem(
+            f"models of type {model.config.model_type!r} do not work in batches with "
+            "this version of transformers: sample from a server (eval.py --server)"
+        )
 
 
 def check_room(model, questions, new_tokens):
@@ -255,9 +281,11 @@ def check_room(model, questions, new_tokens):
     longest = max(questions, key=lambda question: len(question["prompt_ids"]))
     size = len(longest["prompt_ids"])
     if room and size + new_tokens > room:
-        raise Problem(f"question {longest['id']!r}: {size} prompt tokens and {new_tokens} new ones "
-                      f"do not fit the model's {room}: lower --max-new-tokens or leave the "
-                      "question out")
+        raise Problem(
+            f"question {longest['id']!r}: {size} prompt tokens and {new_tokens} new ones "
+            f"do not fit the model's {room}: lower --max-new-tokens or leave the "
+            "question out"
+        )
     return size + new_tokens
 
 

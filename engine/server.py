@@ -33,8 +33,10 @@ def complete(tokenizer, questions, todo, settings, bar):
         try:
             return job, patiently(url, request(question, job[1], tokenizer, settings))
         except Problem as problem:
-            raise Problem(f"question {question['id']!r}: {problem} (what is finished is kept if "
-                          "--out is named: the same command asks for the rest)")
+            raise Problem(
+                f"question {question['id']!r}: {problem} (what is finished is kept if "
+                "--out is named: the same command asks for the rest)"
+            )
 
     # Not an executor, whose threads would hold up Ctrl-C until the server answers.
     with ThreadPool(REQUESTS) as pool:
@@ -55,8 +57,10 @@ def address(url):
     except ValueError:
         fine = False
     if not fine:
-        raise Problem("--server needs an address such as http://localhost:8000/v1 "
-                      "(a key goes in OPENAI_API_KEY)")
+        raise Problem(
+            "--server needs an address such as http://localhost:8000/v1 "
+            "(a key goes in OPENAI_API_KEY)"
+        )
     return parts
 
 
@@ -69,10 +73,17 @@ def request(question, copy, tokenizer, settings):
     prompt = question["prompt"]
     if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         prompt = prompt.removeprefix(tokenizer.bos_token)
-    body = {"model": settings.model, "prompt": prompt, "seed": (question["key"] + copy) % 2**31,
-            "max_tokens": settings.max_new_tokens, "temperature": settings.temperature,
-            "top_p": settings.top_p, "top_k": settings.top_k or -1, "min_p": 0.0,
-            "repetition_penalty": 1.0}
+    body = {
+        "model": settings.model,
+        "prompt": prompt,
+        "seed": (question["key"] + copy) % 2**31,
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
     return {**body, "stop": question["stop"]} if question["stop"] else body
 
 
@@ -82,8 +93,11 @@ def to_fields(choice, question, tokenizer):
     text = choice["text"].encode("utf-8", "replace").decode()
     cut = text[: stop_position(text, question["stop"])]
     if not cut:  # nothing but the end token was written; no text could say that
-        return {"completion": "", "finish": "stop",
-                "completion_ids": [end_token_of(None, tokenizer)]}
+        return {
+            "completion": "",
+            "finish": "stop",
+            "completion_ids": [end_token_of(None, tokenizer)],
+        }
     return {"completion": cut, "finish": "stop" if cut != text else choice["finish_reason"]}
 
 
@@ -94,8 +108,10 @@ def patiently(url, body):
             return post(url, body)
         except PASSING as error:
             if pause is None:
-                raise Problem(f"{url.geturl()} does not answer: {plain(error)}: is the server "
-                              "up, and --server right?")
+                raise Problem(
+                    f"{url.geturl()} does not answer: {plain(error)}: is the server "
+                    "up, and --server right?"
+                )
         time.sleep(pause * random.uniform(0.5, 1.5))
 
 
@@ -115,8 +131,10 @@ def post(url, body):
     if response.status in (408, 409, 425, 429) or response.status >= 500:
         raise OSError(message)
     if response.status >= 300:
-        raise Problem(f"{url.geturl()} refuses: {message} (a key goes in OPENAI_API_KEY, --server "
-                      "ends in /v1, and --model is the name that the server knows)")
+        raise Problem(
+            f"{url.geturl()} refuses: {message} (a key goes in OPENAI_API_KEY, --server "
+            "ends in /v1, and --model is the name that the server knows)"
+        )
     match json.loads(content):
         case {"choices": [{"text": str(), "finish_reason": "stop" | "length"} as choice, *_]}:
             return choice

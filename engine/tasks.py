@@ -63,10 +63,15 @@ def one_line(what):
     except Problem:
         raise
     except (Exception, SystemExit) as error:
-        *_, place = [frame for frame in traceback.extract_tb(error.__traceback__)
-                     if not frame.filename.startswith("<")]  # not Python's own importer
-        raise Problem(f"{what}: {type(error).__name__}: {first_line(error)} "
-                      f"({os.path.basename(place.filename)}, line {place.lineno})")
+        *_, place = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not frame.filename.startswith("<")
+        ]  # not Python's own importer
+        raise Problem(
+            f"{what}: {type(error).__name__}: {first_line(error)} "
+            f"({os.path.basename(place.filename)}, line {place.lineno})"
+        )
 
 
 def grade_checked(name, grade, question, completion):
@@ -93,8 +98,10 @@ def list_questions(task, split, count, seed):
             case {"id": str(own_id)} if own_id not in questions:
                 questions[own_id] = row
             case _:
-                raise Problem(f'{task.name}: question {number} of split {split!r} needs an "id", '
-                              f"a string that no other question has: {row!r:.60}")
+                raise Problem(
+                    f'{task.name}: question {number} of split {split!r} needs an "id", '
+                    f"a string that no other question has: {row!r:.60}"
+                )
         if not isinstance(row.get("gold", ""), str | None):
             raise Problem(f'{task.name}: question {own_id!r}: "gold" is not a string')
     return questions
@@ -108,8 +115,10 @@ def load_questions(task, split, count, seed, tokenizer, settings):
         with one_line(what):
             prompt = make_prompt(task, row, tokenizer, settings)
         if not isinstance(prompt, str):
-            raise Problem(f'{what} needs a "question" or "prompt", a string, or "messages" and a '
-                          "model with a chat template")
+            raise Problem(
+                f'{what} needs a "question" or "prompt", a string, or "messages" and a '
+                "model with a chat template"
+            )
         questions.append({"stop": task.STOP, **row, "prompt": prompt, "split": split})
     return questions
 
@@ -136,9 +145,12 @@ def make_prompt(task, row, tokenizer, settings):
         messages = [{"role": "user", "content": without_marks(messages, tokenizer)}]
     with one_line("--template-arguments needs a JSON object, or does not suit the chat template"):
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True,
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
             chat_template=DATED.sub(same_date, tokenizer.get_chat_template()),
-            **json.loads(settings.template_arguments))
+            **json.loads(settings.template_arguments),
+        )
 
 
 def same_date(match):

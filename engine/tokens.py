@@ -66,8 +66,10 @@ def end_tokens(model, tokenizer):
         ends.update(ids if isinstance(ids, list) else [ids])
     ends.discard(None)
     if not ends:
-        raise Problem("neither the tokenizer nor the model names an end-of-sequence token: "
-                      "set eos_token_id in the model's generation_config.json")
+        raise Problem(
+            "neither the tokenizer nor the model names an end-of-sequence token: "
+            "set eos_token_id in the model's generation_config.json"
+        )
     return sorted(ends)
 
 

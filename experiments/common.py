@@ -68,15 +68,22 @@ STYLES = {  # colour, line, marker, hatch: one look per method, distinct without
 @dataclass
 class Settings:
     quick: bool = setting(
-        False, "one seed, one pass over the rollouts, one learning rate instead of the grid")
+        False, "one seed, one pass over the rollouts, one learning rate instead of the grid"
+    )
     show: bool = setting(False, "run nothing: show tables, pictures and claims of existing results")
     seeds: int = setting(5, "base policies, with their own rollouts and questions", least=1)
     processes: int = setting(0, "arms trained at once (0: one on each core)")
     corpus: str = setting("", "scifact: the collection's folder, in BEIR's layout")
-    pretrained: str = setting("runs/smollm2/model", "pretrained, scifact: the model's directory "
-                              "or hub name (python tools/smollm2.py makes the default)")
-    out: str = setting("", "folder for results and pictures (default: experiments/results with 5 "
-                       "seeds and without --quick, else runs/results)")
+    pretrained: str = setting(
+        "runs/smollm2/model",
+        "pretrained, scifact: the model's directory "
+        "or hub name (python tools/smollm2.py makes the default)",
+    )
+    out: str = setting(
+        "",
+        "folder for results and pictures (default: experiments/results with 5 "
+        "seeds and without --quick, else runs/results)",
+    )
 
 
 # ---- many arms at once ----
@@ -112,19 +119,33 @@ def compare(settings, run, arms, rates=RATES):
         rates = [rates[len(rates) // 2]]
     seeds, compared = range(settings.seeds), {}
     tuning = seeds[:TUNING_SEEDS] if len(rates) > 1 else []
-    tries = {name: {rate: [submit(settings, run, seed, arm, rate, "validation") for seed in tuning]
-                    for rate in (rates if "loss" in arm else [0])} for name, arm in arms.items()}
+    tries = {
+        name: {
+            rate: [submit(settings, run, seed, arm, rate, "validation") for seed in tuning]
+            for rate in (rates if "loss" in arm else [0])
+        }
+        for name, arm in arms.items()
+    }
     for name, arm in arms.items():
-        scores = {rate: [job.result()["score"] for job in jobs]
-                  for rate, jobs in tries[name].items()}
+        scores = {
+            rate: [job.result()["score"] for job in jobs] for rate, jobs in tries[name].items()
+        }
         best = max(scores, key=lambda rate: sum(scores[rate]))
-        compared[name] = {"settings": arm, "learning_rate": best, "validation": scores,
-                          "jobs": [submit(settings, run, seed, arm, best, "test")
-                                   for seed in seeds]}
+        compared[name] = {
+            "settings": arm,
+            "learning_rate": best,
+            "validation": scores,
+            "jobs": [submit(settings, run, seed, arm, best, "test") for seed in seeds],
+        }
     for name, arm in compared.items():
         found = [job.result() for job in arm.pop("jobs")]
-        arm.update({measure: [one[measure] for one in found] for measure in found[0]
-                    if measure not in ("score", "right")})
+        arm.update(
+            {
+                measure: [one[measure] for one in found]
+                for measure in found[0]
+                if measure not in ("score", "right")
+            }
+        )
         say(f"{name}: measured, at rate {arm['learning_rate']:g}")
     return compared
 
@@ -160,8 +181,10 @@ def data_set(path, seed, share):
     drawn = path.replace(".jsonl", f"-{share}.jsonl")
     if not os.path.exists(drawn):
         rows, rng, count = read_rollouts(path), random.Random(seed), round(share * PART)
-        right, wrong = ([number for number, row in enumerate(rows) if (row["reward"] > 0) == side]
-                        for side in (True, False))
+        right, wrong = (
+            [number for number, row in enumerate(rows) if (row["reward"] > 0) == side]
+            for side in (True, False)
+        )
         kept = rng.sample(right, count) + rng.sample(wrong, PART - count)
         write_rollouts(drawn, [rows[number] for number in sorted(kept)])
     return drawn
@@ -243,8 +266,11 @@ def show_arms(result, measures=MEASURES):
 
 def by_arm(result, measure):
     """{name: values of all seeds, [seeds]}, NaN for None"""
-    return {name: np.array(arm[measure], float) for name, arm in result["arms"].items()
-            if measure in arm}
+    return {
+        name: np.array(arm[measure], float)
+        for name, arm in result["arms"].items()
+        if measure in arm
+    }
 
 
 def differences(arms, parts, pairs):
@@ -255,8 +281,10 @@ def differences(arms, parts, pairs):
     paired = {}
     for part in parts:
         values = {name: np.mean(arm.pop(f"by question, {part}"), 0) for name, arm in arms.items()}
-        paired[part] = {f"{one} minus {other}": paired_interval(values[other], values[one])
-                        for one, other in pairs}
+        paired[part] = {
+            f"{one} minus {other}": paired_interval(values[other], values[one])
+            for one, other in pairs
+        }
     return paired
 
 
@@ -281,8 +309,7 @@ def picture(path, panels):
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True,
-                     "grid.alpha": 0.3})
+    rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3})
     rows = (panels + 1) // 2
     figure = Figure(figsize=(10.8, 4.2 * rows), layout="constrained")
     axes = figure.subplots(rows, panels // rows, squeeze=False)
@@ -317,8 +344,17 @@ def bars(axes, arms, groups, **labels):
         colour, _, _, *hatch = STYLES[name].split()
         x = np.arange(len(groups)) + (number - (len(arms) - 1) / 2) * width
         mean, deviation = over_seeds(np.transpose([arm[group] for group in groups]))
-        drawn = axes.bar(x, mean, width, yerr=deviation, capsize=3, color=colour,
-                         hatch="".join(hatch), edgecolor="white", label=name)
+        drawn = axes.bar(
+            x,
+            mean,
+            width,
+            yerr=deviation,
+            capsize=3,
+            color=colour,
+            hatch="".join(hatch),
+            edgecolor="white",
+            label=name,
+        )
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)  # room for the numbers

@@ -23,17 +23,29 @@ ARMS = {
 }
 CUT = {  # at the high rate
     f"{name}, high rate, cut at {norm:g}": {"loss": loss, "grad_clip": norm}
-    for norm in (1.0, 100.0) for name, loss in (("TOPR", "topr"), ("importance sampling", "is"))}
-LOGGED = {"d_min": min, "d_max": max, "gradient_norm": max, "positive_share": np.mean,
-          "d_mean": operator.itemgetter(-1), "negative_weight": operator.itemgetter(-1)}
+    for norm in (1.0, 100.0)
+    for name, loss in (("TOPR", "topr"), ("importance sampling", "is"))
+}
+LOGGED = {
+    "d_min": min,
+    "d_max": max,
+    "gradient_norm": max,
+    "positive_share": np.mean,
+    "d_mean": operator.itemgetter(-1),
+    "negative_weight": operator.itemgetter(-1),
+}
 MEASURES = ("pass@1", "maj@16", "invalid", "d_mean", "negative_weight")
 PANELS = 2
 
 
 def run(settings):
     settings = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
-    return {"arms": {**compare(settings, run_logged, ARMS, [RATE]),
-                     **compare(settings, run_logged, CUT, [HIGH])}}
+    return {
+        "arms": {
+            **compare(settings, run_logged, ARMS, [RATE]),
+            **compare(settings, run_logged, CUT, [HIGH]),
+        }
+    }
 
 
 def run_logged(seed, arm, rate, split):
@@ -49,8 +61,10 @@ def run_logged(seed, arm, rate, split):
 
 def draw(result, left, right):
     passed, cuts, points = by_arm(result, "pass@1"), ("cut at 1", "cut at 100"), all_shares(result)
-    arms = {name: {cut: passed[f"{name}, high rate, {cut}"] for cut in cuts}
-            for name in ("TOPR", "importance sampling")}
+    arms = {
+        name: {cut: passed[f"{name}, high rate, {cut}"] for cut in cuts}
+        for name in ("TOPR", "importance sampling")
+    }
     bars(left, arms, cuts, ylabel="pass@1", xlabel="gradients")
     left.axhline(passed["base"].mean(), color="black", linestyle="--", label="base")
     line(right, list(points.values()), np.transpose([passed[name] for name in points]), "TOPR")
@@ -65,10 +79,13 @@ def all_shares(result):
 
 def claims(result):
     passed, invalid = by_arm(result, "pass@1"), by_arm(result, "invalid")
-    topr, loose, tight = "TOPR, high rate, cut at 100", *(
-        f"importance sampling, high rate, cut at {norm}" for norm in (100, 1))
-    yield importance.harm_claim(passed, invalid, topr, loose, tight,
-                                f"Figure 7, long answers, rate {HIGH:g}")
+    topr, loose, tight = (
+        "TOPR, high rate, cut at 100",
+        *(f"importance sampling, high rate, cut at {norm}" for norm in (100, 1)),
+    )
+    yield importance.harm_claim(
+        passed, invalid, topr, loose, tight, f"Figure 7, long answers, rate {HIGH:g}"
+    )
     by_share = {share: passed[name] for name, share in all_shares(result).items()}
     yield shares.share_claim(by_share, "Figure 5, long answers")
     yield rounds.karenina_claim(passed, "one round, long answers")

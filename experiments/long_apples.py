@@ -12,13 +12,18 @@ import random
 from itertools import islice
 
 from data import apples
-from data.apples import GUESS, calculate, grade, vocabulary  # a task has them, too
+from data.apples import GUESS, calculate, grade, vocabulary  # noqa: F401  (a task has them, too)
 
 LENGTHS = (6, 7, 8)  # events of a problem
-HABITS = {"doubling_as_addition": 0.15, "counts_friend": 0.1, "slip": 0.01,
-          # The loss is a mean over an answer's tokens: a short one teaches more in each of them,
-          # and the first policy will guess and break off several times as often as shown.
-          "guess": 0.03, "invalid": 0.03}
+HABITS = {
+    "doubling_as_addition": 0.15,
+    "counts_friend": 0.1,
+    "slip": 0.01,
+    # The loss is a mean over an answer's tokens: a short one teaches more in each of them,
+    # and the first policy will guess and break off several times as often as shown.
+    "guess": 0.03,
+    "invalid": 0.03,
+}
 
 
 def questions(split, seed=0):
@@ -27,6 +32,7 @@ def questions(split, seed=0):
 
 def demonstrate(problem, rng):
     """One solution, with the habits."""
+
     def does(habit):
         return rng.random() < HABITS[habit]
 
@@ -52,6 +58,12 @@ def demonstrate(problem, rng):
 def demonstrations(count, seed):
     """Rollout rows to imitate, with reward +1 whether right or wrong."""
     rng = random.Random(f"{seed} long demonstrations")
-    return [{"id": problem["id"], "prompt": problem["prompt"],
-             "completion": demonstrate(problem, rng), "reward": 1.0}
-            for problem in islice(questions("train", seed), count)]
+    return [
+        {
+            "id": problem["id"],
+            "prompt": problem["prompt"],
+            "completion": demonstrate(problem, rng),
+            "reward": 1.0,
+        }
+        for problem in islice(questions("train", seed), count)
+    ]

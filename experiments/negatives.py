@@ -37,8 +37,9 @@ def run_by_group(seed, arm, rate, split):
 def draw(result, left, right):
     names = {"base": "base", "positives only": "positives only", "TOPR": result["best"]}
     shown = {name: result["arms"][arm] for name, arm in names.items()}
-    groups = {name: {group: arm[f"share with {group}"] for group in GROUPS}
-              for name, arm in shown.items()}
+    groups = {
+        name: {group: arm[f"share with {group}"] for group in GROUPS} for name, arm in shown.items()
+    }
     bars(left, groups, GROUPS, xlabel="right answers of 16", ylabel="share of questions")
     bars(right, shown, ("pass@1", "maj@16"), ylabel="share right", ylim=(0, 1))
 
@@ -47,16 +48,22 @@ def claims(result):
     best, passed, votes = result["best"], by_arm(result, "pass@1"), by_arm(result, "maj@16")
     gain = passed[best] - passed["positives only"]
     more_votes = votes[best] - votes["positives only"]
-    yield ("Positives only is stable and lower (Figure 4)",
-           f"pass@1 {spread(passed['positives only'])}, {best} (the best of {len(TOPR)} on the "
-           f"validation questions) {spread(passed[best])}: {spread(gain, '+')}, on the worst "
-           f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, '+')}",
-           verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0))
+    yield (
+        "Positives only is stable and lower (Figure 4)",
+        f"pass@1 {spread(passed['positives only'])}, {best} (the best of {len(TOPR)} on the "
+        f"validation questions) {spread(passed[best])}: {spread(gain, '+')}, on the worst "
+        f"seed {gain.min():+.3f}; maj@16 {spread(more_votes, '+')}",
+        verdict(gain.min() > 0 and more_votes.mean() >= 0, gain.mean() > 0),
+    )
 
     claim, measured, holds = group_claim(result, best, "Figure 4")
     none = by_arm(result, "share with none")
-    yield (claim, f"{measured}; questions without any right answer: positives only "
-           f"{spread(none['positives only'])}, TOPR {spread(none[best])}", holds)
+    yield (
+        claim,
+        f"{measured}; questions without any right answer: positives only "
+        f"{spread(none['positives only'])}, TOPR {spread(none[best])}",
+        holds,
+    )
 
 
 def group_claim(result, topr, where):
@@ -70,7 +77,8 @@ def group_claim(result, topr, where):
     shown = ", ".join(f"{group} {gain:+.3f}" for group, gain in gains.items())
     many = max(gains.pop("5 to 16", 0), 0)
     more = [gain > many for gain in gains.values()]
-    return (f"What negatives add is on questions with few or no solutions ({where})",
-            f"pass@1 of {topr} over positives only, by the base policy's right answers of 16: "
-            f"{shown}",
-            verdict(all(more) and any(more), any(more)))
+    return (
+        f"What negatives add is on questions with few or no solutions ({where})",
+        f"pass@1 of {topr} over positives only, by the base policy's right answers of 16: {shown}",
+        verdict(all(more) and any(more), any(more)),
+    )

@@ -26,16 +26,25 @@ from data import load_task
 from data.maths import exact, shown
 from engine.measures import interval_text
 from engine.rollouts import write_rollouts
-from experiments.common import (bars, compare, differences, name_of, spread,
-                                verdict)
+from experiments.common import bars, compare, differences, name_of, spread, verdict
 
 FOLDER = "runs/smollm2/full"
 SEEDS = 3  # of the rollouts and of their order in training
 QUESTIONS = {
-    "demonstrations": slice(0, 1000), "round 1": slice(1000, 1300), "round 2": slice(1300, 1600),
-    "validation": slice(2300, 2400), "held out": slice(2400, 2650), "SVAMP": slice(0, 500)}
-TRAINING = {"optimizer": "adamw", "sequences": 16, "warmup": 10, "schedule": "cosine",
-            "precision": "bfloat16"}  # twice as fast as float32 where the processor has it
+    "demonstrations": slice(0, 1000),
+    "round 1": slice(1000, 1300),
+    "round 2": slice(1300, 1600),
+    "validation": slice(2300, 2400),
+    "held out": slice(2400, 2650),
+    "SVAMP": slice(0, 500),
+}
+TRAINING = {
+    "optimizer": "adamw",
+    "sequences": 16,
+    "warmup": 10,
+    "schedule": "cosine",
+    "precision": "bfloat16",
+}  # twice as fast as float32 where the processor has it
 RATES = (6e-6, 2e-5)
 ARMS = {
     "base": {},
@@ -54,8 +63,13 @@ MAIN = {  # with more seeds
     OTHER: {"loss": "sft"},
     OTHER_TWICE: {"loss": "sft", "rounds": 2},
 }
-PAIRS = ((BEST, OTHER), (TWICE, OTHER_TWICE), (TWICE, BEST), (BEST, "DPO"),
-         ("TOPR", "truncated importance sampling"))
+PAIRS = (
+    (BEST, OTHER),
+    (TWICE, OTHER_TWICE),
+    (TWICE, BEST),
+    (BEST, "DPO"),
+    ("TOPR", "truncated importance sampling"),
+)
 MEASURES = ("SVAMP", "SVAMP, greedy", "held out", "held out, greedy", "invalid")
 PARTS = ("SVAMP", "held out")
 PANELS = 1
@@ -78,8 +92,10 @@ def read_questions(part):
     questions = load_task("svamp").questions
     rows = list(questions("test")) if part == "SVAMP" else with_solutions(questions("train"))
     random.Random(0).shuffle(rows)
-    return [{**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]}
-            for row in rows[QUESTIONS[part]]]
+    return [
+        {**row, "prompt": f"Q: {row['question']}\nA:", "stop": ["\nQ:"]}
+        for row in rows[QUESTIONS[part]]
+    ]
 
 
 def with_solutions(rows):
@@ -121,25 +137,35 @@ def prepare(settings):
     """Makes the base policy, which imitates demonstrations."""
     demonstrations = f"{FOLDER}/demonstrations.jsonl"
     if not os.path.exists(demonstrations):
-        write_rollouts(demonstrations, [
-            {"id": row["id"], "prompt": row["prompt"], "completion": f" {row['solution']}",
-             "reward": 1.0} for row in read_questions("demonstrations")])
-    train_on(settings.pretrained, demonstrations, f"{FOLDER}/base", loss="sft",
-             learning_rate=5e-5)
+        write_rollouts(
+            demonstrations,
+            [
+                {
+                    "id": row["id"],
+                    "prompt": row["prompt"],
+                    "completion": f" {row['solution']}",
+                    "reward": 1.0,
+                }
+                for row in read_questions("demonstrations")
+            ],
+        )
+    train_on(settings.pretrained, demonstrations, f"{FOLDER}/base", loss="sft", learning_rate=5e-5)
 
 
 def train_on(model, rollouts, out, **changes):
     """The log."""
-    return train.train_once(train.Settings(model=model, rollouts=rollouts, out=out,
-                                           **{**TRAINING, **changes}))
+    return train.train_once(
+        train.Settings(model=model, rollouts=rollouts, out=out, **{**TRAINING, **changes})
+    )
 
 
 def sampling(part, samples, out):
     """(train.py's settings, SVAMP with the questions of a part alone)"""
     task = load_task("svamp")
     task.questions = lambda split: read_questions(part)
-    return train.Settings(**TRAINING, max_new_tokens=64, batch_size=128, samples=samples,
-                          out=out), task
+    return train.Settings(
+        **TRAINING, max_new_tokens=64, batch_size=128, samples=samples, out=out
+    ), task
 
 
 def train_arm(seed, arm, rate):
@@ -164,8 +190,11 @@ def run_arm(seed, arm, rate, split):
     measures, invalid = {}, []
     for part in PARTS if split == "test" else ["validation"]:
         values = evaluation.measure_once(*sampling(part, 4, policy), policy, part)
-        measures |= {part: np.mean(values["pass@1"]), f"{part}, greedy": np.mean(values["greedy"]),
-                     f"by question, {part}": values["pass@1"]}
+        measures |= {
+            part: np.mean(values["pass@1"]),
+            f"{part}, greedy": np.mean(values["greedy"]),
+            f"by question, {part}": values["pass@1"],
+        }
         invalid += values["invalid"]
     return {**measures, "invalid": np.mean(invalid), "score": measures.get("validation")}
 
@@ -183,34 +212,45 @@ def claims(result):
     text = {pair: interval_text(interval, "+") for pair, interval in gain.items()}
 
     over_base, ahead = f"{BEST} minus base", f"{BEST} minus {OTHER}"
-    yield ("TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
-           f"135 million weights, pass@1 on held-out questions: {at['base']}, {at[OTHER]}, "
-           f"{at[BEST]}: over the base {text[over_base]}, over positives only {text[ahead]}",
-           verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0))
+    yield (
+        "TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
+        f"135 million weights, pass@1 on held-out questions: {at['base']}, {at[OTHER]}, "
+        f"{at[BEST]}: over the base {text[over_base]}, over positives only {text[ahead]}",
+        verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0),
+    )
 
     again, ahead = f"{TWICE} minus {BEST}", f"{TWICE} minus {OTHER_TWICE}"
-    yield ("Sampling again and training again keeps helping (iterations, 135 million weights)",
-           f"pass@1 on held-out questions after a second round, with new questions: {at[TWICE]}, "
-           f"over one round {text[again]}; {at[OTHER_TWICE]}: TOPR over that {text[ahead]}",
-           verdict(gain[again]["low"] > 0, gain[ahead]["low"] > 0))
+    yield (
+        "Sampling again and training again keeps helping (iterations, 135 million weights)",
+        f"pass@1 on held-out questions after a second round, with new questions: {at[TWICE]}, "
+        f"over one round {text[again]}; {at[OTHER_TWICE]}: TOPR over that {text[ahead]}",
+        verdict(gain[again]["low"] > 0, gain[ahead]["low"] > 0),
+    )
 
     naive = "naive REINFORCE minus base"
-    before, worst = (min(result["arms"][name]["validation"].values())
-                     for name in ("base", "naive REINFORCE"))
-    yield ("Naive REINFORCE harms a pretrained model (Figures 1, 3)",
-           f"pass@1 over the base at its best rate {text[naive]}; on the validation questions "
-           f"{spread(worst)} at its worst rate, the base {spread(before)}",
-           verdict(gain[naive]["high"] < 0, worst < before))
+    before, worst = (
+        min(result["arms"][name]["validation"].values()) for name in ("base", "naive REINFORCE")
+    )
+    yield (
+        "Naive REINFORCE harms a pretrained model (Figures 1, 3)",
+        f"pass@1 over the base at its best rate {text[naive]}; on the validation questions "
+        f"{spread(worst)} at its worst rate, the base {spread(before)}",
+        verdict(gain[naive]["high"] < 0, worst < before),
+    )
 
     over_base, ahead = "DPO minus base", f"{BEST} minus DPO"
-    yield ("DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
-           f"pass@1 on held-out questions: {at['DPO']}, over the base {text[over_base]}; "
-           f"TOPR's best over DPO {text[ahead]}",
-           verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0))
+    yield (
+        "DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
+        f"pass@1 on held-out questions: {at['DPO']}, over the base {text[over_base]}; "
+        f"TOPR's best over DPO {text[ahead]}",
+        verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0),
+    )
 
     ahead = "TOPR minus truncated importance sampling"
-    yield ("Right answers at full weight, wrong ones fading, is better than all of them fading "
-           "(Figure 7, 135 million weights)",
-           f"without a baseline, pass@1 on held-out questions: {at['TOPR']}, "
-           f"{at['truncated importance sampling']}: {text[ahead]}",
-           verdict(gain[ahead]["low"] > 0))
+    yield (
+        "Right answers at full weight, wrong ones fading, is better than all of them fading "
+        "(Figure 7, 135 million weights)",
+        f"without a baseline, pass@1 on held-out questions: {at['TOPR']}, "
+        f"{at['truncated importance sampling']}: {text[ahead]}",
+        verdict(gain[ahead]["low"] > 0),
+    )

@@ -12,8 +12,12 @@ import train
 from data import library
 from experiments.common import bars, by_arm, compare, name_of, spread, verdict
 
-ARMS = {"no expansion": {"alone": True}, "base": {}, "positives only": {"loss": "sft"},
-        "TOPR": {"loss": "topr"}}
+ARMS = {
+    "no expansion": {"alone": True},
+    "base": {},
+    "positives only": {"loss": "sft"},
+    "TOPR": {"loss": "topr"},
+}
 REWARDED, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
 MEASURES = ("sampled", "greedy")
 OUT = "runs/search-library"
@@ -52,8 +56,9 @@ def measure_arm(settings, task, arm, rate, split):
     if "alone" in arm:
         return measure_added(task, lambda query: "")
     policy = settings.model
-    this = dataclasses.replace(settings, learning_rate=rate, **arm,
-                               out=f"{settings.out}/{name_of(arm, rate)}")
+    this = dataclasses.replace(
+        settings, learning_rate=rate, **arm, out=f"{settings.out}/{name_of(arm, rate)}"
+    )
     if rate:
         train.train_once(this)
         policy = this.out
@@ -62,8 +67,12 @@ def measure_arm(settings, task, arm, rate, split):
 
 def measure_added(task, words):
     """The same for the words that a function adds to each query."""
-    values = task.measure([{**query, "split": "test", "answer": words(query["question"])}
-                           for query in task.questions("test")])
+    values = task.measure(
+        [
+            {**query, "split": "test", "answer": words(query["question"])}
+            for query in task.questions("test")
+        ]
+    )
     values = {name: list(of_queries) for name, of_queries in values.items()}
     return {**values, "greedy": next(iter(values.values()))}
 
@@ -82,8 +91,10 @@ def claims(result):
     found = by_arm(result, "sampled")
     base, positives, topr = found["base"], found["positives only"], found["TOPR"]
     ahead = topr - positives
-    yield ("A query expander learns from nothing but a search engine's score (search)",
-           f"sampled {REWARDED}: no expansion {found['no expansion'].mean():.3f}, base "
-           f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over "
-           f"positives {spread(ahead, '+')}",
-           verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()))
+    yield (
+        "A query expander learns from nothing but a search engine's score (search)",
+        f"sampled {REWARDED}: no expansion {found['no expansion'].mean():.3f}, base "
+        f"{spread(base)}, positives only {spread(positives)}, TOPR {spread(topr)}: TOPR over "
+        f"positives {spread(ahead, '+')}",
+        verdict(min(topr - base) > 0 and min(ahead) > 0, topr.mean() > base.mean()),
+    )

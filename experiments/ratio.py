@@ -11,8 +11,21 @@ import torch
 
 import topr
 from engine import losses
-from experiments.common import (MEASURES, RATES, WORKING_RATE, beyond_noise, by_arm, compare, line,
-                                run_arm, show_arms, spread, table, train_arm, verdict)
+from experiments.common import (
+    MEASURES,
+    RATES,
+    WORKING_RATE,
+    beyond_noise,
+    by_arm,
+    compare,
+    line,
+    run_arm,
+    show_arms,
+    spread,
+    table,
+    train_arm,
+    verdict,
+)
 
 RATIOS = {"TOPR": "sequence", "TOPR, mean ratio": "mean", "TOPR, token ratio": "token"}
 VERSIONS = {name: {"loss": "topr", "ratio": ratio} for name, ratio in RATIOS.items()}
@@ -38,8 +51,9 @@ def gspo_loss(logp, mu_logp, reward, mask, count=None):
     That is ppo_loss of sequences of a single token, the mean of theirs. The clip is PPO's, 0.2.
     """
     length = mask.sum(-1, keepdim=True)  # [batch, 1]
-    logp, mu_logp = (torch.where(mask, values, 0.0).sum(-1, keepdim=True) / length
-                     for values in (logp, mu_logp))  # [batch, 1]
+    logp, mu_logp = (
+        torch.where(mask, values, 0.0).sum(-1, keepdim=True) / length for values in (logp, mu_logp)
+    )  # [batch, 1]
     loss, stats = topr.ppo_loss(logp, mu_logp, reward, length > 0, count=count)
     return loss, {**stats, "log_ratio": stats["log_ratio"] * length[:, 0]}
 
@@ -56,18 +70,21 @@ def run(settings):
     rates = [WORKING_RATE] if settings.quick else RATES
     few = dataclasses.replace(settings, seeds=min(LONG_SEEDS, settings.seeds))
     long = {name: {"base": "long", **arm} for name, arm in VERSIONS.items()}
-    return {"arms": compare(settings, run_version, {"base": {}, **VERSIONS, **RIVALS}),
-            "rates": {f"{rate:g}": compare(settings, run_logged, VERSIONS, [rate])
-                      for rate in rates},
-            "long": compare(few, run_version, {"base": {"base": "long"}, **long}, LONG_RATES)}
+    return {
+        "arms": compare(settings, run_version, {"base": {}, **VERSIONS, **RIVALS}),
+        "rates": {f"{rate:g}": compare(settings, run_logged, VERSIONS, [rate]) for rate in rates},
+        "long": compare(few, run_version, {"base": {"base": "long"}, **long}, LONG_RATES),
+    }
 
 
 def run_logged(seed, arm, rate, split):
     """The measures, and some numbers of the log at some steps."""
     _, log = train_arm(seed, arm, rate)
     log = [entry for entry in log if "loss" in entry]
-    return {**run_arm(seed, arm, rate, split),
-            "log": [[log[step][name] for name in LOGGED] for step in STEPS]}
+    return {
+        **run_arm(seed, arm, rate, split),
+        "log": [[log[step][name] for name in LOGGED] for step in STEPS],
+    }
 
 
 def show(result):
@@ -77,10 +94,14 @@ def show(result):
         for rate, arms in result["rates"].items():
             rows.append([name, rate, *(spread(arms[name][measure]) for measure in MEASURES)])
         log = np.mean(result["rates"][f"{WORKING_RATE:g}"][name]["log"], 0)  # [steps, numbers]
-        logs += [[name, "last" if step < 0 else step, *values.tolist()]
-                 for step, values in zip(STEPS, log)]
-    parts += [table(("each at all rates", "rate", *MEASURES), rows),
-              table((f"the log at rate {WORKING_RATE:g}", "step", *LOGGED), logs)]
+        logs += [
+            [name, "last" if step < 0 else step, *values.tolist()]
+            for step, values in zip(STEPS, log)
+        ]
+    parts += [
+        table(("each at all rates", "rate", *MEASURES), rows),
+        table((f"the log at rate {WORKING_RATE:g}", "step", *LOGGED), logs),
+    ]
     return "\n\n".join(parts)
 
 
@@ -90,8 +111,9 @@ def draw(result, *axes):
         for name in VERSIONS:
             values = [arms[name][measure] for arms in result["rates"].values()]  # [rates, seeds]
             line(ax, rates, np.transpose(values), name)
-        ax.axhline(np.mean(result["arms"]["base"][measure]), color="black", linestyle="--",
-                   label="base")
+        ax.axhline(
+            np.mean(result["arms"]["base"][measure]), color="black", linestyle="--", label="base"
+        )
         ax.set(xscale="log", xlabel="learning rate", ylabel=measure, ylim=(-0.03, 1.03))
 
 
@@ -100,18 +122,22 @@ def claims(result):
     for where, arms in (("", result["arms"]), (", long answers", result["long"])):
         passed = by_arm({"arms": arms}, "pass@1")
         ahead = [passed[sequence] - passed[other] for other in (mean, token)]
-        yield (f"A ratio of the whole sequence, not its mean and not each token's (the paper's "
-               f"choice{where})",
-               f"pass@1 of TOPR, each ratio at its best rate: base {spread(passed['base'])}, "
-               f"sequence {spread(passed[sequence])}, mean {spread(passed[mean])}, token "
-               f"{spread(passed[token])}: sequence over mean {spread(ahead[0], '+')}, over token "
-               f"{spread(ahead[1], '+')}",
-               verdict(*(beyond_noise(gain) for gain in ahead)))
+        yield (
+            f"A ratio of the whole sequence, not its mean and not each token's (the paper's "
+            f"choice{where})",
+            f"pass@1 of TOPR, each ratio at its best rate: base {spread(passed['base'])}, "
+            f"sequence {spread(passed[sequence])}, mean {spread(passed[mean])}, token "
+            f"{spread(passed[token])}: sequence over mean {spread(ahead[0], '+')}, over token "
+            f"{spread(ahead[1], '+')}",
+            verdict(*(beyond_noise(gain) for gain in ahead)),
+        )
 
     passed = by_arm(result, "pass@1")
     ahead = {name: passed[sequence] - passed[name] for name in RIVALS}
-    yield ("TOPR is best on the same file (rivals that the paper does not have among them)",
-           f"pass@1 at the best rate of each: TOPR {spread(passed[sequence])}, "
-           + ", ".join(f"{name} {spread(passed[name])}" for name in RIVALS)
-           + " (best if beyond two standard errors of each)",
-           verdict(*(beyond_noise(gain) for gain in ahead.values())))
+    yield (
+        "TOPR is best on the same file (rivals that the paper does not have among them)",
+        f"pass@1 at the best rate of each: TOPR {spread(passed[sequence])}, "
+        + ", ".join(f"{name} {spread(passed[name])}" for name in RIVALS)
+        + " (best if beyond two standard errors of each)",
+        verdict(*(beyond_noise(gain) for gain in ahead.values())),
+    )

@@ -1,12 +1,12 @@
 """The paper's findings in miniature, on the embedded tasks, from nothing.
 
-    python experiments/run.py                       all of them: about 90 minutes on two cores
-    python experiments/run.py collapse shares       some of them
-    python experiments/run.py --quick               one seed, one pass: about 12 minutes
-    python experiments/run.py --show                tables and pictures of existing results
-    python experiments/run.py sums                  a pretrained model: about an hour
-    python experiments/run.py long rates pretrained scifact     four more that take hours, on long
-                                                    answers and with a pretrained model
+python experiments/run.py                       all of them: about 90 minutes on two cores
+python experiments/run.py collapse shares       some of them
+python experiments/run.py --quick               one seed, one pass: about 12 minutes
+python experiments/run.py --show                tables and pictures of existing results
+python experiments/run.py sums                  a pretrained model: about an hour
+python experiments/run.py long rates pretrained scifact     four more that take hours, on long
+                                                answers and with a pretrained model
 """
 
 import importlib
@@ -23,8 +23,16 @@ if __name__ == "__main__":
 from engine.common import Problem, parse, read_json, run_main, say, whole_file, write_json
 from experiments.common import MEASURES, Settings, picture, pool, show_arms
 
-FINDINGS = ("collapse", "ratio", "negatives", "shares", "importance", "rounds", "verdicts",
-            "queries")
+FINDINGS = (
+    "collapse",
+    "ratio",
+    "negatives",
+    "shares",
+    "importance",
+    "rounds",
+    "verdicts",
+    "queries",
+)
 ALL = (*FINDINGS, "sums", "long", "rates", "pretrained", "scifact")
 
 
@@ -63,9 +71,11 @@ def make(names, settings, folder):
         for process in multiprocessing.active_children():
             process.kill()  # what it has not finished goes on with the next call
         if isinstance(error, BrokenProcessPool):
-            raise Problem("a process died, perhaps out of memory (--processes 1 needs less); "
-                          "runs/experiments.log has its last output. "
-                          "Rerun the same command: it keeps what is finished")
+            raise Problem(
+                "a process died, perhaps out of memory (--processes 1 needs less); "
+                "runs/experiments.log has its last output. "
+                "Rerun the same command: it keeps what is finished"
+            )
         raise
 
 
@@ -101,8 +111,11 @@ def there(folder):
 
 def claims(folder):
     """(claim, what was measured, verdict, command) of every finding with results in the folder."""
-    return [(*claim, f"`python experiments/run.py {name}`") for name in there(folder)
-            for claim in load(name).claims(read_json(f"{folder}/{name}.json"))]
+    return [
+        (*claim, f"`python experiments/run.py {name}`")
+        for name in there(folder)
+        for claim in load(name).claims(read_json(f"{folder}/{name}.json"))
+    ]
 
 
 def as_markdown(rows):

@@ -27,9 +27,14 @@ OUT = "runs/search-scifact"
 RATES = (6e-6, 2e-5)
 CLAIMED = "TOPR, share 0.5"  # the README's advice where few are right
 # Rocchio's: documents, words, weight of the query, the best of 27 forms on training queries
-ARMS = {"no expansion": {"alone": True}, "Rocchio": {"form": (3, 10, 4)}, "base": {},
-        "positives only": {"loss": "sft"}, "TOPR": {"loss": "topr"},
-        CLAIMED: {"loss": "topr", "positive_share": 0.5}}
+ARMS = {
+    "no expansion": {"alone": True},
+    "Rocchio": {"form": (3, 10, 4)},
+    "base": {},
+    "positives only": {"loss": "sft"},
+    "TOPR": {"loss": "topr"},
+    CLAIMED: {"loss": "topr", "positive_share": 0.5},
+}
 LEARN, CHOOSE = 200, 100  # training queries to learn from; to choose the rates on
 COMPARED = ("recall@100", "recall@10", "ndcg@10")
 MEASURES = (*COMPARED, "without fault")
@@ -49,8 +54,15 @@ def run(settings):
 def make_job(corpus, model, split):
     """(search.py's settings, the task with the queries to learn from and those to measure on, the
     index)"""
-    settings = search.Settings(**TRAINING, corpus=corpus, model=model, samples=8, batch_size=128,
-                               max_new_tokens=48, out=OUT)
+    settings = search.Settings(
+        **TRAINING,
+        corpus=corpus,
+        model=model,
+        samples=8,
+        batch_size=128,
+        max_new_tokens=48,
+        out=OUT,
+    )
     with FileLock(f"{OUT}.lock"):
         index = search.prepare(settings)
         splits = search.read_splits(settings, index)
@@ -74,8 +86,11 @@ def run_arm(corpus, model, seed, arm, rate, split):
         two = dataclasses.replace(settings, samples=2)
         values = measure_arm(two, task, arm, rate, split)
     means = {measure: np.mean(values[measure]) for measure in MEASURES}
-    return {**means, **{f"by question, {measure}": values[measure] for measure in COMPARED},
-            "score": means["ndcg@10"]}
+    return {
+        **means,
+        **{f"by question, {measure}": values[measure] for measure in COMPARED},
+        "score": means["ndcg@10"],
+    }
 
 
 def rocchio(corpus, index, documents, count, weight, text):
@@ -105,15 +120,20 @@ def draw(result, ax):
 
 def claims(result):
     arms = result["arms"]
-    over = [result["paired"]["ndcg@10"][f"{CLAIMED} minus {other}"]
-            for other in ("no expansion", "base", "positives only")]
+    over = [
+        result["paired"]["ndcg@10"][f"{CLAIMED} minus {other}"]
+        for other in ("no expansion", "base", "positives only")
+    ]
     over_none, over_base, _ = (interval_text(interval, "+") for interval in over)
     # What is faulty adds nothing, and does no harm.
     expands = arms[CLAIMED]["without fault"] >= arms["base"]["without fault"]
     found = ", ".join(f"{name} {spread(arms[name]['ndcg@10'])}" for name in arms)
-    faultless = ", ".join(f"{name} {spread(arms[name]['without fault'])}" 
-                          for name in list(ARMS)[2:])
-    yield ("A pretrained model learns to expand the queries of a real collection (search)",
-           f"nDCG@10 on SciFact's queries: {found}; {CLAIMED}, over the base {over_base}, over no "
-           f"expansion {over_none}; expansions without a fault: {faultless}",
-           verdict(*(expands and gain["low"] > 0 for gain in over)))
+    faultless = ", ".join(
+        f"{name} {spread(arms[name]['without fault'])}" for name in list(ARMS)[2:]
+    )
+    yield (
+        "A pretrained model learns to expand the queries of a real collection (search)",
+        f"nDCG@10 on SciFact's queries: {found}; {CLAIMED}, over the base {over_base}, over no "
+        f"expansion {over_none}; expansions without a fault: {faultless}",
+        verdict(*(expands and gain["low"] > 0 for gain in over)),
+    )

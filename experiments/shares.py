@@ -11,9 +11,11 @@ PANELS = 2
 
 
 def run(settings):
-    arms = {f"{name}, share {share}": {"loss": "topr", "positives": DATA[name],
-                                       "positive_share": share}
-            for name in DATA for share in SHARES}
+    arms = {
+        f"{name}, share {share}": {"loss": "topr", "positives": DATA[name], "positive_share": share}
+        for name in DATA
+        for share in SHARES
+    }
     return {"arms": compare(settings, run_arm, arms)}
 
 
@@ -37,6 +39,8 @@ def share_claim(passed, where):
     """passed: {effective share: pass@1 of all seeds}; 1.0 is positives only"""
     best = max(passed, key=lambda share: passed[share].mean())
     falls = passed[best].mean() > passed[1.0].mean() + 0.02 and best <= 0.5
-    return (f"Best at an effective share of 0.1 to 0.2, less above 0.5 ({where})",
-            "pass@1 at " + ", ".join(f"{share:.2f} {spread(passed[share])}" for share in passed),
-            verdict(falls, falls and best <= 0.2))
+    return (
+        f"Best at an effective share of 0.1 to 0.2, less above 0.5 ({where})",
+        "pass@1 at " + ", ".join(f"{share:.2f} {spread(passed[share])}" for share in passed),
+        verdict(falls, falls and best <= 0.2),
+    )

@@ -40,8 +40,10 @@ CLAIMS = {  # (which is ahead, of which): what the paper says
     ("TOPR", "positives only"): "TOPR improves it more than positives only (Figure 4)",
     ("base", "naive REINFORCE"): "Naive REINFORCE harms a pretrained model (Figures 1, 3)",
     ("TOPR", "DPO"): "TOPR is ahead of DPO (Figures 1, 3)",
-    ("TOPR", "truncated importance sampling"):
-        "Right answers at full weight are better than all of them fading (Figure 7)",
+    (
+        "TOPR",
+        "truncated importance sampling",
+    ): "Right answers at full weight are better than all of them fading (Figure 7)",
     ("TOPR", "TOPR, mean ratio"): "A ratio of the whole sequence, not its mean",
     ("TOPR", "TOPR, token ratio"): "A ratio of the whole sequence, not each token's",
 }
@@ -60,8 +62,10 @@ def questions(split):
     """256 sums and 144 products, in an order that is always the same."""
     sums = [(f"{a} + {b}", a + b) for a in range(1, 17) for b in range(1, 17)]
     products = [(f"{a} times {b}", a * b) for a in range(1, 13) for b in range(1, 13)]
-    rows = [{"id": text, "question": f"What is {text}?", "gold": str(gold)}
-            for text, gold in sums + products]
+    rows = [
+        {"id": text, "question": f"What is {text}?", "gold": str(gold)}
+        for text, gold in sums + products
+    ]
     random.Random(0).shuffle(rows)
     return rows[SPLITS[split]]
 
@@ -86,9 +90,15 @@ def run(settings):
 def run_arm(seed, arm, rate, split):
     """The measures of an arm; its completions are kept in its folder."""
     task, method = load_task(__file__), {**arm, "model": f"seed{seed}"}
-    settings = train.Settings(**arm, samples=8, max_new_tokens=24, seed=seed, learning_rate=rate,
-                              rollouts=f"{FOLDER}/rollouts-{seed}.jsonl",
-                              out=f"{FOLDER}/{name_of(method, rate)}")
+    settings = train.Settings(
+        **arm,
+        samples=8,
+        max_new_tokens=24,
+        seed=seed,
+        learning_rate=rate,
+        rollouts=f"{FOLDER}/rollouts-{seed}.jsonl",
+        out=f"{FOLDER}/{name_of(method, rate)}",
+    )
     policy = settings.model
     if rate:
         with FileLock(f"{settings.rollouts}.lock"):  # all arms need the file
@@ -109,6 +119,8 @@ def claims(result):
     for (one, other), claim in CLAIMS.items():
         gain = result["paired"][PART][f"{one} minus {other}"]
         at = [f"{name} {spread(result['arms'][name]['pass@1'])}" for name in (one, other)]
-        yield (f"{claim}: sums, 135 million weights",
-               f"pass@1 on held-out questions: {at[0]}, {at[1]}: {interval_text(gain, '+')}",
-               verdict(gain["low"] > 0))
+        yield (
+            f"{claim}: sums, 135 million weights",
+            f"pass@1 on held-out questions: {at[0]}, {at[1]}: {interval_text(gain, '+')}",
+            verdict(gain["low"] > 0),
+        )

@@ -7,8 +7,7 @@ from filelock import FileLock
 
 import verifier
 from engine.common import read_json
-from experiments.common import (bars, by_arm, compare, folder_of, name_of, prepare, spread,
-                                verdict)
+from experiments.common import bars, by_arm, compare, folder_of, name_of, prepare, spread, verdict
 
 MEASURES = ("accuracy", "invalid", "weighted", "majority", "solutions")
 PANELS = 1
@@ -50,18 +49,27 @@ def draw(result, ax):
 
 
 def claims(result):
-    accuracy, invalid, weighted, majority, solutions = (by_arm(result, measure)
-                                                        for measure in MEASURES)
+    accuracy, invalid, weighted, majority, solutions = (
+        by_arm(result, measure) for measure in MEASURES
+    )
     gains = {name: weighted[name] - majority[name] for name in ("base", "TOPR")}
-    yield ("The verifier's accuracy rises, 32.6% to 70.9%, and invalid verdicts end, 34.2% to "
-           "0.9% (Table 2)",
-           f"accuracy {spread(accuracy['base'])} to {spread(accuracy['TOPR'])}, invalid "
-           f"{spread(invalid['base'])} to {spread(invalid['TOPR'])} "
-           "(held to reproduce above 0.65 and below 0.02)",
-           verdict(accuracy["TOPR"].mean() > 0.65 and invalid["TOPR"].mean() < 0.02,
-                   accuracy["TOPR"].mean() > accuracy["base"].mean()))
-    yield ("Its verdicts improve the vote (Table 2)",
-           f"majority of {solutions['TOPR'][0]:g} {spread(majority['TOPR'])}, weighted before "
-           f"{spread(gains['base'], '+')}, after {spread(gains['TOPR'], '+')}",
-           verdict(gains["TOPR"].min() > 0 and gains["TOPR"].mean() > gains["base"].mean(),
-                   gains["TOPR"].mean() > 0))
+    yield (
+        "The verifier's accuracy rises, 32.6% to 70.9%, and invalid verdicts end, 34.2% to "
+        "0.9% (Table 2)",
+        f"accuracy {spread(accuracy['base'])} to {spread(accuracy['TOPR'])}, invalid "
+        f"{spread(invalid['base'])} to {spread(invalid['TOPR'])} "
+        "(held to reproduce above 0.65 and below 0.02)",
+        verdict(
+            accuracy["TOPR"].mean() > 0.65 and invalid["TOPR"].mean() < 0.02,
+            accuracy["TOPR"].mean() > accuracy["base"].mean(),
+        ),
+    )
+    yield (
+        "Its verdicts improve the vote (Table 2)",
+        f"majority of {solutions['TOPR'][0]:g} {spread(majority['TOPR'])}, weighted before "
+        f"{spread(gains['base'], '+')}, after {spread(gains['TOPR'], '+')}",
+        verdict(
+            gains["TOPR"].min() > 0 and gains["TOPR"].mean() > gains["base"].mean(),
+            gains["TOPR"].mean() > 0,
+        ),
+    )

@@ -24,16 +24,26 @@ def pytest_configure(config):
 def shell(*command, cwd=ROOT, **environment):
     """Runs a command in the repository; its output is in .stdout, errors included."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **environment}
-    return subprocess.run([str(part) for part in command], cwd=cwd, text=True, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        text=True,
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
 
 
 def in_process(script, *options):
     """shell(sys.executable, script, *options) without the seconds in which a new process imports
     torch."""
     output, code = io.StringIO(), 0
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output),
-          contextlib.redirect_stderr(output)):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
         patch.setattr(sys, "argv", [str(script), *map(str, options)])
         try:
             runpy.run_path(str(script), run_name="__main__")
@@ -47,8 +57,16 @@ def torchrun(ranks, *command, **environment):
 
     if 0 < torch.cuda.device_count() < ranks:  # NCCL refuses two ranks on one card
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    return shell(sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc-per-node", ranks, *command, **environment)
+    return shell(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        ranks,
+        *command,
+        **environment,
+    )
 
 
 def eval_settings(**changes):
@@ -61,8 +79,9 @@ def apples_questions(tokenizer, settings, count, split="test"):
     from data import load_task
     from engine import tasks
 
-    return tasks.load_questions(load_task("apples"), split, count, settings.seed, tokenizer,
-                                settings)
+    return tasks.load_questions(
+        load_task("apples"), split, count, settings.seed, tokenizer, settings
+    )
 
 
 def weights_of(folder):
@@ -82,8 +101,12 @@ def train_settings(model, rollouts, out, **changes):
     """A run of a few steps that moves the weights."""
     import train
 
-    return train.Settings(model=str(model), rollouts=str(rollouts), out=str(out), **{
-        "optimizer": "adamw", "learning_rate": 1e-3, "sequences": 12, **changes})
+    return train.Settings(
+        model=str(model),
+        rollouts=str(rollouts),
+        out=str(out),
+        **{"optimizer": "adamw", "learning_rate": 1e-3, "sequences": 12, **changes},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +118,16 @@ def tiny(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     apples.write_beginner(folder, apples, 960, 3, width=32, layers=2)
-    train.train(train_settings(folder / "random", folder / "demonstrations.jsonl",
-                               folder / "policy", loss="sft", learning_rate=1e-2, sequences=32))
+    train.train(
+        train_settings(
+            folder / "random",
+            folder / "demonstrations.jsonl",
+            folder / "policy",
+            loss="sft",
+            learning_rate=1e-2,
+            sequences=32,
+        )
+    )
     return str(folder / "policy")
 
 
@@ -107,8 +138,23 @@ def rollouts(tiny, tmp_path_factory):
     from engine.rollouts import read_rollouts, write_rollouts
 
     path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
-    result = in_process(ROOT / "eval.py", "--model", tiny, "--task", "apples", "--split", "train",
-                        "--questions", 10, "--samples", 5, "--max-new-tokens", 30, "--out", path)
+    result = in_process(
+        ROOT / "eval.py",
+        "--model",
+        tiny,
+        "--task",
+        "apples",
+        "--split",
+        "train",
+        "--questions",
+        10,
+        "--samples",
+        5,
+        "--max-new-tokens",
+        30,
+        "--out",
+        path,
+    )
     assert result.returncode == 0, result.stdout
     rows = read_rollouts(path)
     for number, row in enumerate(rows):

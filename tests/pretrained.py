@@ -59,8 +59,14 @@ def run(script, *options, ranks=0):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     command = [sys.executable, *(torchrun if ranks else []), ROOT / script, *options]
     threads = {"OMP_NUM_THREADS": "1" if ranks else "2", "TQDM_DISABLE": "1"}
-    result = subprocess.run(list(map(str, command)), env={**os.environ, **threads}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
+    result = subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, **threads},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1200,
+    )
     assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
 
 
@@ -72,8 +78,24 @@ def rollouts(model, tmp_path_factory):
     run("data/maths.py", "gsm8k", "--train", train, "--test", test, "--out", folder)
     (folder / "task.py").write_text(TASK)
     out = folder / "rollouts.jsonl"
-    run("eval.py", "--model", model, "--task", folder / "task.py", "--split", "train",
-        "--questions", 8, "--samples", 2, "--max-new-tokens", 64, "--no-greedy", "--out", out)
+    run(
+        "eval.py",
+        "--model",
+        model,
+        "--task",
+        folder / "task.py",
+        "--split",
+        "train",
+        "--questions",
+        8,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        64,
+        "--no-greedy",
+        "--out",
+        out,
+    )
     return out
 
 
@@ -105,23 +127,59 @@ def check_log(folder, steps):
 @pytest.mark.parametrize("options", [[], ["--shard"]])
 def test_train(model, rollouts, tmp_path, options):
     """Two ranks, by DDP and in shards."""
-    run("train.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / "out",
-        "--sequences", 4, *options, ranks=2)
+    run(
+        "train.py",
+        "--model",
+        model,
+        "--rollouts",
+        rollouts,
+        "--out",
+        tmp_path / "out",
+        "--sequences",
+        4,
+        *options,
+        ranks=2,
+    )
     check_log(tmp_path / "out", steps=4)
 
 
 def test_verifier(model, tmp_path):
     """Solutions of real models, two to each of 30 questions."""
-    published, = need("model_solutions/gsm8k_model_solutions_long.jsonl")
+    (published,) = need("model_solutions/gsm8k_model_solutions_long.jsonl")
     with open(published) as file:
         rows = [row for row in map(json.loads, file) if row["idx"] < 30]
     solutions, out = tmp_path / "solutions.jsonl", tmp_path / "out"
-    write_rollouts(solutions, [{
-        "id": str(row["idx"]), "prompt": row["question"], "completion": row["solution"],
-        "reward": 1.0 if row["is_correct"] else -1.0, "gold": row["gold"],
-        "answer": read_answer(row["solution"], "A:")} for row in rows])
-    run("verifier.py", "--model", model, "--solutions", solutions, "--out", out, "--samples", 1,
-        "--solutions-per-question", 2, "--max-new-tokens", 24, "--sequences", 6)
+    write_rollouts(
+        solutions,
+        [
+            {
+                "id": str(row["idx"]),
+                "prompt": row["question"],
+                "completion": row["solution"],
+                "reward": 1.0 if row["is_correct"] else -1.0,
+                "gold": row["gold"],
+                "answer": read_answer(row["solution"], "A:"),
+            }
+            for row in rows
+        ],
+    )
+    run(
+        "verifier.py",
+        "--model",
+        model,
+        "--solutions",
+        solutions,
+        "--out",
+        out,
+        "--samples",
+        1,
+        "--solutions-per-question",
+        2,
+        "--max-new-tokens",
+        24,
+        "--sequences",
+        6,
+    )
     results = json.loads((out / "results.json").read_text())
     assert {"accuracy", "invalid"} <= results["before"].keys() == results["after"].keys()
     assert (out / "voting.json").exists()
@@ -131,7 +189,24 @@ def test_search(model, tmp_path):
     """20 queries of SciFact."""
     corpus, _, _ = need("scifact", "scifact/corpus.jsonl", "scifact/qrels_train.tsv")
     out = tmp_path / "out"
-    run("search.py", "--model", model, "--corpus", corpus, "--out", out, "--questions", 20,
-        "--test-questions", 8, "--samples", 2, "--max-new-tokens", 16, "--sequences", 16)
+    run(
+        "search.py",
+        "--model",
+        model,
+        "--corpus",
+        corpus,
+        "--out",
+        out,
+        "--questions",
+        20,
+        "--test-questions",
+        8,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        16,
+        "--sequences",
+        16,
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["before"]["questions"] == 8 and "recall@10" in results["after"]

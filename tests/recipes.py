@@ -1,6 +1,6 @@
 """The recipes of docs/recipes: each takes the same steps as a plain loop over the same rollouts.
 
-    python -m pytest -q tests/recipes.py      in an environment that also has trl and peft
+python -m pytest -q tests/recipes.py      in an environment that also has trl and peft
 """
 
 import itertools
@@ -9,11 +9,11 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, shell, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import topr
 import train
+from conftest import ROOT, shell, torchrun
 from data import apples
 from engine.rollouts import read_rollouts, write_rollouts
 
@@ -28,9 +28,14 @@ import trl_trainer  # noqa: E402, F401
 
 RATE, STEP = 0.3, 8  # learning rate, and sequences of an optimizer step
 # SGD: Adam makes whole steps out of gradients that are 0 but for rounding
-TRAINER = {"use_cpu": True, "optim": "sgd", "learning_rate": RATE,
-           "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
-           "train_sampling_strategy": "sequential"}
+TRAINER = {
+    "use_cpu": True,
+    "optim": "sgd",
+    "learning_rate": RATE,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "train_sampling_strategy": "sequential",
+}
 TRAINERS = ["hf_trainer", "trl_trainer"]
 
 
@@ -47,8 +52,10 @@ def policy(tiny, tmp_path_factory):
 
 def rows_of(rollouts, count):
     """The first rollouts, cut off, so that neither the text nor an end token gives the tokens."""
-    return [row | {"completion_ids": row["completion_ids"][:5], "logprobs": None}
-            for row in read_rollouts(rollouts)[:count]]
+    return [
+        row | {"completion_ids": row["completion_ids"][:5], "logprobs": None}
+        for row in read_rollouts(rollouts)[:count]
+    ]
 
 
 def log_pi(model, row):
@@ -100,13 +107,19 @@ def test_trainers_take_the_steps_of_the_plain_loop(name, policy, rollouts, tmp_p
     write_rollouts(path, rows)
     if name == "hf_trainer":
         collate = module.collate
-        monkeypatch.setattr(module, "collate", lambda rows: (batch := collate(rows))
-                            | {"labels": batch["input_ids"]})
+        monkeypatch.setattr(
+            module,
+            "collate",
+            lambda rows: (batch := collate(rows)) | {"labels": batch["input_ids"]},
+        )
     kind = getattr(module, "KTOConfig", TrainingArguments)
     trainer = module.main(policy, path, kind(tmp_path / "out", **module.DEFAULTS | TRAINER))
     log, weights = plain_loop(policy, rows)
-    taken = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history
-             if "grad_norm" in entry]
+    taken = [
+        [entry["loss"], entry["grad_norm"]]
+        for entry in trainer.state.log_history
+        if "grad_norm" in entry
+    ]
     torch.testing.assert_close(torch.tensor(taken), torch.tensor(log), rtol=1e-5, atol=1e-5)
     assert_saved(tmp_path / "out", weights)
 
@@ -134,17 +147,22 @@ def test_four_fields_are_enough(name, tiny, rollouts, tmp_path):
     """KeyError prompt_ids, for a file of the fields that suffice elsewhere; rates that could not be
     given; a saved model without its adapter."""
     path, out, rows = tmp_path / "rollouts.jsonl", tmp_path / "out", read_rollouts(rollouts)
-    write_rollouts(path, [{field: row[field] for field in ("id", "prompt", "completion", "reward")}
-                          for row in rows])
+    write_rollouts(
+        path,
+        [{field: row[field] for field in ("id", "prompt", "completion", "reward")} for row in rows],
+    )
     options = [f"--output_dir={out}", "--learning_rate=3e-3", "--use_cpu"]
     if name == "peft_lora":
         options = [out, "3e-3", "16"]
-    result = shell(sys.executable, RECIPES / f"{name}.py", tiny, path, *options,
-                   HF_HOME=str(tmp_path))
+    result = shell(
+        sys.executable, RECIPES / f"{name}.py", tiny, path, *options, HF_HOME=str(tmp_path)
+    )
     assert result.returncode == 0, result.stdout
     AutoTokenizer.from_pretrained(out)
-    before, after = (log_pi(AutoModelForCausalLM.from_pretrained(folder), rows[0])[0].sum()
-                     for folder in (tiny, out))
+    before, after = (
+        log_pi(AutoModelForCausalLM.from_pretrained(folder), rows[0])[0].sum()
+        for folder in (tiny, out)
+    )
     assert after > before + 1  # of a positive
 
 
@@ -202,8 +220,12 @@ class StandIn:
 
     def generate(self, prompts, sampling):
         for prompt in prompts:
-            yield types.SimpleNamespace(**prompt, outputs=[
-                self.complete(**prompt, end=[2][: number % 2]) for number in range(sampling.n)])
+            yield types.SimpleNamespace(
+                **prompt,
+                outputs=[
+                    self.complete(**prompt, end=[2][: number % 2]) for number in range(sampling.n)
+                ],
+            )
 
     @torch.no_grad()
     def complete(self, prompt_token_ids, end):
@@ -211,10 +233,14 @@ class StandIn:
         logits = self.model(torch.tensor([prompt_token_ids + ids])).logits[0]  # [time, vocab]
         logprobs = (logits / self.temperature).log_softmax(-1)[len(prompt_token_ids) - 1 :]
         return types.SimpleNamespace(
-            token_ids=ids, text=self.tokenizer.decode(ids, skip_special_tokens=True),
-            logprobs=[{token: types.SimpleNamespace(logprob=row[token].item())}
-                      for token, row in zip(ids, logprobs)],
-            finish_reason="stop" if end else "length")
+            token_ids=ids,
+            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            logprobs=[
+                {token: types.SimpleNamespace(logprob=row[token].item())}
+                for token, row in zip(ids, logprobs)
+            ],
+            finish_reason="stop" if end else "length",
+        )
 
 
 def test_vllm_rollouts_fit_the_model(tiny, tmp_path, monkeypatch):
@@ -223,6 +249,7 @@ def test_vllm_rollouts_fit_the_model(tiny, tmp_path, monkeypatch):
     stand_in = types.SimpleNamespace(LLM=StandIn, SamplingParams=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     import vllm_rollouts
+
     write_rollouts(tmp_path / "questions.jsonl", itertools.islice(apples.questions("train", 0), 4))
     path = tmp_path / "rollouts.jsonl"
     vllm_rollouts.main(tiny, tmp_path / "questions.jsonl", path, samples=4)

@@ -8,19 +8,31 @@ import pytest
 import train
 from engine import advice
 
-HEALTHY = {"loss": 0.1, "d_positive": 0.2, "d_negative": -1.0,
-           "negative_weight": 0.4, "negatives_gone": 0.1}
+HEALTHY = {
+    "loss": 0.1,
+    "d_positive": 0.2,
+    "d_negative": -1.0,
+    "negative_weight": 0.4,
+    "negatives_gone": 0.1,
+}
 SILENT = {"d_positive": None, "d_negative": None}  # a step with completions of one kind
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"negative_weight": 0.97, "d_negative": -0.05}, "triple --learning-rate"),
-    ({"d_positive": -0.6, "d_negative": -0.7}, "--positive-share 0.5"),
-    ({"negatives_gone": 0.95}, "95% of the negatives are gone"),
-    ({}, ""), (SILENT, ""),
-    ({"negative_weight": 0.97}, ""), ({"negative_weight": 0.9, "d_negative": -0.05}, ""),
-    ({"d_positive": -0.6, "d_negative": -0.4}, ""), ({"d_positive": -0.4}, ""),
-    ({"negatives_gone": 0.85}, "")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"negative_weight": 0.97, "d_negative": -0.05}, "triple --learning-rate"),
+        ({"d_positive": -0.6, "d_negative": -0.7}, "--positive-share 0.5"),
+        ({"negatives_gone": 0.95}, "95% of the negatives are gone"),
+        ({}, ""),
+        (SILENT, ""),
+        ({"negative_weight": 0.97}, ""),
+        ({"negative_weight": 0.9, "d_negative": -0.05}, ""),
+        ({"d_positive": -0.6, "d_negative": -0.4}, ""),
+        ({"d_positive": -0.4}, ""),
+        ({"negatives_gone": 0.85}, ""),
+    ],
+)
 def test_advice_of_a_log(changes, said):
     log = [{"step": 0, "measured": {}}, *[{**HEALTHY, **changes}] * advice.LOOK_AT]
     lines = list(advice.of_log(log))
@@ -36,9 +48,16 @@ def test_it_is_of_the_latest_steps():
     assert not list(advice.of_log([without]))
 
 
-@pytest.mark.parametrize("changes, share, said", [
-    ({}, 0.2, True), ({}, 0.4, False), ({"loss": "sft"}, 0.2, False),
-    ({"baseline": -0.5}, 0.2, False), ({"positive_share": 0.5}, 0.2, False)])
+@pytest.mark.parametrize(
+    "changes, share, said",
+    [
+        ({}, 0.2, True),
+        ({}, 0.4, False),
+        ({"loss": "sft"}, 0.2, False),
+        ({"baseline": -0.5}, 0.2, False),
+        ({"positive_share": 0.5}, 0.2, False),
+    ],
+)
 def test_advice_before_the_first_step(changes, share, said):
     _, *lines = advice.before_the_first_step(train.Settings(**changes), data_of(share))
     assert len(lines) == said and all("only 20%" in line for line in lines)
@@ -46,8 +65,7 @@ def test_advice_before_the_first_step(changes, share, said):
 
 def data_of(share):
     rewards = np.where(np.arange(10) < 10 * share, 1.0, -1.0)
-    return SimpleNamespace(rewards=rewards, units=np.arange(10)[:, None],
-                           silent=np.zeros(10, bool))
+    return SimpleNamespace(rewards=rewards, units=np.arange(10)[:, None], silent=np.zeros(10, bool))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_maths import need
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -17,10 +16,12 @@ from data import load_task, maths
 from engine import sampler, tasks
 from engine.rollouts import read_rollouts, write_rollouts
 from engine.tokens import all_token_ids, end_tokens
+from test_maths import need
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,32 @@ def chat(tmp_path_factory):
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=fast, eos_token="<|im_end|>", pad_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>", "<|endoftext|>"])
+        tokenizer_object=fast,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
+    )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        initializer_range=0.3, eos_token_id=ends[0], pad_token_id=ends[0]))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=0.3,
+            eos_token_id=ends[0],
+            pad_token_id=ends[0],
+        )
+    )
     model.generation_config = GenerationConfig(
-        eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.6, top_p=0.9)
+        eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.6, top_p=0.9
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -52,8 +67,10 @@ def chat(tmp_path_factory):
 def gsm8k(tmp_path, monkeypatch):
     """Six questions in the place of GSM8K's own."""
     (tmp_path / "gsm8k").mkdir()
-    rows = [dict(id=f"q{i}", question=f"What is {i} + 2?", gold=str(i + 2), solution="")
-            for i in range(6)]
+    rows = [
+        dict(id=f"q{i}", question=f"What is {i} + 2?", gold=str(i + 2), solution="")
+        for i in range(6)
+    ]
     for split in ("train", "test"):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"gsm8k/{split}.jsonl").write_text(lines)
@@ -86,8 +103,19 @@ def test_sample_grade_train_sample(chat, gsm8k, tmp_path):
         row["reward"] = 1.0
     write_rollouts(scored, rollouts)
     result = in_process(
-        ROOT / "train.py", "--model", chat, "--rollouts", scored, "--out", trained,
-        "--learning-rate", "1e-4", "--sequences", "12", "--gradient-checkpointing")
+        ROOT / "train.py",
+        "--model",
+        chat,
+        "--rollouts",
+        scored,
+        "--out",
+        trained,
+        "--learning-rate",
+        "1e-4",
+        "--sequences",
+        "12",
+        "--gradient-checkpointing",
+    )
     assert result.returncode == 0, result.stdout
     model, tokenizer = sampler.load_model(str(trained), evaluation.Settings(), "cpu")
     assert tokenizer.chat_template == TEMPLATE and end_tokens(model, tokenizer) == ends
@@ -110,9 +138,16 @@ def test_odd_generation_settings_are_handed_on(chat, tmp_path):
     odd, out, rollouts = tmp_path / "odd", tmp_path / "out", tmp_path / "r.jsonl"
     model.save_pretrained(odd)
     tokenizer.save_pretrained(odd)
-    (odd / "generation_config.json").write_text(json.dumps({
-        "temperature": 0.6, "top_p": 0.9, "do_sample": False,
-        "eos_token_id": end_tokens(model, tokenizer)}))
+    (odd / "generation_config.json").write_text(
+        json.dumps(
+            {
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "do_sample": False,
+                "eos_token_id": end_tokens(model, tokenizer),
+            }
+        )
+    )
     row = dict(id="q", prompt="How many?", completion="The answer is 5.", reward=1.0)
     write_rollouts(rollouts, [row])
     train.train(train.Settings(model=str(odd), rollouts=str(rollouts), out=str(out)))
@@ -126,9 +161,21 @@ def test_gsm8k_end_to_end(chat, tmp_path, monkeypatch):
     maths.main(["gsm8k", "--train", questions, "--test", test, "--out", str(tmp_path)])
     monkeypatch.setattr(maths, "HERE", tmp_path)
     out = tmp_path / "out"
-    train.job(train.Settings(
-        model=chat, out=str(out), questions=4, samples=4, test_questions=4, max_new_tokens=24,
-        learning_rate=1e-3, sequences=8, rounds=2, eval_every=1), load_task("gsm8k"))
+    train.job(
+        train.Settings(
+            model=chat,
+            out=str(out),
+            questions=4,
+            samples=4,
+            test_questions=4,
+            max_new_tokens=24,
+            learning_rate=1e-3,
+            sequences=8,
+            rounds=2,
+            eval_every=1,
+        ),
+        load_task("gsm8k"),
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["before"]["questions"] == results["after"]["questions"] == 4
     assert len(results["curve"]) == 6

@@ -21,9 +21,17 @@ def problems_of(split, seed, count):
 
 
 def test_round_trip_keeps_every_field(tmp_path):
-    rows = [{**GOOD, "prompt_ids": [1, 2], "completion_ids": [3, 2], "logprobs": [-0.5, -1e-8],
-             "gold": None, "mine": {"x": ["ü\u2028"]}},
-            {**GOOD, "completion": "line\nbreak \x00 and \"quotes\"", "reward": -0.3}]
+    rows = [
+        {
+            **GOOD,
+            "prompt_ids": [1, 2],
+            "completion_ids": [3, 2],
+            "logprobs": [-0.5, -1e-8],
+            "gold": None,
+            "mine": {"x": ["ü\u2028"]},
+        },
+        {**GOOD, "completion": 'line\nbreak \x00 and "quotes"', "reward": -0.3},
+    ]
     write_rollouts(tmp_path / "r.jsonl", rows)
     assert read_rollouts(tmp_path / "r.jsonl") == rows
 
@@ -38,7 +46,8 @@ def test_half_a_file_never_appears(tmp_path):
 
 def test_table():
     assert table(("name", "mean"), [("pass@1", 0.5), ("n", 12)]) == (
-        "name     mean\n-------------\npass@1  0.500\nn          12")
+        "name     mean\n-------------\npass@1  0.500\nn          12"
+    )
 
 
 # ---- tokens ----
@@ -83,8 +92,7 @@ def test_ids_that_fit_their_text_are_read_whoever_wrote_them(tokenizer):
 
 def test_every_word_is_one_token(tokenizer):
     """Every seeded figure hangs on the order of the words too."""
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == [
-        "<unk>", "<s>", "</s>", "▁*", "▁+"]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == ["<unk>", "<s>", "</s>", "▁*", "▁+"]
     rng = random.Random(0)
     for problem in problems_of("train", 1, 200):
         text = problem["question"] + " " + apples.demonstrate(problem, rng, apples.HABITS)
@@ -94,8 +102,10 @@ def test_every_word_is_one_token(tokenizer):
 
 
 def test_questions_for_testing_are_never_trained_on():
-    train, test = ({problem["question"] for seed in range(3)
-                    for problem in problems_of(split, seed, 1000)} for split in ("train", "test"))
+    train, test = (
+        {problem["question"] for seed in range(3) for problem in problems_of(split, seed, 1000)}
+        for split in ("train", "test")
+    )
     assert not train & test
     problems = problems_of("test", 0, 500)
     for field in ("question", "id"):

@@ -40,8 +40,22 @@ def sample(policy, tiny, out="", questions=6, grade=APPLES.grade, **changes):
 
 
 def eval_command(tiny, out, *options):
-    return [ROOT / "eval.py", "--model", tiny, "--task", "apples", "--questions", 13, "--samples",
-            4, "--max-new-tokens", 30, "--out", out, *options]
+    return [
+        ROOT / "eval.py",
+        "--model",
+        tiny,
+        "--task",
+        "apples",
+        "--questions",
+        13,
+        "--samples",
+        4,
+        "--max-new-tokens",
+        30,
+        "--out",
+        out,
+        *options,
+    ]
 
 
 @pytest.mark.slow
@@ -129,7 +143,7 @@ def test_a_broken_off_run_goes_on(policy, tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sample(policy, tiny, out, 9, dying, batch_size=4)
     assert not out.exists()
-    part, = tmp_path.glob("*.part-*")
+    (part,) = tmp_path.glob("*.part-*")
     part.write_bytes(part.read_bytes()[:-10])  # and the machine lost power
     rows = sample(policy, tiny, out, 9, counting, batch_size=4)
     assert len(later) == 2 * 9 and len(rows) == 18  # the kept ones are graded again
@@ -146,11 +160,12 @@ def test_a_finished_file_is_reused_and_never_overwritten(policy, tiny, tmp_path,
         assert sample(policy, tiny, out, **same) == first
         assert "reusing" in capsys.readouterr().out
     for changes, named in (
-            (dict(temperature=0.5), "temperature: 1.0 there, 0.5 asked for; questions: "),
-            (dict(samples=4), "completions: 12 there, 24"),
-            (dict(questions=5), "completions: 12 there, 10"),
-            (dict(questions=4, samples=3), "questions: "),
-            (dict(seed=3), "seed: 0 there, 3")):
+        (dict(temperature=0.5), "temperature: 1.0 there, 0.5 asked for; questions: "),
+        (dict(samples=4), "completions: 12 there, 24"),
+        (dict(questions=5), "completions: 12 there, 10"),
+        (dict(questions=4, samples=3), "questions: "),
+        (dict(seed=3), "seed: 0 there, 3"),
+    ):
         with pytest.raises(Problem, match=rf"holds other rollouts \({named}"):
             sample(policy, tiny, out, **changes)
     assert out.read_bytes() == stamp
@@ -189,8 +204,9 @@ def measure(rows):
 def test_a_second_process_with_the_same_out_is_refused(tiny, tmp_path):
     """Both would do all of the work."""
     with FileLock(tmp_path / ".r.jsonl.lock"):
-        result = in_process(ROOT / "eval.py", "--model", tiny, "--task", "apples",
-                            "--out", tmp_path / "r.jsonl")
+        result = in_process(
+            ROOT / "eval.py", "--model", tiny, "--task", "apples", "--out", tmp_path / "r.jsonl"
+        )
     assert result.returncode == 2 and "another process is at work there" in result.stdout
 
 
@@ -198,19 +214,46 @@ def test_measures_of_the_tasks_own(tiny, tmp_path):
     """They take the place of pass@k; STOP is one string; the completions are kept."""
     (tmp_path / "task.py").write_text(TASK)
     out = tmp_path / "r.jsonl"
-    result = in_process(ROOT / "eval.py", "--model", tiny, "--task", tmp_path / "task.py",
-                        "--samples", 2, "--max-new-tokens", 9, "--out", out)
+    result = in_process(
+        ROOT / "eval.py",
+        "--model",
+        tiny,
+        "--task",
+        tmp_path / "task.py",
+        "--samples",
+        2,
+        "--max-new-tokens",
+        9,
+        "--out",
+        out,
+    )
     written = json.loads((tmp_path / "r.json").read_text())
     assert list(written) == ["settings", "questions", "long", "points", "greedy"], result.stdout
     assert written["points"]["mean"] == 0.75 and "pass@1" not in result.stdout
     assert len(read_rollouts(tmp_path / "r-greedy.jsonl")) == 4
     assert all("." not in row["completion"] for row in read_rollouts(out))
-    in_process(ROOT / "eval.py", "--model", tiny, "--task", tmp_path / "task.py", "--samples", 2,
-               "--max-new-tokens", 9, "--split", "train", "--out", tmp_path / "train.jsonl")
+    in_process(
+        ROOT / "eval.py",
+        "--model",
+        tiny,
+        "--task",
+        tmp_path / "task.py",
+        "--samples",
+        2,
+        "--max-new-tokens",
+        9,
+        "--split",
+        "train",
+        "--out",
+        tmp_path / "train.jsonl",
+    )
     assert not (tmp_path / "train-greedy.jsonl").exists()  # nobody measures questions to train on
     broken = tasks.make_task("t", load_task(str(tmp_path / "task.py")))
-    for value, named in (("x", "t: measure or same_answer: ValueError"), (2.0, "from 0 to 1"),
-                         (math.nan, "from 0 to 1")):
+    for value, named in (
+        ("x", "t: measure or same_answer: ValueError"),
+        (2.0, "from 0 to 1"),
+        (math.nan, "from 0 to 1"),
+    ):
         broken.measure = lambda rows: {"long": [value]}
         with pytest.raises(Problem, match=named):
             evaluation.measured(broken, [{}], 0)
@@ -218,8 +261,10 @@ def test_measures_of_the_tasks_own(tiny, tmp_path):
 
 def test_grading_an_existing_file(tmp_path):
     """Of any origin: without rewards, without what nobody knows of it."""
-    rows = [dict(id="a", prompt="?", completion="so\nThe answer is 5 .", gold="5"),
-            dict(id="b", prompt="?", completion="no idea", reward=1.0, gold="5")]
+    rows = [
+        dict(id="a", prompt="?", completion="so\nThe answer is 5 .", gold="5"),
+        dict(id="b", prompt="?", completion="no idea", reward=1.0, gold="5"),
+    ]
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     old.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [ROOT / "eval.py", "--grade", old, "--out", new]
@@ -231,8 +276,11 @@ def test_grading_an_existing_file(tmp_path):
     result = in_process(*command)
     assert result.returncode == 2 and "--task is needed" in result.stdout
     without_gold = json.dumps(dict(id="c", prompt="?", completion="The answer is 5 ."))
-    for line, named in (("{", "old.jsonl:1: not a JSON object"), ("{}", '"id" is missing'),
-                        (without_gold, "KeyError: 'gold'")):
+    for line, named in (
+        ("{", "old.jsonl:1: not a JSON object"),
+        ("{}", '"id" is missing'),
+        (without_gold, "KeyError: 'gold'"),
+    ):
         old.write_text(line)
         with pytest.raises(Problem, match=named):
             evaluation.regrade(read_rollouts(old, need_reward=False), APPLES)
@@ -245,8 +293,9 @@ def test_before_and_after(policy, tiny, tmp_path, capsys):
     """The completions that were measured are kept and reused; a change has a paired interval."""
     import train
 
-    settings = train.Settings(model=tiny, task="apples", out=str(tmp_path), samples=2,
-                              max_new_tokens=12, test_questions=5)
+    settings = train.Settings(
+        model=tiny, task="apples", out=str(tmp_path), samples=2, max_new_tokens=12, test_questions=5
+    )
     before = evaluation.measure_once(settings, APPLES, tiny, "before")
     assert set(map(len, before.values())) == {5} and before["greedy"] != []
     rows = read_rollouts(tmp_path / "before.jsonl")
@@ -329,12 +378,19 @@ def test_votes_are_counted_before_anything_looks_at_the_reference():
 
 def test_measures_are_values_of_questions():
     """In the order of the questions; what the rows do not tell is left out."""
-    rows = [dict(id="b", reward=1.0, answer="5", finish="stop"),
-            dict(id="b", reward=-1.0, answer=None, finish="length"),
-            dict(id="a", reward=1.0, answer="7", finish="stop"),
-            dict(id="a", reward=1.0, answer="7", finish="stop")]
-    assert measure(rows) == {"pass@1": [0.5, 1.0], "invalid": [0.5, 0.0], "cut off": [0.5, 0.0],
-                             "pass@2": [1.0, 1.0], "maj@2": [1.0, 1.0]}
+    rows = [
+        dict(id="b", reward=1.0, answer="5", finish="stop"),
+        dict(id="b", reward=-1.0, answer=None, finish="length"),
+        dict(id="a", reward=1.0, answer="7", finish="stop"),
+        dict(id="a", reward=1.0, answer="7", finish="stop"),
+    ]
+    assert measure(rows) == {
+        "pass@1": [0.5, 1.0],
+        "invalid": [0.5, 0.0],
+        "cut off": [0.5, 0.0],
+        "pass@2": [1.0, 1.0],
+        "maj@2": [1.0, 1.0],
+    }
     del rows[3]["finish"]
     assert "cut off" not in measure(rows)
     assert measures.summary(measure(rows))["questions"] == 2

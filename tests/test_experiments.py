@@ -17,8 +17,18 @@ from data import library, load_task
 from engine import tasks
 from engine.common import Problem, read_json, write_json
 from engine.rollouts import read_rollouts, write_rollouts
-from experiments import (common, long_apples, pretrained, queries, rates, run, scifact, shares,
-                         sums, verdicts)
+from experiments import (
+    common,
+    long_apples,
+    pretrained,
+    queries,
+    rates,
+    run,
+    scifact,
+    shares,
+    sums,
+    verdicts,
+)
 
 RESULTS = str(ROOT / "experiments/results")
 PAGE = (ROOT / "experiments/README.md").read_text()
@@ -40,8 +50,13 @@ def tiny_world(tiny, rollouts, tmp_path, monkeypatch):
             shutil.copytree(tiny, f"{common.folder_of(seed, base)}/base")
         return f"{common.folder_of(seed, base)}/base", path
 
-    small = {"sequences": 8, "questions": 4, "test_questions": 4, "max_new_tokens": 6,
-             "eval_every": 1}
+    small = {
+        "sequences": 8,
+        "questions": 4,
+        "test_questions": 4,
+        "max_new_tokens": 6,
+        "eval_every": 1,
+    }
     monkeypatch.setattr(train, "EMBEDDED", {**train.EMBEDDED, **small})
     monkeypatch.setattr(common, "LONG", {"task": long_apples.__file__})
     monkeypatch.setattr(common, "prepare", prepare)
@@ -73,9 +88,18 @@ def check(name, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, seeds", [("collapse", 2), ("negatives", 1), ("shares", 2),
-                                         ("importance", 1), ("rounds", 1), ("long", 2),
-                                         ("rates", 1)])
+@pytest.mark.parametrize(
+    "name, seeds",
+    [
+        ("collapse", 2),
+        ("negatives", 1),
+        ("shares", 2),
+        ("importance", 1),
+        ("rounds", 1),
+        ("long", 2),
+        ("rates", 1),
+    ],
+)
 def test_a_finding_from_its_arms_to_its_claims(name, seeds, tiny_world, monkeypatch):
     monkeypatch.setattr(shares, "SHARES", (0.1, 0.5, 1.0))
     monkeypatch.setattr(rates, "GRIDS", {"10 million": ("largest", (1e-4, 1e-3))})
@@ -90,9 +114,20 @@ def test_a_finding_from_its_arms_to_its_claims(name, seeds, tiny_world, monkeypa
 def test_the_verifier_from_its_rates_to_its_claims(tiny, rollouts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     in_this_process(monkeypatch)
-    monkeypatch.setattr(verdicts, "first_verifier", lambda seed: verifier.Settings(
-        model=tiny, solutions=rollouts, test_solutions=rollouts + ".other", seed=seed, samples=2,
-        out=f"seed{seed}", optimizer="adamw", max_new_tokens=6))
+    monkeypatch.setattr(
+        verdicts,
+        "first_verifier",
+        lambda seed: verifier.Settings(
+            model=tiny,
+            solutions=rollouts,
+            test_solutions=rollouts + ".other",
+            seed=seed,
+            samples=2,
+            out=f"seed{seed}",
+            optimizer="adamw",
+            max_new_tokens=6,
+        ),
+    )
     other = [{**row, "question": f"{row['question']} ?"} for row in read_rollouts(rollouts)]
     write_rollouts(rollouts + ".other", other)
     result = check("verdicts", common.Settings(seeds=2))
@@ -105,16 +140,25 @@ def test_the_search_task_from_its_rates_to_its_claims(tmp_path, monkeypatch):
     base_policy, read_splits = train.base_policy, search.read_splits
     monkeypatch.chdir(tmp_path)
     in_this_process(monkeypatch)
-    monkeypatch.setattr(train, "base_policy", lambda folder, seed, task, **_: base_policy(
-        folder, seed, task, steps=5, layers=1))
-    monkeypatch.setattr(search, "read_splits", lambda *given: {
-        split: dict(list(topics.items())[:12]) for split, topics in read_splits(*given).items()})
+    monkeypatch.setattr(
+        train,
+        "base_policy",
+        lambda folder, seed, task, **_: base_policy(folder, seed, task, steps=5, layers=1),
+    )
+    monkeypatch.setattr(
+        search,
+        "read_splits",
+        lambda *given: {
+            split: dict(list(topics.items())[:12]) for split, topics in read_splits(*given).items()
+        },
+    )
     monkeypatch.setattr(queries, "HELD_OUT", 6)
     result = check("queries", common.Settings(seeds=1))
     assert len(result["arms"]["TOPR"]["sampled"]) == 1
     _, task = queries.make_job(0, "validation")
-    learned, measured = ({row["id"] for row in task.questions(split)}
-                         for split in ("train", "test"))
+    learned, measured = (
+        {row["id"] for row in task.questions(split)} for split in ("train", "test")
+    )
     assert len(learned) == len(measured) == 6 and not learned & measured
 
 
@@ -125,8 +169,13 @@ def test_scifact_from_its_rollouts_to_its_claims(tiny, tmp_path, monkeypatch):
     in_this_process(monkeypatch)
     library.write_collection("library")
     monkeypatch.setattr(scifact, "LEARN", 6)
-    monkeypatch.setattr(scifact, "ARMS", {  # the tiny policy earns nothing; a share needs positives
-        name: {"loss": "topr"} if "loss" in arm else arm for name, arm in scifact.ARMS.items()})
+    monkeypatch.setattr(
+        scifact,
+        "ARMS",
+        {  # the tiny policy earns nothing; a share needs positives
+            name: {"loss": "topr"} if "loss" in arm else arm for name, arm in scifact.ARMS.items()
+        },
+    )
     with pytest.raises(Problem, match="--corpus DIR"):
         scifact.run(common.Settings())
     settings = common.Settings(pretrained=tiny, corpus="library", quick=True)
@@ -140,8 +189,15 @@ def word_problems(name):
     """A task like svamp, whose grader finds a third of all completions right."""
 
     def questions(split):
-        return [{"id": f"{split}-{number}", "question": f"Tom has {number} apples . How many ?",
-                 "gold": f"{number + 1}", "equation": f"+ {number} 1"} for number in range(30)]
+        return [
+            {
+                "id": f"{split}-{number}",
+                "question": f"Tom has {number} apples . How many ?",
+                "gold": f"{number + 1}",
+                "equation": f"+ {number} 1",
+            }
+            for number in range(30)
+        ]
 
     def grade(question, completion):
         return ("1", 1.0) if len(completion) % 3 == 0 else (None, -1.0)
@@ -156,8 +212,14 @@ def test_the_pretrained_model_from_its_demonstrations_to_its_claims(tiny, tmp_pa
     in_this_process(monkeypatch)
     monkeypatch.setattr(pretrained, "load_task", word_problems)
     monkeypatch.setattr(pretrained, "SEEDS", 2)
-    parts = {"demonstrations": slice(0, 14), "round 1": slice(14, 18), "round 2": slice(18, 22),
-             "held out": slice(22, 26), "validation": slice(26, 30), "SVAMP": slice(0, 4)}
+    parts = {
+        "demonstrations": slice(0, 14),
+        "round 1": slice(14, 18),
+        "round 2": slice(18, 22),
+        "held out": slice(22, 26),
+        "validation": slice(26, 30),
+        "SVAMP": slice(0, 4),
+    }
     monkeypatch.setattr(pretrained, "QUESTIONS", parts)
     settings = common.Settings(seeds=5, pretrained=tiny)
     ids = [row["id"] for part in parts for row in pretrained.read_questions(part)]
@@ -243,9 +305,14 @@ def test_two_processes_work_through_the_jobs(tmp_path, monkeypatch):
     common.pool.cache_clear()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["colapse"], "unrecognized arguments: colapse"), (["shares", "--show"], "nowhere"),
-    (["--show"], "there are no results")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["colapse"], "unrecognized arguments: colapse"),
+        (["shares", "--show"], "nowhere"),
+        (["--show"], "there are no results"),
+    ],
+)
 def test_a_mistake_is_one_line(words, message, tmp_path):
     result = in_process(ROOT / "experiments/run.py", *words, "--out", tmp_path / "nowhere")
     assert result.returncode == 2 and message in result.stdout, result.stdout
@@ -283,8 +350,11 @@ def test_the_tables_can_be_shown_again(tmp_path):
 
 def peak(best):
     """pass@1 of all data sets and shares, highest at a share."""
-    return {f"arms/{data}, share {share}/pass@1": 0.6 - abs(share - best)
-            for data in shares.DATA for share in shares.SHARES}
+    return {
+        f"arms/{data}, share {share}/pass@1": 0.6 - abs(share - best)
+        for data in shares.DATA
+        for share in shares.SHARES
+    }
 
 
 YES, PART, NO = VERDICTS
@@ -292,21 +362,31 @@ LOW, WORKING = "along/0.0001/naive REINFORCE", "along/0.001/naive REINFORCE"
 LOOSE = "arms/importance sampling, clipped loose"
 
 
-@pytest.mark.parametrize("name, number, expected, values", [
-    ("collapse", 0, YES, {f"{WORKING}/pass@1": 0.0, f"{WORKING}/invalid": 1.0,
-                          f"{LOW}/pass@1": 0.0}),
-    ("collapse", 0, NO, {f"{WORKING}/pass@1": 0.3, f"{LOW}/pass@1": 0.4}),
-    ("collapse", 1, NO, {"arms/PPO/pass@1": 0.5}),
-    ("collapse", 2, PART, {"arms/DPO/pass@1": 0.9}),  # DPO does well, TOPR is not best
-    ("collapse", 3, NO, {"arms/TOPR/invalid": 0.9}),
-    ("negatives", 0, NO, {"arms/positives only/pass@1": 0.9}),
-    ("shares", 0, YES, peak(0.1)), ("shares", 1, PART, peak(0.33)), ("shares", 0, NO, peak(1.0)),
-    ("importance", 0, YES, {f"{LOOSE}/pass@1": 0.05}),
-    ("importance", 0, NO, {f"{LOOSE}/pass@1": 0.99, f"{LOOSE}/invalid": 0.0}),
-    ("rounds", 1, YES, {"arms/TOPR, Anna Karenina/pass@1": 0.99}),
-    ("rounds", 2, NO, {"arms/five times larger, positives only/pass@1": 0.99}),
-    ("verdicts", 0, NO, {"arms/TOPR/accuracy": 0.1}),
-    ("queries", 0, NO, {"arms/TOPR/sampled": 0.0})])
+@pytest.mark.parametrize(
+    "name, number, expected, values",
+    [
+        (
+            "collapse",
+            0,
+            YES,
+            {f"{WORKING}/pass@1": 0.0, f"{WORKING}/invalid": 1.0, f"{LOW}/pass@1": 0.0},
+        ),
+        ("collapse", 0, NO, {f"{WORKING}/pass@1": 0.3, f"{LOW}/pass@1": 0.4}),
+        ("collapse", 1, NO, {"arms/PPO/pass@1": 0.5}),
+        ("collapse", 2, PART, {"arms/DPO/pass@1": 0.9}),  # DPO does well, TOPR is not best
+        ("collapse", 3, NO, {"arms/TOPR/invalid": 0.9}),
+        ("negatives", 0, NO, {"arms/positives only/pass@1": 0.9}),
+        ("shares", 0, YES, peak(0.1)),
+        ("shares", 1, PART, peak(0.33)),
+        ("shares", 0, NO, peak(1.0)),
+        ("importance", 0, YES, {f"{LOOSE}/pass@1": 0.05}),
+        ("importance", 0, NO, {f"{LOOSE}/pass@1": 0.99, f"{LOOSE}/invalid": 0.0}),
+        ("rounds", 1, YES, {"arms/TOPR, Anna Karenina/pass@1": 0.99}),
+        ("rounds", 2, NO, {"arms/five times larger, positives only/pass@1": 0.99}),
+        ("verdicts", 0, NO, {"arms/TOPR/accuracy": 0.1}),
+        ("queries", 0, NO, {"arms/TOPR/sampled": 0.0}),
+    ],
+)
 def test_verdicts_follow_from_the_numbers(name, number, expected, values):
     """A verdict that does not depend on the numbers would say "reproduces" for ever."""
     result = result_of(name)
@@ -323,5 +403,7 @@ def test_verdicts_follow_from_the_numbers(name, number, expected, values):
 def test_the_lesson_has_the_numbers_of_figure_5():
     passed = common.by_arm(result_of("shares"), "pass@1")
     at = {share: f"{passed[f'10%, share {share}'].mean():.3f}" for share in (0.1, 0.33, 1.0)}
-    assert (f"reaches a pass@1 of {at[0.1]}, positives only {at[1.0]}, and TOPR with share 0.33 "
-            f"{at[0.33]}") in " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"reaches a pass@1 of {at[0.1]}, positives only {at[1.0]}, and TOPR with share 0.33 "
+        f"{at[0.33]}"
+    ) in " ".join((ROOT / "README.md").read_text().split())

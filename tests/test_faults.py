@@ -39,9 +39,15 @@ def policy(tmp_path_factory):
 def good(policy):
     tokenizer = policy[2]
     ids = [*tokenizer(COMPLETION, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    return {"id": "q", "prompt": PROMPT, "completion": COMPLETION, "reward": 1.0,
-            "prompt_ids": tokenizer(PROMPT).input_ids, "completion_ids": ids,
-            "logprobs": [-0.5] * len(ids)}
+    return {
+        "id": "q",
+        "prompt": PROMPT,
+        "completion": COMPLETION,
+        "reward": 1.0,
+        "prompt_ids": tokenizer(PROMPT).input_ids,
+        "completion_ids": ids,
+        "logprobs": [-0.5] * len(ids),
+    }
 
 
 def read(policy, path, **changes):
@@ -52,44 +58,77 @@ def read(policy, path, **changes):
 
 def in_a_file(folder, *lines):
     path = folder / "rollouts.jsonl"
-    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
-                              for line in lines))
+    path.write_bytes(
+        b"".join(
+            line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines
+        )
+    )
     return path
 
 
 # ---- lines and files ----
 
-NO_JSON = [b"{broken\n", b"17\n", b"{} {}\n", b"\0" * 50 + b"\n",
-           b'{"id": ' + b"[" * 100000 + b"\n", b"\xef\xbb\xbf{}\n", b'{"\x1b[2J": 1}\n',
-           b'{"reward":%s}\n' % (b"1" * 5000), b"PK\x03\x04" + bytes(200)]
-NO_UTF8 = [b'{"id": "\xff"}\n', '{"id": "caf\u00e9"}\n'.encode("latin-1"), gzip.compress(b"{}"),
-           '{"id": "q"}'.encode("utf-16"), {"completion": "\ud800"}]
+NO_JSON = [
+    b"{broken\n",
+    b"17\n",
+    b"{} {}\n",
+    b"\0" * 50 + b"\n",
+    b'{"id": ' + b"[" * 100000 + b"\n",
+    b"\xef\xbb\xbf{}\n",
+    b'{"\x1b[2J": 1}\n',
+    b'{"reward":%s}\n' % (b"1" * 5000),
+    b"PK\x03\x04" + bytes(200),
+]
+NO_UTF8 = [
+    b'{"id": "\xff"}\n',
+    '{"id": "caf\u00e9"}\n'.encode("latin-1"),
+    gzip.compress(b"{}"),
+    '{"id": "q"}'.encode("utf-16"),
+    {"completion": "\ud800"},
+]
 BAD_LINES = [  # the words to be read, the lines or the fields that differ from a good one
-    ("not a JSON object", NO_JSON), ("not UTF-8", NO_UTF8), ("torn", [b'{"id": "q", "prom']),
+    ("not a JSON object", NO_JSON),
+    ("not UTF-8", NO_UTF8),
+    ("torn", [b'{"id": "q", "prom']),
     ("longer than 16,777,216 bytes", [b"x" * 20_000_000]),
-    ('"id" is missing', [b"{}"]), ('"id" is not a string', [{"id": None}, {"id": 7}]),
+    ('"id" is missing', [b"{}"]),
+    ('"id" is not a string', [{"id": None}, {"id": 7}]),
     ('"prompt" is not a string', [{"prompt": None}, {"prompt": [{"role": "user"}]}]),
     ('"completion" is not a string', [{"completion": None}]),
     ("completion is empty", [{"completion": "", "completion_ids": None, "logprobs": None}]),
     ('"reward" is missing', [{"reward": None}]),
     ("not a number", [{"reward": value} for value in ("1", True, [1])]),
-    ("is not a number that JSON", [{"reward": float("nan")}, {"reward": float("-inf")},
-                                   {"logprobs": [float("nan")] * 12}]),
-    ("too large", [{"reward": 1e300}, {"reward": -(10**400)}, b'{"id":"q","prompt":"How many ?",'
-                   b'"completion":"5","reward":1e999}\n']),
+    (
+        "is not a number that JSON",
+        [{"reward": float("nan")}, {"reward": float("-inf")}, {"logprobs": [float("nan")] * 12}],
+    ),
+    (
+        "too large",
+        [
+            {"reward": 1e300},
+            {"reward": -(10**400)},
+            b'{"id":"q","prompt":"How many ?","completion":"5","reward":1e999}\n',
+        ],
+    ),
     ("a str, not a list", [{name: "5 6"} for name in ("prompt_ids", "completion_ids", "logprobs")]),
     ("a str, not a dict", [{"sampling": "t=1"}]),
     ("not a str", [{"finish": 1}, {"gold": 5}, {"answer": ["5"]}, {"split": {}}]),
-    ("whole numbers", [{"completion_ids": ids} for ids in (
-        [], [1, -2], [1.5], [True], [[5, 6]], [10**400])] + [{"prompt_ids": []}]),
+    (
+        "whole numbers",
+        [{"completion_ids": ids} for ids in ([], [1, -2], [1.5], [True], [[5, 6]], [10**400])]
+        + [{"prompt_ids": []}],
+    ),
     ("not as many as", [{"completion_ids": None}, {"logprobs": [-1.0]}]),
     ("logprob 0 is", [{"logprobs": [value] * 12} for value in (0.5, None, "-1", -(10**400))]),
     ("logprob 11 is", [{"logprobs": [-0.5] * 11 + [-1e39]}]),
     ("beyond the model's vocabulary", [{"completion_ids": [5000] * 12}, {"prompt_ids": [5000]}]),
     ("do not decode to its completion", [{"completion_ids": list(range(20, 32))}]),
-    ("do not fit the model's 256", [{"prompt_ids": [5] * 250},
-                                    {"prompt": "apples " * 300, "prompt_ids": None}]),
-    ("the prompt has no tokens", [{"prompt": "", "prompt_ids": None}])]
+    (
+        "do not fit the model's 256",
+        [{"prompt_ids": [5] * 250}, {"prompt": "apples " * 300, "prompt_ids": None}],
+    ),
+    ("the prompt has no tokens", [{"prompt": "", "prompt_ids": None}]),
+]
 
 
 @pytest.mark.parametrize("words, line", [(w, line) for w, lines in BAD_LINES for line in lines])
@@ -106,11 +145,18 @@ def test_bad_lines(policy, good, tmp_path, monkeypatch, words, line):
     assert len(message.splitlines()) == 1 and "\x1b" not in message
 
 
-@pytest.mark.parametrize("content, mapping, words", [
-    (b"", "", "no rollouts"), (b"\n \r\n\n", "", "no rollouts"),
-    (b'{"id": "q", "prompt": "How", "completion": "5", "reward": 0}', "", "--map-rewards=-1,1"),
-    *((b"{}", mapping, f"--map-rewards {mapping}: two numbers")
-      for mapping in ("1", "a,b", "nan,1", "-1,1,2"))])
+@pytest.mark.parametrize(
+    "content, mapping, words",
+    [
+        (b"", "", "no rollouts"),
+        (b"\n \r\n\n", "", "no rollouts"),
+        (b'{"id": "q", "prompt": "How", "completion": "5", "reward": 0}', "", "--map-rewards=-1,1"),
+        *(
+            (b"{}", mapping, f"--map-rewards {mapping}: two numbers")
+            for mapping in ("1", "a,b", "nan,1", "-1,1,2")
+        ),
+    ],
+)
 def test_bad_files(policy, tmp_path, content, mapping, words):
     with pytest.raises(Problem, match=words):
         read(policy, in_a_file(tmp_path, content), map_rewards=mapping)
@@ -118,8 +164,9 @@ def test_bad_files(policy, tmp_path, content, mapping, words):
 
 def test_a_bad_file_by_the_command_line(policy, good, tmp_path):
     path = in_a_file(tmp_path, good, {**good, "reward": "\x1b]0;title\x07good"})
-    result = in_process(ROOT / "train.py", "--model", policy[0], "--rollouts", path, "--out",
-                        tmp_path / "out")
+    result = in_process(
+        ROOT / "train.py", "--model", policy[0], "--rollouts", path, "--out", tmp_path / "out"
+    )
     lines = [line for line in result.stdout.splitlines() if "train.py: error" in line]
     assert result.returncode == 2 and len(lines) == 1 and f"{path}:2: " in lines[0]
     assert "Traceback" not in result.stdout and "\x1b]" not in result.stdout
@@ -144,8 +191,15 @@ def test_flipped_bytes(policy, good, tmp_path):
 
 def test_nothing_is_written_outside_and_nothing_is_garbled(policy, good, tmp_path, capsys):
     folder = tmp_path / "a/b"
-    rows = [{**good, "id": f"../../x{number}\x1b[2J", "completion": COMPLETION + "\x1b]0;mine\x07",
-             "reward": 1.0 - 2 * (number % 2)} for number in range(4)]
+    rows = [
+        {
+            **good,
+            "id": f"../../x{number}\x1b[2J",
+            "completion": COMPLETION + "\x1b]0;mine\x07",
+            "reward": 1.0 - 2 * (number % 2),
+        }
+        for number in range(4)
+    ]
     write_rollouts(folder / "rollouts.jsonl", rows)
     common.say("\x1b[31mred\r\u202e fine \u00fc\n\ttoo")
     train.train(train_settings(policy[0], folder / "rollouts.jsonl", folder / "out", mu="start"))
@@ -174,8 +228,16 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
     with pytest.raises(Problem, match="cannot be loaded"):
         sampler.load_model(str(folder), train.Settings(), "cpu")
     (folder / "modeling_mine.py").write_text(f"open({mark!r}, 'w')\nclass Mine: pass\n")
-    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {
-        f"Auto{kind}": "modeling_mine.Mine" for kind in ("Config", "ModelForCausalLM")}}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "mine",
+                "auto_map": {
+                    f"Auto{kind}": "modeling_mine.Mine" for kind in ("Config", "ModelForCausalLM")
+                },
+            }
+        )
+    )
     with pytest.raises(Problem, match="cannot be loaded"):
         sampler.load_model(str(folder), train.Settings(), "cpu")
     path, checkpoint = in_a_file(tmp_path, good), tmp_path / "out/checkpoint-00000001"
@@ -191,8 +253,7 @@ def test_no_code_comes_with_a_model(policy, good, tmp_path):
 # ---- disks, and processes that are killed ----
 
 
-@pytest.mark.parametrize("error", [
-    FULL, CheckpointException("write", {0: (FULL, None)})])
+@pytest.mark.parametrize("error", [FULL, CheckpointException("write", {0: (FULL, None)})])
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
     def full(*_):
         raise error

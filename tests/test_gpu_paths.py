@@ -164,9 +164,18 @@ def test_ranks_hold_and_read_no_more_than_they_need(found):
 
 
 def llama(**sizes):
-    return LlamaForCausalLM(LlamaConfig(**{
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-        "num_hidden_layers": 4, **sizes})).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 4,
+                **sizes,
+            }
+        )
+    ).eval()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -178,8 +187,12 @@ def test_every_optimizer_state_is_on_its_parameters_device(optimizer, tmp_path, 
     steps = optim.make_optimizer(settings, model)
 
     def devices():
-        return {value.device.type for state in steps.state.values() for value in state.values()
-                if torch.is_tensor(value)}
+        return {
+            value.device.type
+            for state in steps.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        }
 
     assert devices() == {"meta"} and len(steps.state) == len(list(model.parameters()))
     (tmp_path / "checkpoint-00000003").mkdir()
@@ -209,8 +222,10 @@ def masks_kept(weights, precision):
     return len(kept)
 
 
-@pytest.mark.parametrize("weights, precision", [
-    ("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    "weights, precision",
+    [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
+)
 def test_a_packed_row_keeps_one_mask(weights, precision):
     """A boolean mask was converted, and kept, in every layer: 0.5 GB each at 16,000 tokens."""
     assert masks_kept(weights, precision) == 1
@@ -219,17 +234,23 @@ def test_a_packed_row_keeps_one_mask(weights, precision):
 # ---- out of memory ----
 
 
-@pytest.mark.parametrize("error, ranks", [
-    ("torch.empty(2**52)", 0),
-    ("raise_(torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB'))", 0),
-    pytest.param("torch.empty(2**52)", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "error, ranks",
+    [
+        ("torch.empty(2**52)", 0),
+        ("raise_(torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB'))", 0),
+        pytest.param("torch.empty(2**52)", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_out_of_memory_is_one_line(error, ranks, tmp_path):
     """It was a traceback of two screens."""
     script = tmp_path / "script.py"
-    script.write_text("import torch\nfrom engine.common import run_main\n"
-                      "from engine.parallel import start_ranks\n"
-                      "def raise_(error):\n    raise error\n"
-                      f"def main():\n    start_ranks()\n    {error}\nrun_main(main)\n")
+    script.write_text(
+        "import torch\nfrom engine.common import run_main\n"
+        "from engine.parallel import start_ranks\n"
+        "def raise_(error):\n    raise error\n"
+        f"def main():\n    start_ranks()\n    {error}\nrun_main(main)\n"
+    )
     result = torchrun(ranks, script) if ranks else in_process(script)
     line, *others = [line for line in result.stdout.splitlines() if line.startswith("script.py")]
     assert result.returncode and "out of memory" in line and "--gradient-checkpointing" in line

@@ -151,9 +151,15 @@ OTHER_MATHS = r"""
 """
 
 
-@pytest.mark.parametrize("table, same, expected", [
-    (NUMBERS, same_number, True), (OTHER_NUMBERS, same_number, False),
-    (MATHS, same_maths, True), (OTHER_MATHS, same_maths, False)])
+@pytest.mark.parametrize(
+    "table, same, expected",
+    [
+        (NUMBERS, same_number, True),
+        (OTHER_NUMBERS, same_number, False),
+        (MATHS, same_maths, True),
+        (OTHER_MATHS, same_maths, False),
+    ],
+)
 def test_pairs(table, same, expected):
     """Pairs stand in a line, with three spaces or more between them."""
     pairs = [pair.split(" | ") for pair in re.split(r"\s{3,}", table.strip())]
@@ -169,8 +175,14 @@ def spellings(whole, top, bottom):
     """[(a notation of whole + top/bottom or of its negative, its value)]"""
     number = whole + Fraction(top, bottom)
     a, b = number.as_integer_ratio()
-    texts = [f"{a}/{b}", f"\\frac{{{a}}}{{{b}}}", f"${a * 2}/{b * 2}$", f"{whole} {top}/{bottom}",
-             f"{whole}\\dfrac{{{top}}}{{{bottom}}}", f"{whole} \\frac {{{top}}} {{{bottom}}}"]
+    texts = [
+        f"{a}/{b}",
+        f"\\frac{{{a}}}{{{b}}}",
+        f"${a * 2}/{b * 2}$",
+        f"{whole} {top}/{bottom}",
+        f"{whole}\\dfrac{{{top}}}{{{bottom}}}",
+        f"{whole} \\frac {{{top}}} {{{bottom}}}",
+    ]
     if 1000 % b == 0:
         texts += [f"{float(number)}", f"{float(number):.4f}"]
     return [(text, number) for text in texts] + [(f"-{text}", -number) for text in texts]
@@ -206,20 +218,50 @@ def hostile():
         - + +1 1/ 1/3+ 1/7* 1, 1,000 1\frac{2}{3} 1. .1 1e5 1e5/ \pi \pi^{90} i* a+b- ,and or ~ {,}
         ,\! \phantom{ \{ \{1\}\cup (1,2)\cup \begin{pmatrix} 1& \quad % ° ٧ ² ½ 😀 √2 ∞ ﷺ A: ####
         <|eot_id|> a- (2^{200}) 2^{1/9} | ' 9""".split()
-    pieces += ["1 ", "1 1/2", "ab ", "6 cm ", " and ", " ", "\n", "\t", "\r", "\u2028", "\x00",
-               "\u202e", "\u200f", "\ud800", "\U0010ffff", "The answer is ", "The answer is: "]
+    pieces += [
+        "1 ",
+        "1 1/2",
+        "ab ",
+        "6 cm ",
+        " and ",
+        " ",
+        "\n",
+        "\t",
+        "\r",
+        "\u2028",
+        "\x00",
+        "\u202e",
+        "\u200f",
+        "\ud800",
+        "\U0010ffff",
+        "The answer is ",
+        "The answer is: ",
+    ]
     yield from r"""
         9**9**9**9 10^10^10 10^{10^{10}} 2^{9999999999} 2^{-9999999999} (2^{-199})^{-199} 0^{-1} 0^0
         1e999999999 -1e-999999999 1/0 \frac{1}{0} \sqrt{-1} \sqrt[0]{3} \sqrt[9]{-8} nan inf -inf
         Infinity __import__('os').system('exit') ().__class__.__bases__[0] ١٧ １７ (a+)+$ x+2^{99/2}
         \sqrt{10^{-400}}""".split()
     yield from [
-        "1\x000", "\u202e71", "17\udfff", "\ufeff17", "a" * 30 + "!", None, 17, 1.5, b"17", ["17"],
-        "9" * big, "0." + "3" * big, "\\frac{" * 5000 + "1" + "}{2}" * 5000,
-        "{" * 140 + "1" + "}" * 140, "(" * 40 + "1" + ")" * 40]
+        "1\x000",
+        "\u202e71",
+        "17\udfff",
+        "\ufeff17",
+        "a" * 30 + "!",
+        None,
+        17,
+        1.5,
+        b"17",
+        ["17"],
+        "9" * big,
+        "0." + "3" * big,
+        "\\frac{" * 5000 + "1" + "}{2}" * 5000,
+        "{" * 140 + "1" + "}" * 140,
+        "(" * 40 + "1" + ")" * 40,
+    ]
     for piece in pieces:
         yield from (piece, piece * (big // len(piece)))
-        yield from ((piece * LONGEST)[:LONGEST], (piece * LONGEST)[:LONGEST - 1] + "!")
+        yield from ((piece * LONGEST)[:LONGEST], (piece * LONGEST)[: LONGEST - 1] + "!")
     dice = random.Random(0)
     for _ in range(100):
         yield "".join(dice.choice(pieces) for _ in range(60))[:LONGEST]
@@ -228,10 +270,16 @@ def hostile():
 def test_hostile_texts():
     """Each of 400 texts gets an answer within 0.1 s, and no exception."""
     for text in hostile():
-        calls = [(read_answer, text), (read_answer, f"The answer is {text}"), (last_boxed, text),
-                 (last_boxed, f"\\boxed{{{text}}}"), (same_number, text, text),
-                 (same_maths, text, text), (same_maths, text, "(1,2)\\cup(3,4)"),
-                 (same_maths, "x^2+1", text)]
+        calls = [
+            (read_answer, text),
+            (read_answer, f"The answer is {text}"),
+            (last_boxed, text),
+            (last_boxed, f"\\boxed{{{text}}}"),
+            (same_number, text, text),
+            (same_maths, text, text),
+            (same_maths, text, "(1,2)\\cup(3,4)"),
+            (same_maths, "x^2+1", text),
+        ]
         for function, *arguments in calls:
             start = time.process_time()
             function(*arguments)
@@ -250,9 +298,15 @@ def test_nothing_is_run(tmp_path):
 # ---- against published labels ----
 
 
-@pytest.mark.parametrize("file, same, share", [
-    ("real_gsm8k", same_number, 0.995), ("math_train_normalised", same_maths, 0.99),
-    ("hendrycks_is_equiv_tests", same_maths, 1), ("rasbt_grade_answer_tests", same_maths, 1)])
+@pytest.mark.parametrize(
+    "file, same, share",
+    [
+        ("real_gsm8k", same_number, 0.995),
+        ("math_train_normalised", same_maths, 0.99),
+        ("hendrycks_is_equiv_tests", same_maths, 1),
+        ("rasbt_grade_answer_tests", same_maths, 1),
+    ],
+)
 def test_published_pairs(file, same, share):
     rows = [row for row in rows_of(f"grader/{file}.jsonl") if not row["note"]]
     wrong = [row for row in rows if same(row["a"], row["b"]) != row["equal"]]
@@ -293,8 +347,10 @@ def test_every_gold_answer_of_math_is_itself_and_is_in_its_solution():
 def test_different_gold_answers_of_math_are_different():
     """3,000 random pairs: what is called equal differs in its spelling alone."""
     gold = sorted({row["answer"] for row in golds_of_math()})
-    ornaments = (r"\\(?:text|mbox|textnormal)\{[^{}]*\}(?:\^2)?|\\circ|[\s{}^\\$%!,dt]"
-                 r"|[a-zA-Z]\s*=|\.0+$")
+    ornaments = (
+        r"\\(?:text|mbox|textnormal)\{[^{}]*\}(?:\^2)?|\\circ|[\s{}^\\$%!,dt]"
+        r"|[a-zA-Z]\s*=|\.0+$"
+    )
     dice = random.Random(0)
     for _ in range(3000):
         a, b = dice.sample(gold, 2)

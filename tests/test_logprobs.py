@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from test_models import ATTENTION, FAMILIES, random_model
 
 import topr
 import train
 from conftest import shell
 from engine import optim
 from engine.packing import LogProbs, abilities, completions_per_row, pack
+from test_models import ATTENTION, FAMILIES, random_model
 
 
 def gradients(model, logp):
@@ -22,8 +22,10 @@ def gradients(model, logp):
 
 
 def distance(results, others):
-    return max((a - b).abs().max().item() / max(1, b.abs().max())
-               for a, b in zip(results, others, strict=True))
+    return max(
+        (a - b).abs().max().item() / max(1, b.abs().max())
+        for a, b in zip(results, others, strict=True)
+    )
 
 
 def some_ids(rows, time):
@@ -48,8 +50,12 @@ def test_equals_the_models_own(kind, chunk):
 def test_left_padding():
     model, ids = random_model("llama"), some_ids(2, 9)
     mask, pad = (torch.arange(9) > 3).expand(2, -1), torch.nn.functional.pad
-    padded = topr.completion_logprobs(model, pad(ids, (3, 0), value=5), pad(mask, (3, 0)),
-                                      attention_mask=pad(torch.ones_like(ids), (3, 0)))
+    padded = topr.completion_logprobs(
+        model,
+        pad(ids, (3, 0), value=5),
+        pad(mask, (3, 0)),
+        attention_mask=pad(torch.ones_like(ids), (3, 0)),
+    )
     plain = topr.completion_logprobs(model, ids, mask)
     assert (padded[:, 3:] - plain).abs().max() < 1e-5
 
@@ -68,8 +74,12 @@ def test_behind_one_prompt_or_alone(kind):
     policy = LogProbs(model)
     alone, *others = [
         gradients(model, policy(*pack(rows, "cpu"))[some_mask(completions)])
-        for rows in ([(prompt, [c]) for c in completions], [(prompt, completions)],
-                     [(prompt, completions[:1]), (prompt, completions[1:])])]
+        for rows in (
+            [(prompt, [c]) for c in completions],
+            [(prompt, completions)],
+            [(prompt, completions[:1]), (prompt, completions[1:])],
+        )
+    ]
     has_window = kind in ("mistral", "gemma2", "gemma3_text")
     can = not has_window and kind not in ("falcon_h1", "granitemoehybrid", "qwen3_next")
     assert abilities(policy, 9) == (True, can)
@@ -80,8 +90,10 @@ def test_behind_one_prompt_or_alone(kind):
         assert distance(other, alone) < 1e-5 if can else distance(other, alone) > 1e-2
 
 
-@pytest.mark.parametrize("lengths, width, most, count", [
-    ((512, 96), 512, 8, 8), ((16, 2000), 64, 8, 1), ((64, 96), 512, 1, 1)])
+@pytest.mark.parametrize(
+    "lengths, width, most, count",
+    [((512, 96), 512, 8, 8), ((16, 2000), 64, 8, 1), ((64, 96), 512, 1, 1)],
+)
 def test_how_many_share_a_prompt(lengths, width, most, count):
     """Long prompts are worth sharing, short ones with long completions are not: pairs that the mask
     hides cost too."""
@@ -90,15 +102,47 @@ def test_how_many_share_a_prompt(lengths, width, most, count):
 
 BOTH = (torch.float32, torch.bfloat16)
 ODD = {  # kind: its sizes, where its head is known, whether it packs
-    "llama4_text": (dict(**ATTENTION, intermediate_size_mlp=64, head_dim=8, num_local_experts=2,
-                         num_experts_per_tok=1, attention_chunk_size=64), (), False),
+    "llama4_text": (
+        dict(
+            **ATTENTION,
+            intermediate_size_mlp=64,
+            head_dim=8,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            attention_chunk_size=64,
+        ),
+        (),
+        False,
+    ),
     "lfm2": (dict(**ATTENTION, layer_types=["conv", "full_attention"]), BOTH, False),
-    "gemma3": (dict(text_config={**ATTENTION, "hidden_size": 32, "num_hidden_layers": 2,
-                                 "vocab_size": 300, "head_dim": 8}, vision_config=dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        image_size=32, patch_size=16), mm_tokens_per_image=4, image_token_index=290), BOTH, True),
-    "opt": ({}, BOTH, True), "gpt2": ({}, BOTH, True), "mamba": ({}, BOTH[:1], False),
-    "falcon_h1": (dict(lm_head_multiplier=0.3), (), False)}
+    "gemma3": (
+        dict(
+            text_config={
+                **ATTENTION,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "vocab_size": 300,
+                "head_dim": 8,
+            },
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                image_size=32,
+                patch_size=16,
+            ),
+            mm_tokens_per_image=4,
+            image_token_index=290,
+        ),
+        BOTH,
+        True,
+    ),
+    "opt": ({}, BOTH, True),
+    "gpt2": ({}, BOTH, True),
+    "mamba": ({}, BOTH[:1], False),
+    "falcon_h1": (dict(lm_head_multiplier=0.3), (), False),
+}
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -150,7 +194,9 @@ def test_the_logits_are_never_held_whole(tmp_path):
     """[batch, time, vocab] logits: the first cause of out-of-memory reports."""
     script = tmp_path / "peak.py"
     script.write_text(PEAK)
-    plain, ours = (int(shell(sys.executable, script, way).stdout.split()[-1]) / 2**20
-                   for way in ("plain", "ours"))
+    plain, ours = (
+        int(shell(sys.executable, script, way).stdout.split()[-1]) / 2**20
+        for way in ("plain", "ours")
+    )
     print(f"peak memory over the start in GiB: plain {plain:.2f}, completion_logprobs {ours:.2f}")
     assert ours < plain / 2  # a sixth of it at 4 x 1,024 tokens

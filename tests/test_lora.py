@@ -3,11 +3,11 @@ ranks, and a folder that opens without it."""
 
 import pytest
 import torch
-from conftest import ROOT, furthest, torchrun, train_settings, weights_of
 from transformers import AutoModelForCausalLM
 
 import topr
 import train
+from conftest import ROOT, furthest, torchrun, train_settings, weights_of
 from engine import batches, sampler
 
 peft = pytest.importorskip("peft")
@@ -28,8 +28,10 @@ def test_the_update_is_that_of_a_plain_loop(tiny, rollouts, adapted):
     settings = train_settings(tiny, rollouts, folder, **OPTIONS)
     start, tokenizer = sampler.load_model(tiny, settings, "cpu")
     data = batches.read_data(settings, start, tokenizer)
-    model = peft.get_peft_model(start, peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        start,
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-2, weight_decay=0)
     for step, entry in enumerate(log):
@@ -40,8 +42,9 @@ def test_the_update_is_that_of_a_plain_loop(tiny, rollouts, adapted):
             mask = torch.arange(ids.shape[1])[None] >= len(row.prompt)  # [1, time]
             mu_logp = torch.zeros(ids.shape).masked_scatter(mask, torch.from_numpy(row.logprobs))
             logp = topr.token_logprobs(model(input_ids=ids).logits, ids)
-            loss, _ = topr.topr_loss(logp, mu_logp, torch.tensor([row.reward]), mask,
-                                     count=entry["sequences"])
+            loss, _ = topr.topr_loss(
+                logp, mu_logp, torch.tensor([row.reward]), mask, count=entry["sequences"]
+            )
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -56,8 +59,9 @@ def test_what_is_saved_opens_with_and_without_peft(tiny, adapted):
     folder, _ = adapted
     ids = torch.arange(12)[None]
     merged = AutoModelForCausalLM.from_pretrained(folder)
-    adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny),
-                                             folder / "adapter")
+    adapter = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter"
+    )
     with torch.no_grad():
         one, other = (model(input_ids=ids).logits.log_softmax(-1) for model in (merged, adapter))
     assert (one - other).abs().max() < 1e-5
@@ -85,7 +89,22 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, adapted, tmp_pat
 @pytest.mark.parametrize("options", [[], ["--shard"]])
 def test_two_ranks(tiny, rollouts, adapted, tmp_path, options):
     folder, _ = adapted
-    result = torchrun(2, ROOT / "train.py", "--model", tiny, "--rollouts", rollouts, "--out",
-                      tmp_path, "--lora", 4, "--learning-rate", "1e-2", "--sequences", 10, *options)
+    result = torchrun(
+        2,
+        ROOT / "train.py",
+        "--model",
+        tiny,
+        "--rollouts",
+        rollouts,
+        "--out",
+        tmp_path,
+        "--lora",
+        4,
+        "--learning-rate",
+        "1e-2",
+        "--sequences",
+        10,
+        *options,
+    )
     assert result.returncode == 0, result.stdout
     assert furthest(folder, tmp_path) < 1e-5

@@ -40,12 +40,17 @@ def test_download(published, tmp_path):
     assert len(read_lines(tmp_path / "gsm8k/test.jsonl")) == 1
 
 
-@pytest.mark.parametrize("address, words", [
-    (None, "is not the published file"),
-    ("file:///nowhere/train.jsonl", "pass it with --train FILE: .*No such file"),
-    ("http://127.0.0.1:1/train.jsonl", "pass it with --train FILE: .*refused")])
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        (None, "is not the published file"),
+        ("file:///nowhere/train.jsonl", "pass it with --train FILE: .*No such file"),
+        ("http://127.0.0.1:1/train.jsonl", "pass it with --train FILE: .*refused"),
+    ],
+)
 def test_a_bad_download_is_one_line_and_leaves_no_file(
-        published, tmp_path, monkeypatch, address, words):
+    published, tmp_path, monkeypatch, address, words
+):
     """A truncated or exchanged file must not become a data set that looks complete."""
     published.write_text("something else")
     if address:
@@ -63,20 +68,27 @@ def test_math(tmp_path):
     path.write_text("\n".join(json.dumps({**row, "unique_id": name}) for name in names))
     maths.main(["math", "--train", str(path), "--test", str(path), "--out", str(tmp_path)])
     first, second = read_lines(tmp_path / "math/train.jsonl")
-    assert first == {"id": "math-train-0001", "question": row["problem"], "gold": "\\frac{3}{2}",
-                     "solution": "It is."}
+    assert first == {
+        "id": "math-train-0001",
+        "question": row["problem"],
+        "gold": "\\frac{3}{2}",
+        "solution": "It is.",
+    }
     assert second["id"] == "math-train-0002" and len(read_lines(tmp_path / "math/test.jsonl")) == 1
 
 
-@pytest.mark.parametrize("text, words", [
-    ("{]\n", "line 1"),
-    ('{"question": "q", "answer": "#### 5"}\n{"half\n', "line 2"),
-    ("[1]\n", "question 1 is not as published"),
-    (GSM8K_LINE + '{"question": "q"}\n', "question 2 is not as published in gsm8k: KeyError"),
-    ('{"question": "q", "answer": "5"}\n', "question 1 is not as published"),
-    ('{"question": "q", "answer": 5}\n', "question 1 is not as published"),
-    (None, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{]\n", "line 1"),
+        ('{"question": "q", "answer": "#### 5"}\n{"half\n', "line 2"),
+        ("[1]\n", "question 1 is not as published"),
+        (GSM8K_LINE + '{"question": "q"}\n', "question 2 is not as published in gsm8k: KeyError"),
+        ('{"question": "q", "answer": "5"}\n', "question 1 is not as published"),
+        ('{"question": "q", "answer": 5}\n', "question 1 is not as published"),
+        (None, "cannot be read"),
+    ],
+)
 def test_a_bad_local_file_is_one_line(tmp_path, text, words):
     path = tmp_path / "mine.jsonl"
     if text is not None:
@@ -92,8 +104,14 @@ def test_missing_questions_name_the_command(tmp_path, monkeypatch):
         maths.task("math").questions("test")
 
 
-SVAMP_TEST = [{"Body": "Tom had 5 pens.", "Question": "He got 2. How many?", "Answer": 7.0,
-               "Equation": "( 5.0 + 2.0 )"}]
+SVAMP_TEST = [
+    {
+        "Body": "Tom had 5 pens.",
+        "Question": "He got 2. How many?",
+        "Answer": 7.0,
+        "Equation": "( 5.0 + 2.0 )",
+    }
+]
 SVAMP_TRAIN = """Question,Numbers,Equation,Answer
 "Ann has number0 by number1 , less number2 . How many ?",9.0 2.5 3,- * number0 number1 number2,19.5
 "ann has number0 by number1 less number2. How many?",9 2.5 3.0,- * number0 number1 number2,19.5
@@ -111,8 +129,11 @@ def test_svamp(tmp_path, monkeypatch):
     maths.main(["svamp", "--train", str(train), "--test", str(test), "--out", str(tmp_path)])
     rows = maths.task("svamp").questions("train")
     assert rows[0] == {
-        "id": "svamp-train-0001", "gold": "19.5", "equation": "- * 9 2.5 3",
-        "question": "Ann has 9 by 2.5 , less 3 . How many ?"}
+        "id": "svamp-train-0001",
+        "gold": "19.5",
+        "equation": "- * 9 2.5 3",
+        "question": "Ann has 9 by 2.5 , less 3 . How many ?",
+    }
     ann, eva = pretrained.with_solutions(rows)
     assert ann["solution"] == "9 * 2.5 = 22.5. 22.5 - 3 = 19.5. The answer is 19.5."
     assert eva["solution"] == "1/6 + 1/6 = 1/3. The answer is 1/3." and "1/6 pie" in eva["question"]
@@ -125,9 +146,10 @@ def test_command_line(tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text(GSM8K_LINE, encoding="utf-8")
     for options, code, words in (
-            (["gsm8k", "--train", mine, "--test", mine, "--out", tmp_path], 0, ": 1 questions\n"),
-            (["gsm9k"], 2, "error: which data set? python data/maths.py gsm8k, math or svamp\n"),
-            (["--help"], 0, "folder for gsm8k/")):
+        (["gsm8k", "--train", mine, "--test", mine, "--out", tmp_path], 0, ": 1 questions\n"),
+        (["gsm9k"], 2, "error: which data set? python data/maths.py gsm8k, math or svamp\n"),
+        (["--help"], 0, "folder for gsm8k/"),
+    ):
         result = in_process(ROOT / "data/maths.py", *options)
         assert result.returncode == code and words in result.stdout, result.stdout
 
@@ -142,8 +164,9 @@ def test_the_instruction_holds_no_answer_to_copy(name):
     assert '"The answer is"' in ask and ask.count("answer is") == 1
 
 
-@pytest.mark.parametrize("name, golds", [
-    ("gsm8k", ["9", "14", "12"]), ("math", ["\\frac{5}{6}", "3", "(3,1)"])])
+@pytest.mark.parametrize(
+    "name, golds", [("gsm8k", ["9", "14", "12"]), ("math", ["\\frac{5}{6}", "3", "(3,1)"])]
+)
 def test_worked_examples_are_graded_right(name, golds):
     """The examples teach the form that the grader reads; each reads back as the answer it shows."""
     task = maths.task(name)
@@ -154,15 +177,18 @@ def test_worked_examples_are_graded_right(name, golds):
 MORE = " 18 it is. The answer is 18.\n\nQuestion: And 2 + 2?\nAnswer: The answer is 4."
 
 
-@pytest.mark.parametrize("name, completion, gold, graded", [
-    ("gsm8k", " 9 * 2 = 18. The answer is $18.", "18", ("$18", 1.0)),
-    ("gsm8k", "The answer is 17.", "18", ("17", -1.0)),
-    ("gsm8k", "It is 18.", "18", (None, -1.0)),
-    ("math", "The answer is $x = \\frac12$.", "0.5", ("x = \\frac12", 1.0)),
-    ("gsm8k", MORE, "18", ("18", 1.0)),
-    ("gsm8k", MORE, "4", ("18", -1.0)),
-    ("gsm8k", " 18.\nQuestion: x\nAnswer: The answer is 18.", "18", (None, -1.0)),
-])
+@pytest.mark.parametrize(
+    "name, completion, gold, graded",
+    [
+        ("gsm8k", " 9 * 2 = 18. The answer is $18.", "18", ("$18", 1.0)),
+        ("gsm8k", "The answer is 17.", "18", ("17", -1.0)),
+        ("gsm8k", "It is 18.", "18", (None, -1.0)),
+        ("math", "The answer is $x = \\frac12$.", "0.5", ("x = \\frac12", 1.0)),
+        ("gsm8k", MORE, "18", ("18", 1.0)),
+        ("gsm8k", MORE, "4", ("18", -1.0)),
+        ("gsm8k", " 18.\nQuestion: x\nAnswer: The answer is 18.", "18", (None, -1.0)),
+    ],
+)
 def test_grade(name, completion, gold, graded):
     """A plain model writes on: the answer to a question of its own is not the answer to ours."""
     task = maths.task(name)
@@ -201,10 +227,14 @@ def need(*files):
     return [str(DATA / file) for file in files]
 
 
-@pytest.mark.parametrize("name, train, test, counts", [
-    ("gsm8k", "gsm8k/train.jsonl", "gsm8k/test.jsonl", [7473, 1319]),
-    ("math", "math/train.jsonl", "math/math500_test.jsonl", [7500, 500]),
-    ("svamp", "svamp/mawps-asdiv-a_train.csv", "svamp/SVAMP.json", [3138, 1000])])
+@pytest.mark.parametrize(
+    "name, train, test, counts",
+    [
+        ("gsm8k", "gsm8k/train.jsonl", "gsm8k/test.jsonl", [7473, 1319]),
+        ("math", "math/train.jsonl", "math/math500_test.jsonl", [7500, 500]),
+        ("svamp", "svamp/mawps-asdiv-a_train.csv", "svamp/SVAMP.json", [3138, 1000]),
+    ],
+)
 def test_published_files(tmp_path, monkeypatch, name, train, test, counts):
     """No test question is trained on; every answer is right by its own gold."""
     monkeypatch.setattr(maths, "HERE", tmp_path)
@@ -223,10 +253,16 @@ def test_published_files(tmp_path, monkeypatch, name, train, test, counts):
         assert all(task.grade(row, row["solution"]) == (row["gold"], 1.0) for row in rows)
 
 
-@pytest.mark.parametrize("name, split, file", [
-    ("gsm8k", "train", "gsm8k/train.jsonl"), ("gsm8k", "test", "gsm8k/test.jsonl"),
-    ("math", "test", "math/math500_test.jsonl"), ("svamp", "test", "svamp/SVAMP.json"),
-    ("svamp", "train", "svamp/mawps-asdiv-a_train.csv")])
+@pytest.mark.parametrize(
+    "name, split, file",
+    [
+        ("gsm8k", "train", "gsm8k/train.jsonl"),
+        ("gsm8k", "test", "gsm8k/test.jsonl"),
+        ("math", "test", "math/math500_test.jsonl"),
+        ("svamp", "test", "svamp/SVAMP.json"),
+        ("svamp", "train", "svamp/mawps-asdiv-a_train.csv"),
+    ],
+)
 def test_checksums(name, split, file):
     address, checksum = maths.PUBLISHED[name][split]
     (path,) = need(file)

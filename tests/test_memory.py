@@ -6,21 +6,29 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, shell
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
+from conftest import ROOT, shell
 from engine import optim
 from tools import gpu
 
 
-@pytest.mark.parametrize("weights, optimizer", [
-    ("float32", "adafactor"), ("float32", "adamw"), ("bfloat16", "adafactor")])
+@pytest.mark.parametrize(
+    "weights, optimizer",
+    [("float32", "adafactor"), ("float32", "adamw"), ("bfloat16", "adafactor")],
+)
 def test_the_count_is_what_is_held(weights, optimizer):
     """Weights, gradients and optimizer state, to the byte, after a real step."""
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64)).to(getattr(torch, weights))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+        )
+    ).to(getattr(torch, weights))
     settings = train.Settings(optimizer=optimizer)
     steps = optim.make_optimizer(settings, model)
     counted = gpu.count_memory(model, steps)
@@ -29,8 +37,9 @@ def test_the_count_is_what_is_held(weights, optimizer):
     states = [value for state in steps.state.values() for value in state.values()]
     assert counted["weights"] == sum(p.nbytes for p in model.parameters())
     assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters())
-    assert counted["optimizer"] == sum(v.nbytes for v in states
-                                       if torch.is_tensor(v) and v.ndim)  # no numbers
+    assert counted["optimizer"] == sum(
+        v.nbytes for v in states if torch.is_tensor(v) and v.ndim
+    )  # no numbers
 
 
 ROUNDS = """
@@ -72,8 +81,9 @@ def test_further_rounds_start_with_the_memory_of_the_first(tmp_path):
     C library keeps freed blocks of less than 32 MiB, unless told not to.
     """
     (tmp_path / "script.py").write_text(ROUNDS)
-    result = shell(sys.executable, tmp_path / "script.py", tmp_path,
-                   MALLOC_MMAP_THRESHOLD_="100000")
+    result = shell(
+        sys.executable, tmp_path / "script.py", tmp_path, MALLOC_MMAP_THRESHOLD_="100000"
+    )
     assert result.returncode == 0, result.stdout
     first, second, third = map(int, re.findall(r"resident (\d+)", result.stdout))
     print(f"resident before each training, in KiB: {first:,}, {second:,}, {third:,}")
@@ -92,14 +102,20 @@ def test_the_table_of_the_documents():
 def test_the_gpu_script_without_a_gpu_says_so():
     result = shell(sys.executable, ROOT / "tools/gpu.py")
     assert result.returncode == 0 and result.stdout == (
-        "no GPU on this machine: nothing was measured\n")
+        "no GPU on this machine: nothing was measured\n"
+    )
 
 
 @pytest.mark.slow
 def test_the_gpu_script_runs_at_tiny_size():
     """Its parts had never run anywhere: a GPU is lent for minutes, too few to correct names."""
-    result = subprocess.run([sys.executable, ROOT / "tools/gpu.py", "--tiny"], cwd=ROOT, text=True,
-                            capture_output=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, ROOT / "tools/gpu.py", "--tiny"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     for part in ("step-8b", "packed", "sampling", "checkpoint", "resume", "embedded", "suite"):
         assert re.search(rf"^{part} .*part's seconds", result.stdout, re.M), result.stdout

@@ -17,10 +17,17 @@ from conftest import apples_questions
 from engine import mu, packing, sampler, tokens
 from engine.common import Problem, progress, run_main
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, vocab_size=61, bos_token_id=1, eos_token_id=2,
-             pad_token_id=2)
-ATTENTION = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-                 max_position_embeddings=128)
+SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    vocab_size=61,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
+ATTENTION = dict(
+    intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128
+)
 MAMBA = dict(mamba_n_heads=4, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=4)
 EXPERTS = dict(num_experts_per_tok=1)
 FAMILIES = dict(
@@ -31,24 +38,42 @@ FAMILIES = dict(
     gemma2=dict(**ATTENTION, head_dim=8, sliding_window=6),
     gemma3_text=dict(**ATTENTION, head_dim=8, sliding_window=6),
     gpt2=dict(n_embd=32, n_layer=2, n_head=4, n_positions=32),
-    opt=dict(ffn_dim=64, num_attention_heads=4, max_position_embeddings=32,
-             word_embed_proj_dim=32),
+    opt=dict(ffn_dim=64, num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32),
     gpt_neox=dict(intermediate_size=64, num_attention_heads=4),
     phi=dict(intermediate_size=64, num_attention_heads=4),
     cohere=dict(**ATTENTION, logit_scale=0.3),
     granite=dict(**ATTENTION, logits_scaling=3.0),
     falcon_h1=dict(**ATTENTION, **MAMBA, mamba_d_ssm=32, mamba_d_head=8, head_dim=8),
     granitemoehybrid=dict(
-        **ATTENTION, **MAMBA, **EXPERTS, layer_types=["mamba", "attention"], mamba_d_head=16,
-        num_local_experts=2, shared_intermediate_size=32),
+        **ATTENTION,
+        **MAMBA,
+        **EXPERTS,
+        layer_types=["mamba", "attention"],
+        mamba_d_head=16,
+        num_local_experts=2,
+        shared_intermediate_size=32,
+    ),
     qwen3_next=dict(
-        **ATTENTION, **EXPERTS, layer_types=["linear_attention", "full_attention"], head_dim=8,
-        num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8),
+        **ATTENTION,
+        **EXPERTS,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=8,
+        num_experts=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
 )
-PROMPTS = [[1, 3, 4, 5, 6, 7, 8, 9, 10, 11], [1, 30, 31, 32, 33, 34], [1, 5, 6, 7], [1, 20, 21],
-           [1, 9]]
+PROMPTS = [
+    [1, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    [1, 30, 31, 32, 33, 34],
+    [1, 5, 6, 7],
+    [1, 20, 21],
+    [1, 9],
+]
 
 
 def random_model(kind, **sizes):
@@ -80,8 +105,10 @@ class Letters:
 def written(model, prompts, **settings):
     """The completions of each prompt, as lists of tokens."""
     settings = sampler.Sampling(**settings)
-    questions = [{"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
-                 for number, prompt in enumerate(prompts)]
+    questions = [
+        {"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
+        for number, prompt in enumerate(prompts)
+    ]
     todo, bar = range(len(prompts)), progress(total=0)
     found = dict(sampler.generate(model, Letters(), questions, todo, settings, bar))
     return [found[number] for number in todo]
@@ -91,7 +118,8 @@ def rollouts(model, texts, out="", stop=(), **settings):
     questions = [{"id": text, "prompt": text, "stop": list(stop)} for text in texts]
     settings = evaluation.Settings(model="x", **settings)
     return evaluation.sample_rollouts(
-        model, Letters(), questions, lambda *_: (None, -1.0), settings, str(out))
+        model, Letters(), questions, lambda *_: (None, -1.0), settings, str(out)
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -102,8 +130,12 @@ def test_greedy_is_what_generate_writes(kind):
     """
     model = random_model(kind)
     greedy = dict(samples=1, temperature=0.0, max_new_tokens=12)
-    theirs = [model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12,
-                             eos_token_id=2)[0, len(prompt) :].tolist() for prompt in PROMPTS]
+    theirs = [
+        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2)[
+            0, len(prompt) :
+        ].tolist()
+        for prompt in PROMPTS
+    ]
     for size in (1, 2, 64):
         assert written(model, PROMPTS, batch_size=size, **greedy) == [[row] for row in theirs]
 
@@ -148,8 +180,10 @@ def test_sampling_follows_the_softmax():
             assert abs(counts[token] / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 1e-3
 
 
-@pytest.mark.parametrize("kind, sizes", [
-    ("llama", {}), ("gpt2", dict(n_positions=20)), ("opt", dict(max_position_embeddings=20))])
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [("llama", {}), ("gpt2", dict(n_positions=20)), ("opt", dict(max_position_embeddings=20))],
+)
 def test_several_end_tokens_and_cut_completions(kind, sizes):
     """Up to the last position that a model has learned, and never longer than asked for."""
     model, ends = random_model(kind, **sizes), {2, 3, 4, 5, 6, 7}
@@ -228,15 +262,24 @@ def test_broken_weights_stop_at_once(tmp_path, temperature):
 def test_precision_and_weights(tiny, tmp_path):
     """mu is of the model as it is trained: weights by --weights, arithmetic by --precision."""
     first = {}
-    for weights, precision in (("auto", "float32"), ("float32", "bfloat16"),
-                               ("bfloat16", "float32")):
+    for weights, precision in (
+        ("auto", "float32"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+    ):
         settings = evaluation.Settings(
-            model=tiny, weights=weights, precision=precision, samples=2, max_new_tokens=20)
+            model=tiny, weights=weights, precision=precision, samples=2, max_new_tokens=20
+        )
         model, tokenizer = sampler.load_model(tiny, settings, "cpu")
         assert model.dtype == (torch.bfloat16 if weights == "bfloat16" else torch.float32)
         row = first[weights, precision] = evaluation.sample_rollouts(
-            model, tokenizer, apples_questions(tokenizer, settings, 2), lambda *_: (None, 0.0),
-            settings, str(tmp_path / f"{weights}-{precision}.jsonl"))[0]
+            model,
+            tokenizer,
+            apples_questions(tokenizer, settings, 2),
+            lambda *_: (None, 0.0),
+            settings,
+            str(tmp_path / f"{weights}-{precision}.jsonl"),
+        )[0]
         policy = packing.make_policy(model, precision, 40)
         again = mu.score(policy, row["prompt_ids"], [row["completion_ids"]])
         assert row["logprobs"] == pytest.approx(again[0], abs=0.05)

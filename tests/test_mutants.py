@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+
 import test_topr
 
 SOURCE = (Path(__file__).parents[1] / "topr.py").read_text()
@@ -22,26 +23,35 @@ MUTANTS = {  # what is done wrong: {text: replacement}
     "ratio divided by length": {"ratios[taper.ratio]": 'ratios["mean"]'},
     "mean ratio that is not divided": {"(log_ratio / length)[:, None]": "log_ratio[:, None]"},
     "token ratio that is averaged": {
-        '"token": differences': '"token": (log_ratio / length)[:, None]'},
+        '"token": differences': '"token": (log_ratio / length)[:, None]'
+    },
     "token weights averaged before they weigh": {
-        "advantage[:, None] * weight": "advantage[:, None] * weight.mean(-1, keepdim=True)"},
+        "advantage[:, None] * weight": "advantage[:, None] * weight.mean(-1, keepdim=True)"
+    },
     "clip after exp, attached": {
-        **ATTACHED, WEIGHTS: "positive = log_ratio.exp().clamp(*taper.pos)",
-        NEGATIVE: "negative = log_ratio.exp().clamp(*taper.neg)"},
+        **ATTACHED,
+        WEIGHTS: "positive = log_ratio.exp().clamp(*taper.pos)",
+        NEGATIVE: "negative = log_ratio.exp().clamp(*taper.neg)",
+    },
     "clip after exp, as a product of token ratios": {
-        RATIO: "differences.detach().exp().prod(-1).log()"},
+        RATIO: "differences.detach().exp().prod(-1).log()"
+    },
     "mean over the micro-batch": {f"{LOSS} / count": f"{LOSS} / len(reward)"},
     "mu re-anchored on the current weights": {
         "    advantage = reward - baseline": "    mu_logp = logp.detach()\n"
-                                             "    advantage = reward - baseline"},
-    "limits by the sign of R": {"ratios[taper.ratio], advantage[:, None]":
-                                "ratios[taper.ratio], reward[:, None]"},
+        "    advantage = reward - baseline"
+    },
+    "limits by the sign of R": {
+        "ratios[taper.ratio], advantage[:, None]": "ratios[taper.ratio], reward[:, None]"
+    },
     "multiplied by the mask": {"masked_fill(vanished | ~mask, 0.0)": "mul(mask)"},
-    "mean over tokens of the batch": {"logp).sum(-1) / length":
-                                      "logp).sum(-1) * len(length) / length.sum()"},
+    "mean over tokens of the batch": {
+        "logp).sum(-1) / length": "logp).sum(-1) * len(length) / length.sum()"
+    },
     "no length normalisation": {"logp).sum(-1) / length": "logp).sum(-1)"},
     "sums before differences": {
-        RATIO: "((logp.detach() * mask).sum(-1) - (mu_logp * mask).sum(-1))"},
+        RATIO: "((logp.detach() * mask).sum(-1) - (mu_logp * mask).sum(-1))"
+    },
 }
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, in_process, torchrun
-from engine.rollouts import read_rollouts, write_rollouts
 from engine import batches, run_folder, sampler
+from engine.rollouts import read_rollouts, write_rollouts
 
 OPTIONS = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 64, "--mu", "start"]
 LOOP = ROOT / "docs/recipes/loop.py"
@@ -42,14 +42,18 @@ def test_train_does_what_the_plain_loop_does(tiny, rollouts, tmp_path, ranks):
 
     printed = run(LOOP, tiny, ordered, tmp_path / "plain", "1e-3")
     run(ROOT / "train.py", "--model", tiny, "--rollouts", path, "--out", tmp_path / "out", *OPTIONS)
-    expected = [list(map(float, numbers)) for numbers in
-                re.findall(r"step \d+ loss (\S+) norm (\S+)", printed)]
+    expected = [
+        list(map(float, numbers))
+        for numbers in re.findall(r"step \d+ loss (\S+) norm (\S+)", printed)
+    ]
     log = run_folder.read_log(tmp_path / "out")
     assert len(log) == len(expected) == steps == 4
     for entry, (loss, norm) in zip(log, expected):
         assert entry["loss"] == pytest.approx(loss, abs=1e-5)
         assert entry["gradient_norm"] == pytest.approx(norm, abs=1e-5)
-    start, ours, plain = (load_file(f"{folder}/model.safetensors")
-                          for folder in (tiny, tmp_path / "out", tmp_path / "plain"))
+    start, ours, plain = (
+        load_file(f"{folder}/model.safetensors")
+        for folder in (tiny, tmp_path / "out", tmp_path / "plain")
+    )
     assert max((ours[name] - plain[name]).abs().max() for name in ours) < 1e-4
     assert max((ours[name] - start[name]).abs().max() for name in ours) > 1e-3

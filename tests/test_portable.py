@@ -28,8 +28,9 @@ SCRIPTS = ["train.py", "eval.py", "verifier.py", "search.py"]
 @pytest.fixture
 def without_unix(tmp_path):
     (tmp_path / "hidden.py").write_text(HIDDEN)
-    return lambda script, *options: shell(sys.executable, tmp_path / "hidden.py", ROOT,
-                                          ROOT / script, *options)
+    return lambda script, *options: shell(
+        sys.executable, tmp_path / "hidden.py", ROOT, ROOT / script, *options
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -40,14 +41,28 @@ def test_every_script_starts(without_unix, script):
 
 def test_training_and_its_lock_work(without_unix, tiny, rollouts, tmp_path):
     out = tmp_path / "out"
-    result = without_unix("train.py", "--model", tiny, "--rollouts", rollouts, "--out", out,
-                          "--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 20)
+    result = without_unix(
+        "train.py",
+        "--model",
+        tiny,
+        "--rollouts",
+        rollouts,
+        "--out",
+        out,
+        "--optimizer",
+        "adamw",
+        "--learning-rate",
+        "1e-3",
+        "--sequences",
+        20,
+    )
     assert result.returncode == 0, result.stdout
     assert (out / "model.safetensors").exists() and not list(out.glob("checkpoint-*"))
 
 
 def test_a_build_for_cuda_without_a_gpu_runs_on_the_cpu(monkeypatch):
     """pip installs that build by default; it names cuda as its accelerator, GPU or not."""
+
     def of_a_cuda_build(check_available=False):
         return None if check_available else torch.device("cuda")
 

@@ -12,29 +12,47 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, eval_settings, shell
-from test_mutants import MUTANTS, load
-from test_topr import A, F, tensors
 
 import topr
 import train
+from conftest import ROOT, eval_settings, shell
 from data import load_task, maths
 from engine import tasks
 from engine.common import option_name, parse
 from experiments import run as experiments
+from test_mutants import MUTANTS, load
+from test_topr import A, F, tensors
 
-PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "experiments/README.md",
-         "docs/pitfalls.md", "docs/log.md", "docs/tasks.md", "docs/performance.md",
-         "docs/versions.md", "docs/recipes/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "data/README.md",
+    "experiments/README.md",
+    "docs/pitfalls.md",
+    "docs/log.md",
+    "docs/tasks.md",
+    "docs/performance.md",
+    "docs/versions.md",
+    "docs/recipes/README.md",
+)
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 README = TEXTS["README.md"]
 PROSE = {page: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for page, text in TEXTS.items()}
-WORDS = {"train.py": (), "eval.py": (), "verifier.py": (), "search.py": (),  # beside the options
-         "experiments/run.py": experiments.ALL, "data/maths.py": [*maths.TASKS, "NAME"]}
-SETTINGS = {script: importlib.import_module(script[:-3].replace("/", ".")).Settings
-            for script in WORDS}
-OF_OTHERS = set("nproc-per-node nnodes rdzv-backend rdzv-endpoint max-restarts deps output_dir "
-                "learning_rate".split())
+WORDS = {
+    "train.py": (),
+    "eval.py": (),
+    "verifier.py": (),
+    "search.py": (),  # beside the options
+    "experiments/run.py": experiments.ALL,
+    "data/maths.py": [*maths.TASKS, "NAME"],
+}
+SETTINGS = {
+    script: importlib.import_module(script[:-3].replace("/", ".")).Settings for script in WORDS
+}
+OF_OTHERS = set(
+    "nproc-per-node nnodes rdzv-backend rdzv-endpoint max-restarts deps output_dir "
+    "learning_rate".split()
+)
 
 
 def section(title):
@@ -66,8 +84,11 @@ def test_every_command_is_understood(page, command, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_exists(page):
-    known = {option_name(field).strip("-") for kind in SETTINGS.values()
-             for field in dataclasses.fields(kind)}
+    known = {
+        option_name(field).strip("-")
+        for kind in SETTINGS.values()
+        for field in dataclasses.fields(kind)
+    }
     found = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]*)", PROSE[page]))
     assert found <= known | OF_OTHERS
 
@@ -115,18 +136,24 @@ def test_the_task_is_one(tmp_path):
     wrong from invalid."""
     (tmp_path / "my_task.py").write_text(TASK)
     task = load_task(str(tmp_path / "my_task.py"))
-    rows = [row for split in ("train", "test")
-            for row in tasks.load_questions(task, split, 0, 0, None, eval_settings())]
+    rows = [
+        row
+        for split in ("train", "test")
+        for row in tasks.load_questions(task, split, 0, 0, None, eval_settings())
+    ]
     assert len({row["id"] for row in rows}) == 1250
     gold = rows[0]["gold"]
     assert rows[0]["prompt"].startswith(task.EXAMPLES)
-    for text, graded in ((f"The answer is {gold}.", (gold, 1.0)), (gold, (None, -1.0)),
-                         ("The answer is apple.", ("apple", -1.0))):
+    for text, graded in (
+        (f"The answer is {gold}.", (gold, 1.0)),
+        (gold, (None, -1.0)),
+        ("The answer is apple.", ("apple", -1.0)),
+    ):
         assert task.grade(rows[0], text) == graded
 
 
 def test_the_exercise_has_an_answer():
-    code, = re.findall(r'`python -c "([^`]*)"`', README)
+    (code,) = re.findall(r'`python -c "([^`]*)"`', README)
     assert eval(code.split("print")[1]) == pytest.approx(-0.8)
 
 
@@ -144,13 +171,14 @@ def test_every_logged_number_is_explained():
 
 def test_the_table_of_losses_is_that_of_the_code():
     for name, taper in topr.TAPERS.items():
-        row, = re.findall(rf"^    {name} .*", README, re.MULTILINE)
+        (row,) = re.findall(rf"^    {name} .*", README, re.MULTILINE)
         assert taper.ratio in row or not taper.needs_mu
         assert row.count("pi/mu") == sum(low < high for low, high in (taper.pos, taper.neg))
 
 
 def test_the_wrong_numbers_are_what_one_gets():
     """The pitfalls' numbers, from the right loss and from the broken ones of test_mutants."""
+
     def run(example, mutant=None, rows=slice(None)):
         logp, mu_logp, reward, mask = tensors(example, padding=0.0)
         module = load(MUTANTS[mutant]) if mutant else topr
@@ -160,8 +188,15 @@ def test_the_wrong_numbers_are_what_one_gets():
 
     long = {"rewards": [-1], "logps": [[-1.01] * 400], "mus": [[-1.0] * 400]}
     parts = run(F, rows=slice(0, 3))[0] + run(F, rows=slice(3, 4))[0]
-    numbers = [run(long)[1], run(long, "ratio divided by length")[1], *run(A), run(F)[0], parts / 2,
-               *run(A, "weights not detached")[::2], run(A, "mean over tokens of the batch")[0]]
+    numbers = [
+        run(long)[1],
+        run(long, "ratio divided by length")[1],
+        *run(A),
+        run(F)[0],
+        parts / 2,
+        *run(A, "weights not detached")[::2],
+        run(A, "mean over tokens of the batch")[0],
+    ]
     text = section("## 5. ") + TEXTS["docs/pitfalls.md"]
     assert [number for number in numbers if f"{number:.6f}" not in text] == []
 
@@ -183,7 +218,8 @@ CHECKS = (
     "import sys, train; sys.argv = ['', '--loss', 'half']; "
     "print(train.topr.TAPERS[train.parse(train.Settings).loss].neg == (0, 0.5))",
     "from data import load_task; task = load_task('mine'); "
-    "print(task.grade(next(iter(task.questions('test'))), 'The answer is 7.') == ('7', 1.0))")
+    "print(task.grade(next(iter(task.questions('test'))), 'The answer is 7.') == ('7', 1.0))",
+)
 
 
 @pytest.mark.parametrize("diff, check", list(zip(DIFFS, CHECKS, strict=True)))
@@ -194,7 +230,8 @@ def test_the_diffs_of_contributing_apply_and_work(diff, check, tmp_path):
         shutil.copy(file, tmp_path)
     (tmp_path / "data/mine").mkdir()
     (tmp_path / "data/mine/test.jsonl").write_text(
-        '{"id": "a", "question": "3 + 4 = ?", "gold": "7"}\n')
+        '{"id": "a", "question": "3 + 4 = ?", "gold": "7"}\n'
+    )
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     result = shell(sys.executable, "-c", check, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.stdout == "True\n"

@@ -51,8 +51,15 @@ def test_scifact_equals_the_reference(tmp_path, k1, b):
     shift the third decimal."""
     index = engine.index_corpus(f"{SCIFACT}/corpus.jsonl", f"{tmp_path}/index", k1, b)
     queries, judgements = engine.read_topics(SCIFACT, index)
-    columns = {"ndcg10": "ndcg@10", "recall100": "recall@100", "map": "map", "mrr": "mrr",
-               "p10": "p@10", "p30": "p@30", "recall1000": "recall@1000"}
+    columns = {
+        "ndcg10": "ndcg@10",
+        "recall100": "recall@100",
+        "map": "map",
+        "mrr": "mrr",
+        "p10": "p@10",
+        "p30": "p@30",
+        "recall1000": "recall@1000",
+    }
     with open(SCIFACT / f"scifact.simple.k1_{k1}.b_{b}.perquery.tsv") as file:
         expected = {row["qid"]: row for row in csv.DictReader(file, delimiter="\t")}
     assert expected.keys() == queries.keys() == judgements.keys() and len(queries) == 300
@@ -93,8 +100,15 @@ def test_equals_a_plain_computation(k1, b):
     words_of = lambda text: re.findall("[a-z0-9]+", text.lower())
     documents = {id: words_of(text) for id, text in texts.items()}
     index = engine.index_documents(texts.items(), k1, b)
-    for query in ["ten", "the the the a", "İstanbul na", "missing", "", "b " * 40,
-                  *(draw(12) for _ in range(20))]:
+    for query in [
+        "ten",
+        "the the the a",
+        "İstanbul na",
+        "missing",
+        "",
+        "b " * 40,
+        *(draw(12) for _ in range(20)),
+    ]:
         expected = slow_ranking(documents, words_of(query), k1, b)
         for k in (1, 2, 7, 50, 1000):
             assert search(index, query, k) == expected[:k], (query, k)
@@ -140,8 +154,11 @@ def slow_measures(ranked, grades):
         for i, grade in enumerate(sorted(grades.values(), reverse=True)[:k]):
             if grade > 0:
                 ideal += grade / math.log2(i + 2)
-        result |= {f"ndcg@{k}": dcg / (ideal or 1), f"recall@{k}": hits / (total or 1),
-                   f"p@{k}": hits / k}
+        result |= {
+            f"ndcg@{k}": dcg / (ideal or 1),
+            f"recall@{k}": hits / (total or 1),
+            f"p@{k}": hits / k,
+        }
     places = [i for i, id in enumerate(ranked, 1) if grades.get(id, 0) >= 1]
     result["mrr"] = 1 / places[0] if places else 0
     result["map"] = sum(n / i for n, i in enumerate(places, 1)) / (total or 1)
@@ -160,9 +177,16 @@ def test_measures_equal_a_plain_computation():
             assert engine.measure(name, ranked, grades) == pytest.approx(value, abs=1e-12)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("ndcg@10", (2 / math.log2(3) + 1 / math.log2(5)) / (2 + 1 / math.log2(3) + 0.5)),
-    ("map", (1 / 2 + 2 / 4) / 3), ("map@2", 1 / 6), ("mrr@1", 0), ("p@10", 0.2)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("ndcg@10", (2 / math.log2(3) + 1 / math.log2(5)) / (2 + 1 / math.log2(3) + 0.5)),
+        ("map", (1 / 2 + 2 / 4) / 3),
+        ("map@2", 1 / 6),
+        ("mrr@1", 0),
+        ("p@10", 0.2),
+    ],
+)
 def test_an_example_by_hand(name, value):
     """Ranks 2 and 4 are relevant, of three: by hand, so that no shared mistake goes unseen."""
     found = engine.measure(name, "abcd", {"b": 2, "d": 1, "z": 1, "a": -1})
@@ -179,14 +203,18 @@ def test_names_of_measures(name):
 # ---- files with mistakes ----
 
 
-@pytest.mark.parametrize("rows, line, said", [
-    ([FOX, b'{"_id": "d2", "text": '], 2, "JSON"),
-    ([FOX, b'{"_id": "d2", "text": "\xff"}'], 2, "JSON"),
-    ([b"", FOX, {"_id": "d2", "title": "no text"}], 3, "'text'"),
-    ([FOX, {"_id": 2, "text": "id that is a number"}], 2, "strings"),
-    ([FOX, {"_id": "d2", "text": None}], 2, "strings"),
-    ([FOX, {"_id": "d2", "text": "half a pair \ud800"}], 2, "surrogate"),
-    ([FOX, HEN, FOX], 3, "earlier line")])
+@pytest.mark.parametrize(
+    "rows, line, said",
+    [
+        ([FOX, b'{"_id": "d2", "text": '], 2, "JSON"),
+        ([FOX, b'{"_id": "d2", "text": "\xff"}'], 2, "JSON"),
+        ([b"", FOX, {"_id": "d2", "title": "no text"}], 3, "'text'"),
+        ([FOX, {"_id": 2, "text": "id that is a number"}], 2, "strings"),
+        ([FOX, {"_id": "d2", "text": None}], 2, "strings"),
+        ([FOX, {"_id": "d2", "text": "half a pair \ud800"}], 2, "surrogate"),
+        ([FOX, HEN, FOX], 3, "earlier line"),
+    ],
+)
 def test_mistakes_in_texts(tmp_path, rows, line, said):
     """Each is one line that names file and line; a skipped document would change every score."""
     write(tmp_path / "corpus.jsonl", *rows)
@@ -196,8 +224,18 @@ def test_mistakes_in_texts(tmp_path, rows, line, said):
     assert "\n" not in str(problem.value) and not (tmp_path / "index").exists()
 
 
-@pytest.mark.parametrize("line", [b"q1\td9\t1", b"q9\td1\t1", b"q3\td1\t1", b"q1 d1 1",
-                                  b"q1\t0\td1\t1", b"q1\td1\t0.5", b"\xff\td1\t1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"q1\td9\t1",
+        b"q9\td1\t1",
+        b"q3\td1\t1",
+        b"q1 d1 1",
+        b"q1\t0\td1\t1",
+        b"q1\td1\t0.5",
+        b"\xff\td1\t1",
+    ],
+)
 def test_judgements_that_cannot_be_used_are_counted(tmp_path, capsys, line):
     """A query without words or a withdrawn document stopped everything, a line at a time. A file
     of which nothing is left would measure on no query at all."""

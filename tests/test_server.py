@@ -93,12 +93,28 @@ def sample(fake, tiny, out="", grade=lambda row, text: (None, -1.0), **changes):
 
 def one_line(monkeypatch, capsys, tiny, url, *options):
     """The error of the whole command, which must be a single line with exit code 2."""
-    monkeypatch.setattr(sys, "argv", [
-        "eval.py", "--task", "apples", "--model", tiny, "--server", url, "--no-greedy",
-        "--questions", "6", "--samples", "3", *map(str, options)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "eval.py",
+            "--task",
+            "apples",
+            "--model",
+            tiny,
+            "--server",
+            url,
+            "--no-greedy",
+            "--questions",
+            "6",
+            "--samples",
+            "3",
+            *map(str, options),
+        ],
+    )
     with pytest.raises(SystemExit) as ended:
         run_main(evaluation.main)
-    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py")]
     assert ended.value.code == 2 and len(line) < 700
     return line
 
@@ -118,9 +134,13 @@ def test_every_prompt_has_exactly_its_completions(tiny, tmp_path):
             raise ConnectionError
         if way == "hangs":
             time.sleep(0.6)
-        return {"status 500": (500, {"error": "busy"}), "status 429": (429, b"slow down"),
-                "torn": (299, b'{"choices": ['), "no choices": (200, {"choices": []}),
-                "hangs": good(body)}[way]
+        return {
+            "status 500": (500, {"error": "busy"}),
+            "status 429": (429, b"slow down"),
+            "torn": (299, b'{"choices": ['),
+            "no choices": (200, {"choices": []}),
+            "hangs": good(body),
+        }[way]
 
     finished, servers, out = [], [], tmp_path / "r.jsonl"
 
@@ -181,8 +201,15 @@ def test_a_server_that_is_down(tiny, tmp_path, monkeypatch, capsys):
     assert sum(len(path.read_text().splitlines()) for path in tmp_path.glob("*.part-*")) == 3
 
 
-@pytest.mark.parametrize("status, said", [
-    (400, "HTTP 400: "), (401, "OPENAI_API_KEY"), (404, "--server ends in /v1"), (302, "HTTP 302")])
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        (400, "HTTP 400: "),
+        (401, "OPENAI_API_KEY"),
+        (404, "--server ends in /v1"),
+        (302, "HTTP 302"),
+    ],
+)
 def test_a_refusal_is_not_asked_again(tiny, monkeypatch, capsys, status, said):
     """The server's words are shown, never its control characters or a megabyte of them; the key
     is not; a redirect to another host does not get it."""
@@ -196,15 +223,32 @@ def test_a_refusal_is_not_asked_again(tiny, monkeypatch, capsys, status, said):
     assert len({body["seed"] for body in fake.asked}) == len(fake.asked)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://",
-                                 "http://user:key@host/v1", "http://host:99999/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://user:key@host/v1",
+        "http://host:99999/v1",
+    ],
+)
 def test_an_address_that_cannot_work(tiny, monkeypatch, capsys, url):
     assert "http://localhost:8000/v1" in one_line(monkeypatch, capsys, tiny, url)
 
 
-@pytest.mark.parametrize("answer", [
-    b" " * 2 * 10**6, {"choices": [{"text": 5}]}, {"choices": [7]}, [], choice("x", "abort"),
-    b"[" * 10**5, b"\xff"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b" " * 2 * 10**6,
+        {"choices": [{"text": 5}]},
+        {"choices": [7]},
+        [],
+        choice("x", "abort"),
+        b"[" * 10**5,
+        b"\xff",
+    ],
+)
 def test_answers_that_are_none(monkeypatch, answer):
     """A flood is not read to its end, and nothing is believed to have the right kind."""
     monkeypatch.setattr(server, "LARGEST", 10**6)
@@ -217,10 +261,17 @@ def test_the_file_trains(tiny, tmp_path):
     read both, and compute log mu."""
     texts, out = itertools.cycle(["buys 3 .", "", "sells 2 .", "4 \ud800"]), tmp_path / "r.jsonl"
     with Fake(lambda body: (200, choice(next(texts)))) as fake:
-        sample(fake, tiny, out, lambda row, text: (text, 1.0 if "3" in text else -1.0),
-               questions=6, split="train")
-    train.train(train.Settings(model=tiny, rollouts=str(out), out=str(tmp_path / "trained"),
-                               sequences=12))
+        sample(
+            fake,
+            tiny,
+            out,
+            lambda row, text: (text, 1.0 if "3" in text else -1.0),
+            questions=6,
+            split="train",
+        )
+    train.train(
+        train.Settings(model=tiny, rollouts=str(out), out=str(tmp_path / "trained"), sequences=12)
+    )
     assert list(tmp_path.glob("r.jsonl.mu-*"))
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
@@ -231,10 +282,27 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path):
     out, count = tmp_path / "r.jsonl", itertools.count()
     with Fake(lambda body: time.sleep(60) if next(count) >= 9 else good(body)) as fake:
         alone = subprocess.Popen(
-            [sys.executable, ROOT / "eval.py", "--task", "apples", "--model", tiny, "--server",
-             fake.url, "--questions", "30", "--samples", "1", "--no-greedy", "--out", out],
-            stderr=subprocess.PIPE, text=True,  # SIGINT is ignored where tests run in background
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            [
+                sys.executable,
+                ROOT / "eval.py",
+                "--task",
+                "apples",
+                "--model",
+                tiny,
+                "--server",
+                fake.url,
+                "--questions",
+                "30",
+                "--samples",
+                "1",
+                "--no-greedy",
+                "--out",
+                out,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,  # SIGINT is ignored where tests run in background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while len(fake.asked) < 9 + server.REQUESTS:
             time.sleep(0.05)
         time.sleep(0.3)
@@ -243,7 +311,7 @@ def test_ctrl_c_ends_at_once(tiny, tmp_path):
         errors = alone.communicate(timeout=20)[1]
         assert alone.returncode == 130 and time.time() - start < 5
         assert "interrupted" in errors and "Traceback" not in errors
-    part, = tmp_path.glob("*.part-*")
+    (part,) = tmp_path.glob("*.part-*")
     assert part.read_text().count("\n") == 9
 
 
@@ -255,7 +323,7 @@ def test_llama_cpp(tmp_path, monkeypatch):
     if not (folder / "model").exists():
         pytest.skip(f"{folder} does not hold the model")
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, = map(str, folder.glob("*/*.gguf"))
+    (parameters.model.path,) = map(str, folder.glob("*/*.gguf"))
     parameters.n_ctx, parameters.port, parameters.cpuparams.n_threads = 512, 0, 2
     serving = xllamacpp.Server(parameters)
     monkeypatch.setattr(server, "TIMEOUT", 60)
@@ -263,10 +331,15 @@ def test_llama_cpp(tmp_path, monkeypatch):
     question, texts = {"id": "a", "prompt": "The capital of France is", "stop": ["."]}, []
     for temperature in (1.0, 0.0):
         settings = evaluation.Settings(
-            model=str(folder / "model"), server=f"{serving.listening_address}/v1", samples=4,
-            max_new_tokens=9, temperature=temperature)
-        rows = evaluation.sample_rollouts(None, tokenizer, [question], lambda *_: (None, 0.0),
-                                          settings)
+            model=str(folder / "model"),
+            server=f"{serving.listening_address}/v1",
+            samples=4,
+            max_new_tokens=9,
+            temperature=temperature,
+        )
+        rows = evaluation.sample_rollouts(
+            None, tokenizer, [question], lambda *_: (None, 0.0), settings
+        )
         texts.append({row["completion"] for row in rows})
     assert len(texts[0]) > 1 and len(texts[1]) == 1 and "Paris" in texts[1].pop()
     assert all("." not in text and len(tokenizer(text).input_ids) < 11 for text in texts[0])

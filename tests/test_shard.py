@@ -108,8 +108,10 @@ def runs(tiny, rollouts, tmp_path_factory):
     type(model)(model.config).save_pretrained(folder / "tied")
     rows = read_rollouts(rollouts)
     write_rollouts(folder / "rollouts.jsonl", rows)
-    write_rollouts(folder / "sparse.jsonl", [{**row, "reward": 1.0 if number == 7 else -1.0}
-                                             for number, row in enumerate(rows)])
+    write_rollouts(
+        folder / "sparse.jsonl",
+        [{**row, "reward": 1.0 if number == 7 else -1.0} for number, row in enumerate(rows)],
+    )
     (folder / "script.py").write_text(SCRIPT)
     result = torchrun(2, folder / "script.py", folder / "tied", rollouts, folder)
     assert result.returncode == 0, result.stdout
@@ -132,9 +134,15 @@ def test_the_same_weights_as_ddp(runs, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole, resumed, tolerance", [
-    ("adamw-shard", "adamw-resumed", 0), ("adafactor-shard", "adafactor-resumed", 0),
-    ("bfloat16-shard", "bfloat16-resumed", 0), ("adafactor-ddp", "then-shard", 1e-4)])
+@pytest.mark.parametrize(
+    "whole, resumed, tolerance",
+    [
+        ("adamw-shard", "adamw-resumed", 0),
+        ("adafactor-shard", "adafactor-resumed", 0),
+        ("bfloat16-shard", "bfloat16-resumed", 0),
+        ("adafactor-ddp", "then-shard", 1e-4),
+    ],
+)
 def test_it_goes_on_from_a_checkpoint(runs, whole, resumed, tolerance):
     """Exactly; and from a checkpoint of DDP, too."""
     assert furthest(runs / whole, runs / resumed) <= tolerance

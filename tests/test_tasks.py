@@ -31,10 +31,10 @@ def grade(question, completion):
     answer = words[-2] if len(words) > 1 and words[-1] == "." else None
     return answer, 1.0 if answer == question["gold"] else -1.0
 '''
-MEASURE = '''
+MEASURE = """
 def measure(rows):
     return {"even answers": [row["answer"] in ("2", "4", "6") for row in rows[::4]]}
-'''
+"""
 GRADE = "def grade(question, completion): return "
 QUESTIONS = GRADE + "None, 0\ndef questions(split): "
 
@@ -64,8 +64,21 @@ def test_sampled_trained_and_measured(tiny, write, tmp_path):
     write_rollouts(out, [{**rows[0], "id": "test-Leo-2-1"}])  # figures would not be held out
     result = run("train.py", "--model", tiny, "--rollouts", out, "--task", task)
     assert result.returncode == 2 and "--split train" in result.stdout, result.stdout
-    command = ("train.py", "--model", tiny, "--task", write(TASK + MEASURE), "--rounds", 2,
-               "--eval-every", 3, "--sequences", 16, "--out", tmp_path / "out")
+    command = (
+        "train.py",
+        "--model",
+        tiny,
+        "--task",
+        write(TASK + MEASURE),
+        "--rounds",
+        2,
+        "--eval-every",
+        3,
+        "--sequences",
+        16,
+        "--out",
+        tmp_path / "out",
+    )
     result = run(*command)
     assert result.returncode == 0 and "8 held-out questions" in result.stdout, result.stdout
     assert "even answers" in result.stdout and "maj@4" not in result.stdout
@@ -79,29 +92,49 @@ def test_sampled_trained_and_measured(tiny, write, tmp_path):
 def prompts(task, tokenizer=None, count=0, **changes):
     """Of its test questions; load_questions as every script calls it."""
     settings = evaluation.Settings(**changes)
-    return [question["prompt"] for question in
-            tasks.load_questions(task, "test", count, 3, tokenizer, settings)]
+    return [
+        question["prompt"]
+        for question in tasks.load_questions(task, "test", count, 3, tokenizer, settings)
+    ]
 
 
-@pytest.mark.parametrize("text, words", [
-    ("x = 1", "has no function questions"), ("def questions(split): return []", "function grade"),
-    *((f"STOP = {stop}\n{TASK}{GRADE}'5', 1.0", f"STOP is {stop}, not a list") for stop in
-      ("5", "[5]", "None", "{'a': 1}")),
-    ("def (", "cannot be imported: SyntaxError"), ("import nothing_like_this", "nothing_like"),
-    ("raise SystemExit(3)", "cannot be imported: SystemExit"),
-    (QUESTIONS + "return []", "no questions in split 'test'"),
-    (QUESTIONS + "return 5", "questions of split 'test': TypeError"),
-    (QUESTIONS + "yield {}; 1 / 0", "ZeroDivisionError"),
-    (QUESTIONS + "return ['a']", "question 1 of split 'test' needs an \"id\""),
-    (QUESTIONS + "return [{'id': 3, 'prompt': ''}]", 'needs an "id"'),
-    (QUESTIONS + "return [{'id': 'a', 'prompt': 'x'}] * 2", "question 2 of"),
-    (QUESTIONS + "return [{'id': 'a'}]", "question 'a'"),
-    (QUESTIONS + "return [{'id': 'a', 'question': 7}]", "question 'a'"),
-    (QUESTIONS + "return [{'id': 'a', 'prompt': 7}]", "question 'a' needs a"),
-    (QUESTIONS + "return [{'id': 'a', 'messages': []}]", "a chat template"),
-    *((TASK + GRADE + returned, "grade of question 'test-Leo-2-1'") for returned in (
-        "1 / 0", "None", "1.0", "(5, 1.0)", "('5', None)", "('5', float('nan'))", "('5', 'x')",
-        "('a', 1, 2)"))])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("x = 1", "has no function questions"),
+        ("def questions(split): return []", "function grade"),
+        *(
+            (f"STOP = {stop}\n{TASK}{GRADE}'5', 1.0", f"STOP is {stop}, not a list")
+            for stop in ("5", "[5]", "None", "{'a': 1}")
+        ),
+        ("def (", "cannot be imported: SyntaxError"),
+        ("import nothing_like_this", "nothing_like"),
+        ("raise SystemExit(3)", "cannot be imported: SystemExit"),
+        (QUESTIONS + "return []", "no questions in split 'test'"),
+        (QUESTIONS + "return 5", "questions of split 'test': TypeError"),
+        (QUESTIONS + "yield {}; 1 / 0", "ZeroDivisionError"),
+        (QUESTIONS + "return ['a']", "question 1 of split 'test' needs an \"id\""),
+        (QUESTIONS + "return [{'id': 3, 'prompt': ''}]", 'needs an "id"'),
+        (QUESTIONS + "return [{'id': 'a', 'prompt': 'x'}] * 2", "question 2 of"),
+        (QUESTIONS + "return [{'id': 'a'}]", "question 'a'"),
+        (QUESTIONS + "return [{'id': 'a', 'question': 7}]", "question 'a'"),
+        (QUESTIONS + "return [{'id': 'a', 'prompt': 7}]", "question 'a' needs a"),
+        (QUESTIONS + "return [{'id': 'a', 'messages': []}]", "a chat template"),
+        *(
+            (TASK + GRADE + returned, "grade of question 'test-Leo-2-1'")
+            for returned in (
+                "1 / 0",
+                "None",
+                "1.0",
+                "(5, 1.0)",
+                "('5', None)",
+                "('5', float('nan'))",
+                "('5', 'x')",
+                "('a', 1, 2)",
+            )
+        ),
+    ],
+)
 def test_a_broken_task_is_one_line(write, text, words):
     path = write(text)
     with pytest.raises(Problem) as problem:
@@ -119,10 +152,17 @@ def test_unknown_names_are_one_line(tmp_path):
         load_task(str(tmp_path / "missing.py"))
 
 
-@pytest.mark.parametrize("text, numbers", [
-    (TASK, (8, 3, 8)),
-    (GRADE + "None, 0\ndef questions(split, seed):\n    assert seed == 3\n    "
-     "yield from ({'id': str(n), 'prompt': ''} for n in range(10**9))", (250, 3, 300))])
+@pytest.mark.parametrize(
+    "text, numbers",
+    [
+        (TASK, (8, 3, 8)),
+        (
+            GRADE + "None, 0\ndef questions(split, seed):\n    assert seed == 3\n    "
+            "yield from ({'id': str(n), 'prompt': ''} for n in range(10**9))",
+            (250, 3, 300),
+        ),
+    ],
+)
 def test_how_many_questions(write, text, numbers):
     """0 is all, or 250 of a generated task, which may go on for ever."""
     task = load_task(write(text))
@@ -137,24 +177,38 @@ class Chat:
     def get_chat_template(self):
         return self.chat_template
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt, chat_template,
-                            **arguments):
+    def apply_chat_template(
+        self, messages, tokenize, add_generation_prompt, chat_template, **arguments
+    ):
         return json.dumps([messages, arguments])
 
 
 def test_the_prompt_of_a_question():
     """Its own prompt, its messages, one of both by the kind of model, or a default one."""
     hi, marked = [{"role": "user", "content": "hi"}], "How many <|end|>?\nAnswer: 4"
-    rows = [{"id": "a", "prompt": "exactly <|end|>"}, {"id": "b", "question": marked},
-            {"id": "c", "messages": hi, "prompt": "plain"}, {"id": "d", "messages": hi}]
-    task = tasks.make_task("t", SimpleNamespace(
-        questions=lambda split: rows, grade=print, ASK="End with a number.",
-        EXAMPLES="Question: 1 + 1?\nAnswer: 2"))
+    rows = [
+        {"id": "a", "prompt": "exactly <|end|>"},
+        {"id": "b", "question": marked},
+        {"id": "c", "messages": hi, "prompt": "plain"},
+        {"id": "d", "messages": hi},
+    ]
+    task = tasks.make_task(
+        "t",
+        SimpleNamespace(
+            questions=lambda split: rows,
+            grade=print,
+            ASK="End with a number.",
+            EXAMPLES="Question: 1 + 1?\nAnswer: 2",
+        ),
+    )
     exactly, *chats = prompts(task, Chat(), template_arguments='{"enable_thinking": false}')
     asked = "How many < |end|>?\nAnswer: 4\n\nEnd with a number."
     thinking = {"enable_thinking": False}
     assert exactly == "exactly <|end|>" and list(map(json.loads, chats)) == [
-        [[{"role": "user", "content": asked}], thinking], [hi, thinking], [hi, thinking]]
+        [[{"role": "user", "content": asked}], thinking],
+        [hi, thinking],
+        [hi, thinking],
+    ]
     for wrong in ("{", "[1]", '{"tokenize": true}'):
         with pytest.raises(Problem, match="--template-arguments"):
             prompts(task, Chat(), template_arguments=wrong)
@@ -171,9 +225,15 @@ def test_a_dated_template_gives_the_same_prompt_tomorrow():
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     tokenizer.chat_template = (
-        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y\") }} {{ messages[0]['content'] }}")
-    task = SimpleNamespace(name="t", questions=lambda split: [{"id": "a", "question": "hi"}],
-                           ASK="", EXAMPLES="", STOP=[])
+        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y\") }} {{ messages[0]['content'] }}"
+    )
+    task = SimpleNamespace(
+        name="t",
+        questions=lambda split: [{"id": "a", "question": "hi"}],
+        ASK="",
+        EXAMPLES="",
+        STOP=[],
+    )
     assert prompts(task, tokenizer) == ["26 Jul 2024 2024 hi"]
 
 

@@ -10,10 +10,14 @@ import math
 import pytest
 import torch
 
-A = dict(rewards=[1, -1], logps=[[-0.5, -1, -0.25], [-1.2, -0.8]],
-         mus=[[-0.7, -0.9, -0.4], [-1, -0.5]])
-F = dict(rewards=[1, -1, -1, 1], logps=A["logps"] + [[-2], [-0.1, -0.2, -0.3, -0.4]],
-         mus=A["mus"] + [[-1], [-0.2] * 4])
+A = dict(
+    rewards=[1, -1], logps=[[-0.5, -1, -0.25], [-1.2, -0.8]], mus=[[-0.7, -0.9, -0.4], [-1, -0.5]]
+)
+F = dict(
+    rewards=[1, -1, -1, 1],
+    logps=A["logps"] + [[-2], [-0.1, -0.2, -0.3, -0.4]],
+    mus=A["mus"] + [[-1], [-0.2] * 4],
+)
 
 
 @pytest.fixture
@@ -26,10 +30,14 @@ def topr():
 def tensors(example, padding=float("nan"), left=False, requires_grad=True):
     """Ragged lists as padded tensors; what stands in the padding must not matter."""
     longest = max(map(len, example["logps"]))
-    place = lambda row: ([padding] * (longest - len(row)) * left + list(row)
-                         + [padding] * (longest - len(row)) * (not left))
-    logp = torch.tensor([place(row) for row in example["logps"]], dtype=torch.float32,
-                        requires_grad=requires_grad)
+    place = lambda row: (
+        [padding] * (longest - len(row)) * left
+        + list(row)
+        + [padding] * (longest - len(row)) * (not left)
+    )
+    logp = torch.tensor(
+        [place(row) for row in example["logps"]], dtype=torch.float32, requires_grad=requires_grad
+    )
     mu = torch.tensor([place(row) for row in example["mus"]], dtype=torch.float32)
     mask = torch.tensor([place([1.0] * len(row)) for row in example["logps"]]) == 1
     return logp, mu, torch.tensor(example["rewards"], dtype=torch.float32), mask
@@ -89,10 +97,14 @@ def test_worked_example_f_and_the_other_tapers(topr):
     check(topr, F, topr.Taper(pos=(0.5, 2), neg=(0.4, 0.5)), None)
 
 
-@pytest.mark.parametrize("ratio, expected, weights, slopes", [
-    ("sequence", -0.011599, [0.606531] * 2, [0.151633] * 2),
-    ("mean", -0.097734, [0.778801] * 2, [0.194700] * 2),
-    ("token", -0.102116, [0.818731, 0.740818], [0.204683, 0.185205])])
+@pytest.mark.parametrize(
+    "ratio, expected, weights, slopes",
+    [
+        ("sequence", -0.011599, [0.606531] * 2, [0.151633] * 2),
+        ("mean", -0.097734, [0.778801] * 2, [0.194700] * 2),
+        ("token", -0.102116, [0.818731, 0.740818], [0.204683, 0.185205]),
+    ],
+)
 def test_worked_example_a_with_each_ratio(topr, ratio, expected, weights, slopes):
     """A positive of TOPR has weight 1 whatever the ratio is."""
     logp, mu, reward, mask = tensors(A)
@@ -115,10 +127,17 @@ def test_the_properties_hold_for_each_ratio(topr, ratio):
     taper = of_ratio(topr, ratio)
     whole = check_value(topr, F, taper)
     for padding, left in itertools.product((0.0, math.nan, math.inf, -math.inf), (False, True)):
-        parts = [{name: [values[i] for i in part] for name, values in F.items()}
-                 for part in ([3, 1], [2, 0])]
-        close(sum(topr.topr_loss(*tensors(part, padding, left), taper=taper, count=4)[0].item()
-                  for part in parts), whole)
+        parts = [
+            {name: [values[i] for i in part] for name, values in F.items()}
+            for part in ([3, 1], [2, 0])
+        ]
+        close(
+            sum(
+                topr.topr_loss(*tensors(part, padding, left), taper=taper, count=4)[0].item()
+                for part in parts
+            ),
+            whole,
+        )
     for d in (200, -200):
         long = dict(rewards=[-1], logps=[[-1.0] * 400], mus=[[-1.0 - d] * 400])
         stats = check(topr, long, taper, None)
@@ -273,9 +292,11 @@ def test_random_batches_against_autograd_free_python(topr):
     draw = lambda *shape: torch.rand(*shape, generator=generator).tolist()
     for _ in range(5):
         lengths = [1 + int(9 * u) for u in draw(7)]
-        example = dict(rewards=[4 * u - 2 for u in draw(7)],
-                       logps=[[-3 * u for u in draw(n)] for n in lengths],
-                       mus=[[-3 * u for u in draw(n)] for n in lengths])
+        example = dict(
+            rewards=[4 * u - 2 for u in draw(7)],
+            logps=[[-3 * u for u in draw(n)] for n in lengths],
+            mus=[[-3 * u for u in draw(n)] for n in lengths],
+        )
         for name in topr.TAPERS:
             # float32 against float64
             check(topr, example, name, None, baseline=0.25, tolerance=1e-5)
@@ -311,7 +332,8 @@ def test_dpo(topr):
     for row in range(4):
         slope = (-1 if row % 2 == 0 else 1) * 0.5 / (1 + math.exp(margins[row // 2])) / 2
         assert logp.grad[row][mask[row]].tolist() == pytest.approx(
-            [slope] * int(mask[row].sum()), abs=1e-6)
+            [slope] * int(mask[row].sum()), abs=1e-6
+        )
     with pytest.raises(ValueError, match="better one first"):
         topr.dpo_loss(*tensors(A | {"rewards": [-1, 1]}))
 
@@ -324,8 +346,10 @@ def test_shares_and_baselines(topr):
             close(topr.effective_positive_share(p, topr.baseline_for_share(p, share)), share)
         count = 1000  # and by counting |A| over a data set
         c, positives = 0.3, round(count * p)
-        close(topr.effective_positive_share(p, c),
-              positives * (1 - c) / (positives * (1 - c) + (count - positives) * (1 + c)))
+        close(
+            topr.effective_positive_share(p, c),
+            positives * (1 - c) / (positives * (1 - c) + (count - positives) * (1 + c)),
+        )
     for p, c in ((0.5, 1.1), (0.5, -1.1), (1.2, 0), (math.nan, 0)):
         with pytest.raises(ValueError):
             topr.effective_positive_share(p, c)
@@ -335,9 +359,22 @@ def test_shares_and_baselines(topr):
 
 
 def test_anna_karenina_and_pairs(topr):
-    rows = [dict(id=i, reward=r, n=n) for n, (i, r) in enumerate(
-        [("a", -1), ("a", 1), ("b", 1), ("a", 1), ("a", -1), ("b", 1), ("c", -1), ("c", -0.3),
-         ("b", 2.5)])]
+    rows = [
+        dict(id=i, reward=r, n=n)
+        for n, (i, r) in enumerate(
+            [
+                ("a", -1),
+                ("a", 1),
+                ("b", 1),
+                ("a", 1),
+                ("a", -1),
+                ("b", 1),
+                ("c", -1),
+                ("c", -0.3),
+                ("b", 2.5),
+            ]
+        )
+    ]
     assert [row["n"] for row in topr.anna_karenina(rows)] == [0, 1, 2, 4, 6, 7]
     assert topr.anna_karenina([]) == []
     assert topr.preference_pairs(rows) == [(1, 0), (3, 4)]
@@ -351,8 +388,13 @@ def test_the_surrogate_is_bounded(topr):
         logits = torch.zeros(2, requires_grad=True)
         for step in range(1, 401):
             logp = logits.log_softmax(-1)[:1].view(1, 1)  # the negative is action 0
-            loss, _ = topr.topr_loss(logp, torch.tensor([[math.log(0.5)]]), torch.tensor([-1.0]),
-                                     torch.ones(1, 1), taper=taper)
+            loss, _ = topr.topr_loss(
+                logp,
+                torch.tensor([[math.log(0.5)]]),
+                torch.tensor([-1.0]),
+                torch.ones(1, 1),
+                taper=taper,
+            )
             (gradient,) = torch.autograd.grad(loss, logits)
             logits = (logits - gradient).detach().requires_grad_()
             gaps[taper, step] = (logits[1] - logits[0]).item()

@@ -44,8 +44,15 @@ def two_ranks(tiny, rollouts, tmp_path_factory):
         row["reward"] = 1.0 if number == 7 else -1.0
     write_rollouts(folder / "sparse.jsonl", rows)
     (folder / "script.py").write_text(TWO_RANKS)
-    result = torchrun(2, folder / "script.py", tiny, rollouts, folder / "sparse.jsonl", folder,
-                      PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    result = torchrun(
+        2,
+        folder / "script.py",
+        tiny,
+        rollouts,
+        folder / "sparse.jsonl",
+        folder,
+        PYTHONPATH=f"{ROOT}:{ROOT}/tests",
+    )
     assert result.returncode == 0, result.stdout
     return folder
 
@@ -53,21 +60,31 @@ def two_ranks(tiny, rollouts, tmp_path_factory):
 # ---- the same update, however it is computed ----
 
 
-def test_the_same_update_for_any_number_of_ranks_and_passes(tiny, rollouts, two_ranks, tmp_path,
-                                                            monkeypatch):
+def test_the_same_update_for_any_number_of_ranks_and_passes(
+    tiny, rollouts, two_ranks, tmp_path, monkeypatch
+):
     """The most reported bug of the field: a normaliser that changes with micro-batch, rank or
     padding. And speed-ups that change something: prompts read once, the fused AdamW, the own
     backward pass of the log-softmax."""
+
     def run(name, **changes):
         train.train(train_settings(tiny, rollouts, tmp_path / name, epochs=2, **changes))
         return tmp_path / name
 
     whole, *others = run("whole"), run("passes", tokens_per_pass=100), two_ranks / "whole"
     adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **options: adamw(
-        *given, foreach=False, **options))
-    monkeypatch.setattr(topr.TokenLogProbs, "apply", lambda logits, targets:
-                        -torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    monkeypatch.setattr(
+        torch.optim,
+        "AdamW",
+        lambda *given, fused, **options: adamw(*given, foreach=False, **options),
+    )
+    monkeypatch.setattr(
+        topr.TokenLogProbs,
+        "apply",
+        lambda logits, targets: (
+            -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        ),
+    )
     for known in (True, False):
         monkeypatch.setattr(packing, "abilities", lambda *_: (known, False))
         others.append(run(f"slow {known}"))
@@ -82,10 +99,13 @@ def test_the_same_update_for_any_number_of_ranks_and_passes(tiny, rollouts, two_
                 assert other[key] == pytest.approx(entry[key], abs=2e-4), (folder, key)
 
 
-@pytest.mark.parametrize("loss, changes", [
-    ("sft", {}), ("nsr", {}), ("topr", {"baseline": 1.0}), ("is", {"baseline": -1.0})])
-def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monkeypatch, loss,
-                                                  changes):
+@pytest.mark.parametrize(
+    "loss, changes",
+    [("sft", {}), ("nsr", {}), ("topr", {"baseline": 1.0}), ("is", {"baseline": -1.0})],
+)
+def test_rows_without_a_gradient_count_in_n_alone(
+    tiny, rollouts, tmp_path, monkeypatch, loss, changes
+):
     """They cost a forward pass each; and left out of N, too, the others would count for more."""
     changes |= {"loss": loss, "optimizer": "adafactor"}
     own_passes, own_loss, seen = batches.micro_batches, losses.make_loss, []
@@ -98,8 +118,11 @@ def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monk
     monkeypatch.setattr(batches, "micro_batches", micro_batches)
     log = train.train(train_settings(tiny, rollouts, tmp_path / "without", **changes))
     assert len(set(itertools.chain(*seen))) == 1
-    monkeypatch.setattr(losses, "make_loss", lambda settings, data: (
-        *own_loss(settings, data)[:2], np.zeros(len(data.rows), bool)))
+    monkeypatch.setattr(
+        losses,
+        "make_loss",
+        lambda settings, data: (*own_loss(settings, data)[:2], np.zeros(len(data.rows), bool)),
+    )
     other = train.train(train_settings(tiny, rollouts, tmp_path / "with", **changes))
     assert len(set(itertools.chain(*seen))) == 2
     assert furthest(tmp_path / "without", tmp_path / "with") < 1e-6
@@ -108,8 +131,9 @@ def test_rows_without_a_gradient_count_in_n_alone(tiny, rollouts, tmp_path, monk
 
 def test_a_step_without_any_gradient(tiny, two_ranks, tmp_path):
     """Positives only, and a single one: most steps, and most ranks, have nothing to do."""
-    log = train.train(train_settings(tiny, two_ranks / "sparse.jsonl", tmp_path, loss="sft",
-                                     sequences=10))
+    log = train.train(
+        train_settings(tiny, two_ranks / "sparse.jsonl", tmp_path, loss="sft", sequences=10)
+    )
     assert sorted(entry["gradient_norm"] > 0 for entry in log) == [False] * 4 + [True]
     assert [entry["sequences"] for entry in log] == [10] * 5
     assert furthest(tmp_path, two_ranks / "sparse") < 1e-6 < furthest(tiny, tmp_path)
@@ -122,8 +146,9 @@ def test_completions_of_a_prompt_stand_together():
     """Each unit once an epoch, in a random order of groups of one prompt."""
     rows = [SimpleNamespace(prompt=(number % 50,)) for number in range(600)]
     data = batches.Data(rows, np.arange(600)[:, None], 0)
-    orders = [batches.epoch_units(data, *seeds)[:, 0].tolist()
-              for seeds in ((0, 0), (0, 1), (1, 0))]
+    orders = [
+        batches.epoch_units(data, *seeds)[:, 0].tolist() for seeds in ((0, 0), (0, 1), (1, 0))
+    ]
     for order in orders:
         assert sorted(order) == list(range(600))
         assert all(len({unit % 50 for unit in order[i : i + 4]}) == 1 for i in range(0, 600, 4))
@@ -157,7 +182,7 @@ def test_a_question_is_its_id_and_its_prompt(tiny, rollouts, tmp_path):
 
 
 def test_mu_is_that_of_the_start_and_stays(tiny, rollouts, tmp_path, capsys):
-    """"Old" log-probs that are not the sampler's: d at step 0 shows it. Re-anchoring mu on the
+    """ "Old" log-probs that are not the sampler's: d at step 0 shows it. Re-anchoring mu on the
     current weights turns TOPR into naive REINFORCE unnoticed. Kept log-probs of another policy, or
     of the same text under another end token, would be taken for these."""
     plain, fields = tmp_path / "plain.jsonl", ("id", "prompt", "completion", "reward")
@@ -167,9 +192,15 @@ def test_mu_is_that_of_the_start_and_stays(tiny, rollouts, tmp_path, capsys):
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
     tokenizer.save_pretrained(tmp_path / "other")
     kept, losses = {}, []
-    for number, (policy, path) in enumerate((
-            (tiny, rollouts), (tiny, plain), (tiny, plain), (tmp_path / "0", plain),
-            (tmp_path / "other", plain))):
+    for number, (policy, path) in enumerate(
+        (
+            (tiny, rollouts),
+            (tiny, plain),
+            (tiny, plain),
+            (tmp_path / "0", plain),
+            (tmp_path / "other", plain),
+        )
+    ):
         log = train.train(train_settings(policy, path, tmp_path / f"{number}", epochs=3))
         assert abs(log[0]["negative_weight"] - 1) < 1e-3
         assert max(-log[0]["d_min"], log[0]["d_max"]) < 1e-3
@@ -198,24 +229,42 @@ def test_logprobs_that_do_not_fit_are_refused(tiny, rollouts, tmp_path):
 # ---- settings ----
 
 
-@pytest.mark.parametrize("options, words", [
-    ("--epochs 0", "--epochs 0: 1 or more"),
-    ("--grad-clip nan", "--grad-clip nan"),
-    ("--rounds 2", "--rounds and --eval-every need --task"),
-    ("--loss dpo --baseline 0.5", "no place in --loss dpo"), ("--baseline 2", "--baseline 2.0"),
-    ("--positive-share 1.5", "--positive-share 1.5: 0 to 1"), ("--shard", "more than one process"),
-    ("--positive-share 0.1 --baseline 0.1", "no --baseline"), ("--map-rewards=-1,1", "only 0 and"),
-    ("--rollouts nowhere.jsonl", "nowhere.jsonl"), ("--model nothing", "cannot be loaded"),
-    ("--model= ", "need --model"), ("--rollouts= ", "nothing to learn from"),
-    ("--task nothing", "--task nothing"), ("--mod x", "unrecognized arguments"),
-    ("--out {tiny}", "is the starting model"),
-    ("--model {tiny}/../random --out {tiny}/../random", "would be overwritten")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--epochs 0", "--epochs 0: 1 or more"),
+        ("--grad-clip nan", "--grad-clip nan"),
+        ("--rounds 2", "--rounds and --eval-every need --task"),
+        ("--loss dpo --baseline 0.5", "no place in --loss dpo"),
+        ("--baseline 2", "--baseline 2.0"),
+        ("--positive-share 1.5", "--positive-share 1.5: 0 to 1"),
+        ("--shard", "more than one process"),
+        ("--positive-share 0.1 --baseline 0.1", "no --baseline"),
+        ("--map-rewards=-1,1", "only 0 and"),
+        ("--rollouts nowhere.jsonl", "nowhere.jsonl"),
+        ("--model nothing", "cannot be loaded"),
+        ("--model= ", "need --model"),
+        ("--rollouts= ", "nothing to learn from"),
+        ("--task nothing", "--task nothing"),
+        ("--mod x", "unrecognized arguments"),
+        ("--out {tiny}", "is the starting model"),
+        ("--model {tiny}/../random --out {tiny}/../random", "would be overwritten"),
+    ],
+)
 def test_mistakes_are_one_line(tiny, rollouts, tmp_path, options, words):
     """Found before a weight moves."""
     before = weights_of(tiny)
     options = [option.strip().format(tiny=tiny) for option in options.split(" ")]
-    result = in_process(ROOT / "train.py", "--model", tiny, "--rollouts", rollouts, "--out",
-                        tmp_path / "out", *filter(None, options))
+    result = in_process(
+        ROOT / "train.py",
+        "--model",
+        tiny,
+        "--rollouts",
+        rollouts,
+        "--out",
+        tmp_path / "out",
+        *filter(None, options),
+    )
     assert result.returncode == 2 and words in result.stdout, result.stdout
     lines = [line for line in result.stdout.splitlines() if "/s" not in line]  # progress bars
     assert "Traceback" not in result.stdout and len(lines) <= 2  # argparse adds its usage
@@ -231,19 +280,35 @@ def test_help_shows_a_scripts_own_options_first():
 @pytest.mark.parametrize("rewards, map_rewards", [((2.5, -0.3), ""), ((1, 0), "-1,1")])
 def test_a_file_made_by_hand(tiny, tmp_path, rewards, map_rewards):
     """Four fields, any rewards, no ids, no logprobs."""
-    write_rollouts(tmp_path / "hand.jsonl", [
-        dict(id=str(number), prompt="Tom has 3 apples . He finds 2 . How many ?",
-             completion=f"The answer is {5 + number % 2} .", reward=rewards[number % 2])
-        for number in range(6)])
-    log = train.train(train_settings(tiny, tmp_path / "hand.jsonl", tmp_path / "out", sequences=4,
-                                     map_rewards=map_rewards))
+    write_rollouts(
+        tmp_path / "hand.jsonl",
+        [
+            dict(
+                id=str(number),
+                prompt="Tom has 3 apples . He finds 2 . How many ?",
+                completion=f"The answer is {5 + number % 2} .",
+                reward=rewards[number % 2],
+            )
+            for number in range(6)
+        ],
+    )
+    log = train.train(
+        train_settings(
+            tiny, tmp_path / "hand.jsonl", tmp_path / "out", sequences=4, map_rewards=map_rewards
+        )
+    )
     assert len(log) == 2 and all(math.isfinite(entry["loss"]) for entry in log)
     assert map_rewards == "" or log[0]["positive_share"] == 0.5
 
 
-@pytest.mark.parametrize("changes", [
-    *({"loss": loss} for loss in (*topr.TAPERS, "ppo", "dpo")),
-    {"weights": "bfloat16", "precision": "bfloat16"}, {"positive_share": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"loss": loss} for loss in (*topr.TAPERS, "ppo", "dpo")),
+        {"weights": "bfloat16", "precision": "bfloat16"},
+        {"positive_share": 0.1},
+    ],
+)
 def test_every_loss_trains(tiny, rollouts, tmp_path, changes):
     log = train.train(train_settings(tiny, rollouts, tmp_path, sequences=50, epochs=2, **changes))
     assert len(log) == 2 and all(math.isfinite(entry["loss"]) for entry in log)
@@ -271,8 +336,9 @@ def test_a_first_look_at_a_run(tiny, rollouts, tmp_path, capsys):
 def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkeypatch):
     """Resume that restores the weights and not the optimizer, the position or the random state;
     two runs that share a folder and silently continue each other."""
-    whole = train_settings(tiny, rollouts, tmp_path / "whole", epochs=2, optimizer="adafactor",
-                           checkpoint_every=2)
+    whole = train_settings(
+        tiny, rollouts, tmp_path / "whole", epochs=2, optimizer="adafactor", checkpoint_every=2
+    )
     broken = dataclasses.replace(whole, out=str(tmp_path / "broken"))
     log, own, calls = train.train(whole), train.backward, []
 
@@ -285,7 +351,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, rollouts, tmp_path, monkey
     monkeypatch.setattr(train, "backward", fail)
     with pytest.raises(KeyboardInterrupt):
         train.train(broken)
-    path, = run_folder.checkpoints(broken.out)
+    (path,) = run_folder.checkpoints(broken.out)
     assert path.endswith("checkpoint-00000004")
     monkeypatch.setattr(train, "backward", own)
     for name, value in (("learning_rate", 2e-3), ("seed", 1), ("loss", "tis"), ("grad_clip", 2.0)):
@@ -340,8 +406,10 @@ def test_the_curve_does_not_end_checkpointing(tiny, rollouts, tmp_path, monkeypa
         return own(settings, policy, *rest)
 
     monkeypatch.setattr(train, "backward", backward)
-    train.train(train_settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True,
-                               eval_every=2), lambda model: {"training": model.eval().training})
+    train.train(
+        train_settings(tiny, rollouts, tmp_path / "out", gradient_checkpointing=True, eval_every=2),
+        lambda model: {"training": model.eval().training},
+    )
     assert len(checkpointed) > 3 and all(checkpointed)
 
 
@@ -366,10 +434,14 @@ def test_a_checkpoint_is_written_once(tiny, tmp_path):
     assert len(run_folder.checkpoints(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"loss": "dpo", "ratio": "mean"}, "--ratio has no place"),
-    ({"loss": "sft", "ratio": "token"}, "--ratio has no place"),
-    ({"model": "same", "out": "same"}, "is the starting model")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"loss": "dpo", "ratio": "mean"}, "--ratio has no place"),
+        ({"loss": "sft", "ratio": "token"}, "--ratio has no place"),
+        ({"model": "same", "out": "same"}, "is the starting model"),
+    ],
+)
 def test_what_would_do_nothing_or_harm_is_refused_at_once(changes, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.jsonl").touch()

@@ -25,7 +25,17 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch  # noqa: E402
 from bench_trl import my_turn  # noqa: E402
 
-from engine.common import Problem, parse, progress, read_json, run_main, say, setting, table, write_json  # noqa: E402
+from engine.common import (  # noqa: E402
+    Problem,
+    parse,
+    progress,
+    read_json,
+    run_main,
+    say,
+    setting,
+    table,
+    write_json,
+)
 from engine.parallel import gather, rank  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -40,10 +50,15 @@ class Settings:
     pairs: int = setting(5, "rounds that count")
     threads: int = setting(os.cpu_count(), "of every contestant (ranks: one each)")
     prompts: str = setting("64,256,512,1024", "tokens of the prompt, in the training case")
-    trl_memory: str = setting("plain", "TRL's gradient checkpointing: off, as ours is, or on, as it comes",
-                              ("plain", "checkpointing"))
+    trl_memory: str = setting(
+        "plain",
+        "TRL's gradient checkpointing: off, as ours is, or on, as it comes",
+        ("plain", "checkpointing"),
+    )
     documents: int = setting(0, "made-up documents in the search case (see tools/bench_search.py)")
-    data: str = setting("", "SciFact's folder, for the search case (default: that of tools/bench_search.py)")
+    data: str = setting(
+        "", "SciFact's folder, for the search case (default: that of tools/bench_search.py)"
+    )
 
 
 # ---- contestants ----
@@ -56,10 +71,20 @@ class Contestant:
         self.name, self.seconds = name, []
         RUNS.joinpath("bench").mkdir(parents=True, exist_ok=True)
         self.log = RUNS / "bench" / f"{name.replace(' ', '-')}.log"
-        quiet = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        quiet = {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen([str(word) for word in command], env={**os.environ, **quiet}, text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                [str(word) for word in command],
+                env={**os.environ, **quiet},
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         self.wait()
 
     def wait(self):
@@ -90,10 +115,18 @@ def compete(contestants, rounds):
         for each in running:
             each.process.stdin.close()
             each.process.wait()
-    ratios = lambda each: [theirs / ours for theirs, ours in zip(each.seconds[1:], running[0].seconds[1:])]
-    return {each.name: {"seconds": statistics.median(each.seconds[1:]), "ratio": statistics.median(ratios(each)),
-                        "memory_gib": each.memory, "memory_ratio": each.memory / running[0].memory}
-            for each in running}, statistics.median(rates)
+    ratios = lambda each: [
+        theirs / ours for theirs, ours in zip(each.seconds[1:], running[0].seconds[1:])
+    ]
+    return {
+        each.name: {
+            "seconds": statistics.median(each.seconds[1:]),
+            "ratio": statistics.median(ratios(each)),
+            "memory_gib": each.memory,
+            "memory_ratio": each.memory / running[0].memory,
+        }
+        for each in running
+    }, statistics.median(rates)
 
 
 def matmul_rate(threads, size=2048, times=5):
@@ -119,14 +152,28 @@ def make_model(folder, width=512, layers=8, vocabulary=VOCABULARY):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
     logging.disable_progress_bar()
-    words = Tokenizer(models.WordLevel({"</s>": 0} | {f"w{n}": n for n in range(1, vocabulary)}, unk_token="</s>"))
+    words = Tokenizer(
+        models.WordLevel({"</s>": 0} | {f"w{n}": n for n in range(1, vocabulary)}, unk_token="</s>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        intermediate_size=round(width / 12) * 32, max_position_embeddings=4096, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            intermediate_size=round(width / 12) * 32,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
     model.save_pretrained(folder)
     return model
 
@@ -140,8 +187,16 @@ def make_rollouts(path, prompt, completions, questions=1, vocabulary=VOCABULARY)
         prompt_ids = draw(prompt)
         for number, length in enumerate(completions):
             ids = draw(length - 1)
-            rows.append({"id": f"q{question}", "prompt": text(prompt_ids), "completion": " " + text(ids),
-                         "prompt_ids": prompt_ids, "completion_ids": ids + [0], "reward": 1.0 if number % 2 else -1.0})
+            rows.append(
+                {
+                    "id": f"q{question}",
+                    "prompt": text(prompt_ids),
+                    "completion": " " + text(ids),
+                    "prompt_ids": prompt_ids,
+                    "completion_ids": ids + [0],
+                    "reward": 1.0 if number % 2 else -1.0,
+                }
+            )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -157,8 +212,10 @@ def useful_flops(model, prompt, completions):
     inner = model.num_parameters() - head - embedding
     pairs = sum(range(1, prompt + 1)) + sum(n * prompt + n * (n + 1) // 2 for n in completions)
     config = model.config
-    return (6 * (inner * (prompt + sum(completions)) + head * sum(completions))
-            + 12 * config.hidden_size * config.num_hidden_layers * pairs)
+    return (
+        6 * (inner * (prompt + sum(completions)) + head * sum(completions))
+        + 12 * config.hidden_size * config.num_hidden_layers * pairs
+    )
 
 
 LENGTHS = [64, 128, 73, 119, 82, 110, 91, 100]  # of 8 completions; 96 in the mean
@@ -173,16 +230,37 @@ def case_train(settings):
     model = make_model(folder)
     for prompt in map(int, settings.prompts.split(",")):
         path = make_rollouts(RUNS / "bench" / f"rollouts-{prompt}.jsonl", prompt, LENGTHS)
-        contestants = {"train.py": worker("ours", folder, path),
-                       "plain loop": worker("plain", folder, path)}
+        contestants = {
+            "train.py": worker("ours", folder, path),
+            "plain loop": worker("plain", folder, path),
+        }
         if PEERS.exists():
-            contestants |= {f"TRL {kind.upper()}": [PEERS, HERE / "bench_trl.py", kind, folder, path, settings.trl_memory]
-                            for kind in ("kto", "dpo")}
-        results, rate = compete([(name, command, settings.threads) for name, command in contestants.items()], settings.pairs)
+            contestants |= {
+                f"TRL {kind.upper()}": [
+                    PEERS,
+                    HERE / "bench_trl.py",
+                    kind,
+                    folder,
+                    path,
+                    settings.trl_memory,
+                ]
+                for kind in ("kto", "dpo")
+            }
+        results, rate = compete(
+            [(name, command, settings.threads) for name, command in contestants.items()],
+            settings.pairs,
+        )
         needed = useful_flops(model, prompt, LENGTHS) / 1e9
         for name, result in results.items():
-            rows.append({"prompt": prompt, "contestant": name, **result, "gflops": needed / result["seconds"],
-                         "of_matmul_rate": needed / result["seconds"] / rate})
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "contestant": name,
+                    **result,
+                    "gflops": needed / result["seconds"],
+                    "of_matmul_rate": needed / result["seconds"] / rate,
+                }
+            )
         if not PEERS.exists():
             rows.append({"prompt": prompt, "contestant": f"TRL: {MISSING}"})
     return rows
@@ -193,9 +271,14 @@ def case_sampling(settings):
     folder = RUNS / "bench" / "llama-sampling"
     make_model(folder, width=256, layers=2, vocabulary=4000)
     names = {"eval.py": "sample", "transformers": "generate"}
-    results, _ = compete([(name, worker(task, folder), settings.threads) for name, task in names.items()], settings.pairs)
-    return [{"contestant": name, **result, "completions_per_second": 64 * 16 / result["seconds"]}
-            for name, result in results.items()]
+    results, _ = compete(
+        [(name, worker(task, folder), settings.threads) for name, task in names.items()],
+        settings.pairs,
+    )
+    return [
+        {"contestant": name, **result, "completions_per_second": 64 * 16 / result["seconds"]}
+        for name, result in results.items()
+    ]
 
 
 def case_search(settings):
@@ -204,16 +287,39 @@ def case_search(settings):
         return [{"contestant": f"bm25s: {MISSING}"}]
     path = RUNS / "bench" / "search.json"
     where = ["--data", settings.data] if settings.data else []
-    subprocess.run([PEERS, HERE / "bench_search.py", "--documents", str(settings.documents), "--pairs", str(settings.pairs),
-                    "--out", path, *where], check=True)
+    subprocess.run(
+        [
+            PEERS,
+            HERE / "bench_search.py",
+            "--documents",
+            str(settings.documents),
+            "--pairs",
+            str(settings.pairs),
+            "--out",
+            path,
+            *where,
+        ],
+        check=True,
+    )
     return read_json(path)
 
 
 def case_reading(settings, rows=20_000):
     """Opening a rollout file, all its checks included, beside json.loads on every line."""
-    path = make_rollouts(RUNS / "bench" / "reading.jsonl", 128, [LENGTHS[n % 8] for n in range(8)], questions=rows // 8)
-    results, _ = compete([(name, worker("reading", path, name), 1) for name in ("read_rollouts", "json.loads")], settings.pairs)
-    return [{"contestant": name, **result, "rows_per_second": rows / result["seconds"]} for name, result in results.items()]
+    path = make_rollouts(
+        RUNS / "bench" / "reading.jsonl",
+        128,
+        [LENGTHS[n % 8] for n in range(8)],
+        questions=rows // 8,
+    )
+    results, _ = compete(
+        [(name, worker("reading", path, name), 1) for name in ("read_rollouts", "json.loads")],
+        settings.pairs,
+    )
+    return [
+        {"contestant": name, **result, "rows_per_second": rows / result["seconds"]}
+        for name, result in results.items()
+    ]
 
 
 def case_ranks(settings, questions=4):
@@ -222,10 +328,21 @@ def case_ranks(settings, questions=4):
     make_model(folder)
     path = make_rollouts(RUNS / "bench" / "rollouts-ranks.jsonl", 64, LENGTHS, questions)
     one = worker("ours", folder, path)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *one[1:]]
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *one[1:],
+    ]
     results, _ = compete([("two ranks", two, 1), ("one rank", one, 1)], settings.pairs)
     tokens = questions * (64 + sum(LENGTHS))
-    return [{"contestant": name, **result, "tokens_per_second": tokens / result["seconds"]} for name, result in results.items()]
+    return [
+        {"contestant": name, **result, "tokens_per_second": tokens / result["seconds"]}
+        for name, result in results.items()
+    ]
 
 
 def case_growth(settings):
@@ -235,13 +352,30 @@ def case_growth(settings):
     rows = []
     for what, value, width, completions in progress(points, what="growth"):
         folder = RUNS / "bench" / f"llama-{width}"
-        model, path = make_model(folder, width), make_rollouts(RUNS / "bench" / "rollouts-growth.jsonl", 64, completions)
-        results, rate = compete([(f"{what} {value}", worker("ours", folder, path), settings.threads)], settings.pairs)
-        seconds, needed = results[f"{what} {value}"]["seconds"], useful_flops(model, 64, completions) / 1e9
+        model, path = (
+            make_model(folder, width),
+            make_rollouts(RUNS / "bench" / "rollouts-growth.jsonl", 64, completions),
+        )
+        results, rate = compete(
+            [(f"{what} {value}", worker("ours", folder, path), settings.threads)], settings.pairs
+        )
+        seconds, needed = (
+            results[f"{what} {value}"]["seconds"],
+            useful_flops(model, 64, completions) / 1e9,
+        )
         tokens = 64 + sum(completions)
-        rows.append({what: value, "weights_millions": model.num_parameters() / 1e6, "tokens": tokens, "seconds": seconds,
-                     "tokens_per_second": tokens / seconds, "gflop_per_token": needed / tokens,
-                     "of_matmul_rate": needed / seconds / rate, "memory_gib": results[f"{what} {value}"]["memory_gib"]})
+        rows.append(
+            {
+                what: value,
+                "weights_millions": model.num_parameters() / 1e6,
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "gflop_per_token": needed / tokens,
+                "of_matmul_rate": needed / seconds / rate,
+                "memory_gib": results[f"{what} {value}"]["memory_gib"],
+            }
+        )
     draw_growth(rows)
     return rows
 
@@ -256,12 +390,23 @@ def draw_growth(rows):
     from matplotlib import pyplot
 
     figure, both = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
-    for axes, what, label in zip(both, ("width", "completion"), ("million weights", "tokens of a completion")):
+    for axes, what, label in zip(
+        both, ("width", "completion"), ("million weights", "tokens of a completion")
+    ):
         points = [row for row in rows if what in row]
         x = [row["weights_millions" if what == "width" else what] for row in points]
         axes.loglog(x, [row["tokens_per_second"] for row in points], "o-", label="measured")
-        axes.loglog(x, [points[0]["tokens_per_second"] * points[0]["gflop_per_token"] / row["gflop_per_token"] for row in points],
-                    "--", label="as the operations of a token grow")
+        axes.loglog(
+            x,
+            [
+                points[0]["tokens_per_second"]
+                * points[0]["gflop_per_token"]
+                / row["gflop_per_token"]
+                for row in points
+            ],
+            "--",
+            label="as the operations of a token grow",
+        )
         axes.set(xlabel=label, ylabel="tokens per second")
         axes.legend()
     figure.savefig(RUNS / "growth.png", dpi=120, bbox_inches="tight")
@@ -281,10 +426,21 @@ def work_ours(model, rollouts):
 
     with open(rollouts) as file:
         sequences = len(file.readlines())
-    train.train(train.Settings(
-        model=model, rollouts=rollouts, out=f"{rollouts}.run-{os.getppid()}", mu="start",
-        optimizer="adamw", learning_rate=1e-5, sequences=sequences, epochs=10**6,
-        checkpoint_every=0, eval_every=1), evaluate=wait)
+    train.train(
+        train.Settings(
+            model=model,
+            rollouts=rollouts,
+            out=f"{rollouts}.run-{os.getppid()}",
+            mu="start",
+            optimizer="adamw",
+            learning_rate=1e-5,
+            sequences=sequences,
+            epochs=10**6,
+            checkpoint_every=0,
+            eval_every=1,
+        ),
+        evaluate=wait,
+    )
 
 
 def work_plain(model, rollouts):
@@ -297,10 +453,14 @@ def work_plain(model, rollouts):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.0)
     with open(rollouts) as file:
         rows = [json.loads(line) for line in file]
-    pad = lambda lists: torch.nn.utils.rnn.pad_sequence([torch.tensor(values) for values in lists], batch_first=True)
+    pad = lambda lists: torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(values) for values in lists], batch_first=True
+    )
     ids = pad([row["prompt_ids"] + row["completion_ids"] for row in rows])
     exists = pad([[1] * (len(row["prompt_ids"]) + len(row["completion_ids"])) for row in rows])
-    mask = pad([[0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows])[:, 1:].bool()
+    mask = pad([[0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows])[
+        :, 1:
+    ].bool()
     reward = torch.tensor([row["reward"] for row in rows])
 
     def logprobs():
@@ -322,10 +482,18 @@ def sampling_work(folder, wanted=24):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     head = torch.nn.Linear(*model.lm_head.weight.T.shape)
-    head.weight.data, head.bias.data = model.lm_head.weight.data, torch.zeros(model.config.vocab_size)
-    head.bias.data[0] = math.log(model.config.vocab_size / wanted)  # the other logits are nearly 0: lengths are geometric
+    head.weight.data, head.bias.data = (
+        model.lm_head.weight.data,
+        torch.zeros(model.config.vocab_size),
+    )
+    head.bias.data[0] = math.log(
+        model.config.vocab_size / wanted
+    )  # the other logits are nearly 0: lengths are geometric
     model.lm_head, rng = head, random.Random(0)
-    return model, [[rng.randrange(1, model.config.vocab_size) for _ in range(rng.randint(8, 96))] for _ in range(64)]
+    return model, [
+        [rng.randrange(1, model.config.vocab_size) for _ in range(rng.randint(8, 96))]
+        for _ in range(64)
+    ]
 
 
 def work_sample(folder):
@@ -336,8 +504,10 @@ def work_sample(folder):
     start_ranks()
     model, prompts = sampling_work(folder)
     settings = evaluation.Settings(samples=16, max_new_tokens=96, batch_size=256)
-    questions = [{"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
-                 for number, prompt in enumerate(prompts)]
+    questions = [
+        {"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+        for number, prompt in enumerate(prompts)
+    ]
     longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     tokenizer = SimpleNamespace(eos_token_id=0)
     while my_turn():
@@ -356,9 +526,18 @@ def work_generate(folder, rows=256):
             part = prompts[first : first + rows // 16]
             longest = max(map(len, part))
             ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in part])
-            exists = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in part])
-            model.generate(input_ids=ids, attention_mask=exists, do_sample=True, top_k=0, max_new_tokens=96,
-                           num_return_sequences=16, pad_token_id=0)
+            exists = torch.tensor(
+                [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in part]
+            )
+            model.generate(
+                input_ids=ids,
+                attention_mask=exists,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=96,
+                num_return_sequences=16,
+                pad_token_id=0,
+            )
 
 
 def work_reading(path, how):
@@ -376,18 +555,38 @@ def work_reading(path, how):
 # ---- the whole ----
 
 
-CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
+CASES = {
+    name.removeprefix("case_"): case
+    for name, case in list(globals().items())
+    if name.startswith("case_")
+}
 
 
 def setup():
     """The peers' own environment: they never become needs of the project."""
     subprocess.run([sys.executable, "-m", "venv", PEERS.parents[1]], check=True)
     requirements = [f"torch=={torch.__version__.split('+')[0]}", "trl", "bm25s", "numba"]
-    subprocess.run([PEERS, "-m", "pip", "install", "-q", *requirements, "-r", HERE.parent / "requirements.txt"], check=True)
+    subprocess.run(
+        [
+            PEERS,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            *requirements,
+            "-r",
+            HERE.parent / "requirements.txt",
+        ],
+        check=True,
+    )
 
 
 def main():
-    words = [word for word in sys.argv[1:] if not word.startswith("-")] if sys.argv[1:2] == ["worker"] else []
+    words = (
+        [word for word in sys.argv[1:] if not word.startswith("-")]
+        if sys.argv[1:2] == ["worker"]
+        else []
+    )
     if words:
         return globals()[f"work_{words[1]}"](*words[2:])
     names = []
@@ -396,7 +595,9 @@ def main():
     if names == ["setup"]:
         return setup()
     if set(names) - set(CASES):
-        raise Problem(f"no case {', '.join(sorted(set(names) - set(CASES)))}: setup, or some of {', '.join(CASES)}")
+        raise Problem(
+            f"no case {', '.join(sorted(set(names) - set(CASES)))}: setup, or some of {', '.join(CASES)}"
+        )
     settings, path = parse(Settings, description=__doc__), RUNS / "bench.json"
     for name in names or CASES:
         load, rows = os.getloadavg()[0], CASES[name](settings)
@@ -405,7 +606,10 @@ def main():
         cells = [[row.get(column, "") for column in columns] for row in rows]
         say(table([column.replace("_", " ") for column in columns], cells))
         kept = read_json(path) if path.exists() else {}
-        write_json(path, {**kept, name: {"load": load, "settings": dataclasses.asdict(settings), "rows": rows}})
+        write_json(
+            path,
+            {**kept, name: {"load": load, "settings": dataclasses.asdict(settings), "rows": rows}},
+        )
 
 
 if __name__ == "__main__":

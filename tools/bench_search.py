@@ -27,8 +27,12 @@ from engine.common import Problem, parse, progress, run_main, say, setting, tabl
 
 @dataclasses.dataclass
 class Settings:
-    data: str = setting(str(Path(__file__).parents[2] / "shared" / "data" / "scifact"), "SciFact, in BEIR's layout")
-    documents: int = setting(1_000_000, "how many documents of 60 words to make up (0: skip that part)")
+    data: str = setting(
+        str(Path(__file__).parents[2] / "shared" / "data" / "scifact"), "SciFact, in BEIR's layout"
+    )
+    documents: int = setting(
+        1_000_000, "how many documents of 60 words to make up (0: skip that part)"
+    )
     pairs: int = setting(7, "how often each pair is timed")
     stage: str = setting("", "used by the benchmark itself", choices=["", "index", "open"])
     folder: str = setting("", "used by the benchmark itself")
@@ -54,12 +58,16 @@ def beside_bm25s(settings):
     try:
         import bm25s
     except ImportError:
-        raise Problem("bm25s is not installed, and only this benchmark needs it: pip install bm25s (numba as well "
-                      "for its faster backend)")
+        raise Problem(
+            "bm25s is not installed, and only this benchmark needs it: pip install bm25s (numba as well "
+            "for its faster backend)"
+        )
     corpus = list(engine.read_texts(os.path.join(settings.data, "corpus.jsonl")))
     index = engine.index_documents(corpus)
-    queries = [engine.analyse(text)
-               for _, text in engine.read_texts(os.path.join(settings.data, "queries.jsonl"))]
+    queries = [
+        engine.analyse(text)
+        for _, text in engine.read_texts(os.path.join(settings.data, "queries.jsonl"))
+    ]
 
     def bm25s_index(backend="numpy"):
         other = bm25s.BM25(k1=0.9, b=0.4, backend=backend)
@@ -75,9 +83,16 @@ def beside_bm25s(settings):
     rows = [[f"index {len(corpus)} documents", *times]]
     for k in (10, 100, 1000):
         for backend, other in backends.items():
-            rows.append([f"{len(queries)} queries, k={k}, bm25s with {backend}", *compare(
-                lambda: [engine.search(index, query, k) for query in queries],
-                lambda: other.retrieve(queries, k=k, show_progress=False), settings.pairs)])
+            rows.append(
+                [
+                    f"{len(queries)} queries, k={k}, bm25s with {backend}",
+                    *compare(
+                        lambda: [engine.search(index, query, k) for query in queries],
+                        lambda: other.retrieve(queries, k=k, show_progress=False),
+                        settings.pairs,
+                    ),
+                ]
+            )
     columns = ["case", "seconds", "bm25s", "ratio", "from", "to"]
     say(table(columns, rows))
     if settings.out:
@@ -97,7 +112,9 @@ def million(settings):
     with tempfile.TemporaryDirectory() as folder:
         make_corpus(os.path.join(folder, "corpus.jsonl"), settings.documents)
         for stage in ("index", "open"):
-            subprocess.run([sys.executable, __file__, "--stage", stage, "--folder", folder], check=True)
+            subprocess.run(
+                [sys.executable, __file__, "--stage", stage, "--folder", folder], check=True
+            )
 
 
 def make_corpus(path, documents, words=60, vocabulary=500_000):
@@ -106,9 +123,15 @@ def make_corpus(path, documents, words=60, vocabulary=500_000):
     chances = np.cumsum(1 / (np.arange(vocabulary) + 2.7))
     with open(path, "w") as file:
         for start in progress(range(0, documents, 1000), what="making documents up"):
-            drawn = np.searchsorted(chances, rng.random((min(1000, documents - start), words)) * chances[-1])
+            drawn = np.searchsorted(
+                chances, rng.random((min(1000, documents - start), words)) * chances[-1]
+            )
             for number, row in enumerate(drawn.tolist(), start):
-                document = {"_id": f"d{number}", "title": "", "text": " ".join(spelt[n] for n in row)}
+                document = {
+                    "_id": f"d{number}",
+                    "title": "",
+                    "text": " ".join(spelt[n] for n in row),
+                }
                 file.write(json.dumps(document) + "\n")
 
 
@@ -116,8 +139,10 @@ def index_stage(folder):
     before = peak()
     taken = seconds(lambda: engine.index_corpus(folder + "/corpus.jsonl", folder + "/index"))
     size = sum(path.stat().st_size for path in Path(folder, "index").iterdir()) / 2**30
-    say(f"indexing: {taken:.1f} s, peak memory {peak():.2f} GiB (of these {before:.2f} before it began), "
-        f"{size:.2f} GiB on disk")
+    say(
+        f"indexing: {taken:.1f} s, peak memory {peak():.2f} GiB (of these {before:.2f} before it began), "
+        f"{size:.2f} GiB on disk"
+    )
 
 
 def open_stage(folder):
@@ -127,8 +152,10 @@ def open_stage(folder):
     queries = [f"w{n:x} w{n * 7:x} w{n * 50:x} w0 w1 w5".split() for n in range(1, 101)]
     first = seconds(lambda: engine.search(index, queries[0], 10))
     many = seconds(lambda: [engine.search(index, query, 10) for query in queries]) / len(queries)
-    say(f"opening: {opened:.4f} s, {checked:.4f} s with a look whether the corpus is still the same; "
-        f"first search {first * 1000:.0f} ms, then {many * 1000:.1f} ms each; peak memory {peak():.2f} GiB")
+    say(
+        f"opening: {opened:.4f} s, {checked:.4f} s with a look whether the corpus is still the same; "
+        f"first search {first * 1000:.0f} ms, then {many * 1000:.1f} ms each; peak memory {peak():.2f} GiB"
+    )
 
 
 def peak():

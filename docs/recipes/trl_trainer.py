@@ -20,13 +20,20 @@ from engine.rollouts import read_rollouts
 from engine.tokens import all_token_ids, end_token_of
 from topr import token_logprobs, topr_loss
 
-DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8,
-            "learning_rate": 5e-6, "lr_scheduler_type": "constant", "num_train_epochs": 1,
-            "save_strategy": "no", "logging_steps": 1, "bf16": torch.cuda.is_available(),
-            "precompute_ref_log_probs": True,  # log mu, once, before the first step
-            "loss_type": "apo_zero_unpaired",  # the loss is ours; this name computes no KL batches
-            "disable_dropout": True,  # else pi/mu is not 1 before the first step
-            "max_length": None}
+DEFAULTS = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant",
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "bf16": torch.cuda.is_available(),
+    "precompute_ref_log_probs": True,  # log mu, once, before the first step
+    "loss_type": "apo_zero_unpaired",  # the loss is ours; this name computes no KL batches
+    "disable_dropout": True,  # else pi/mu is not 1 before the first step
+    "max_length": None,
+}
 
 
 class ToprTrainer(KTOTrainer):
@@ -62,8 +69,10 @@ def main(model_name, rollouts, arguments):
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     rows = read_rollouts(rollouts)
     tokens = all_token_ids(rows, tokenizer, end_token_of(model, tokenizer))
-    data = [{"prompt_ids": prompt, "completion_ids": completion, "label": row["reward"] > 0}
-            for row, (prompt, completion) in zip(rows, tokens)]
+    data = [
+        {"prompt_ids": prompt, "completion_ids": completion, "label": row["reward"] > 0}
+        for row, (prompt, completion) in zip(rows, tokens)
+    ]
     shared = Dataset.from_generator(lambda: iter(data))  # on disk, where TRL wants it for all ranks
     trainer = ToprTrainer(model, args=arguments, train_dataset=shared, processing_class=tokenizer)
     trainer.train()

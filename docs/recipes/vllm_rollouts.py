@@ -33,10 +33,18 @@ def rows_of(question, prompt, output):
         # logprobs=0 below asks for the sampled token alone: one dict {token: Logprob} a position
         logprobs = [position[token].logprob for token, position in zip(ids, completion.logprobs)]
         answer, reward = grade(question, completion.text)
-        yield {"id": question["id"], "prompt": prompt, "completion": completion.text,
-               "reward": reward, "answer": answer, "gold": question["gold"],
-               "prompt_ids": output.prompt_token_ids, "completion_ids": ids, "logprobs": logprobs,
-               "finish": completion.finish_reason}
+        yield {
+            "id": question["id"],
+            "prompt": prompt,
+            "completion": completion.text,
+            "reward": reward,
+            "answer": answer,
+            "gold": question["gold"],
+            "prompt_ids": output.prompt_token_ids,
+            "completion_ids": ids,
+            "logprobs": logprobs,
+            "finish": completion.finish_reason,
+        }
 
 
 def main(model, questions, out, samples=16, max_tokens=512):
@@ -46,8 +54,9 @@ def main(model, questions, out, samples=16, max_tokens=512):
     # penalties. That is log mu as train.py and topr_loss want it, whatever the sampling was.
     # processed_logprobs come after them: pi/mu would not be 1 before the first step.
     llm = LLM(model=model, logprobs_mode="raw_logprobs")
-    sampling = SamplingParams(n=samples, temperature=1.0, top_p=1.0, top_k=0,
-                              max_tokens=max_tokens, logprobs=0)
+    sampling = SamplingParams(
+        n=samples, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_tokens, logprobs=0
+    )
     prompts = [prompt_of(question, llm.get_tokenizer()) for question in questions]
     outputs = llm.generate([{"prompt_token_ids": ids} for _, ids in prompts], sampling)
     with open(out, "w") as file:
