@@ -306,7 +306,8 @@ def test_an_earlier_model_is_freed_first(tiny):
 
 def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, capsys):
     """256 rows were 75 GiB for 8 billion weights; out of memory was a traceback."""
-    model, sizes, results, write = random_model("llama"), [], [], sampler.write
+    model = random_model("llama").double()  # in float32 the size of a batch can turn a draw
+    sizes, results, write = [], [], sampler.write
 
     def spy(model, tokenizer, questions, batch, *rest):
         sizes[-1] = max(sizes[-1], len(batch))
@@ -318,9 +319,7 @@ def test_a_batch_that_fits_and_one_that_does_not(tiny, monkeypatch, capsys):
         monkeypatch.setattr(sampler, "memory_left", lambda device, left=left: left)
         results.append(written(model, PROMPTS, samples=200, max_new_tokens=4))
     assert sizes[0] == 512 and 1 < sizes[1] < 100 and sizes[2] == 1
-    first, *others = ([tokens for one in result for tokens in one] for result in results)
-    for other in others:  # 1,000 completions; rounding changes one in thousands
-        assert sum(a != b for a, b in zip(first, other, strict=True)) < 5
+    assert results[0] == results[1] == results[2]
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 75 GiB")
