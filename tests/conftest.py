@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are tiny; threads only fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PYTHON_COLORS"] = "0"  # FORCE_COLOR, which many CIs set, colours --help from 3.14 on
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
