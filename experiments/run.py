@@ -4,7 +4,7 @@ python experiments/run.py                       all of them: about 90 minutes on
 python experiments/run.py collapse shares       some of them
 python experiments/run.py --quick               one seed, one pass: about 12 minutes
 python experiments/run.py --show                tables and pictures of existing results
-python experiments/run.py sums                  a pretrained model: about an hour
+python experiments/run.py sums                  a pretrained model: an hour and a half
 python experiments/run.py long rates pretrained scifact     four more that take hours, on long
                                                 answers and with a pretrained model
 """

@@ -152,11 +152,6 @@ def test_the_task_is_one(tmp_path):
         assert task.grade(rows[0], text) == graded
 
 
-def test_the_exercise_has_an_answer():
-    (code,) = re.findall(r'`python -c "([^`]*)"`', README)
-    assert eval(code.split("print")[1]) == pytest.approx(-0.8)
-
-
 # ---- numbers ----
 
 
