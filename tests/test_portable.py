@@ -15,7 +15,9 @@ sys.argv[0] = script
 own_import = builtins.__import__
 
 def hidden(name, globals=None, *rest, **more):  # other packages know their system
-    if name in ("fcntl", "resource") and (globals or {}).get("__file__", "").startswith(root):
+    file = (globals or {}).get("__file__", "")
+    ours = file.startswith(root + "/") and "site-packages" not in file  # root may hold a .venv
+    if name in ("fcntl", "resource") and ours:
         raise ImportError(name)
     return own_import(name, globals, *rest, **more)
 
