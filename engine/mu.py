@@ -43,7 +43,10 @@ def make_mu(settings, policy, data, needs_mu, model_fingerprint):
                 np.save(file, np.concatenate(scores))
         barrier()
     ends = np.cumsum([len(row.completion) for row in data.rows])
-    data.mu = np.split(np.load(path), ends[:-1])
+    try:
+        data.mu = np.split(np.load(path), ends[:-1])
+    except (ValueError, OSError, EOFError):
+        raise Problem(f"{path}: is damaged: remove it, and it is computed again")
     return f"of the starting weights, in {path}"
 
 

@@ -173,6 +173,16 @@ def test_a_bad_file_by_the_command_line(policy, good, tmp_path):
     assert os.listdir(tmp_path / "out") == [".lock"]
 
 
+def test_a_damaged_log_mu_is_one_line(policy, good, tmp_path):
+    path = in_a_file(tmp_path, good, {**good, "reward": -1.0})
+    command = [ROOT / "train.py", "--model", policy[0], "--rollouts", path, "--mu", "start"]
+    assert in_process(*command, "--out", tmp_path / "first").returncode == 0
+    (kept,) = tmp_path.glob("*.mu-*.npy")
+    kept.write_bytes(b"x")
+    result = in_process(*command, "--out", tmp_path / "second")
+    assert result.returncode == 2 and f"{kept}: is damaged" in result.stdout, result.stdout
+
+
 def test_odd_files_that_are_right(policy, good, tmp_path):
     """CRLF, blank lines, no newline at the end, unknown fields, the same completion twice."""
     line = json.dumps({**good, "mine": {"x": 1}, "prompt": "\u00fc \0 " + PROMPT}).encode()
