@@ -81,9 +81,7 @@ class Job(Sampling):
         ("checked", "file", "start"),
     )
     schedule: str = setting("constant", "learning-rate schedule", ("constant", "cosine"))
-    warmup: int = setting(
-        0, "steps in which the rate rises from 0 (a cosine falls from the first step on)"
-    )
+    warmup: int = setting(0, "steps in which the rate rises from 0, before the schedule begins")
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)")
     tokens_per_pass: int = setting(
         0, "tokens in a forward pass, padding included (0: 16384, on a CPU 1024)", free=True

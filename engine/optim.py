@@ -84,10 +84,20 @@ def first_state(settings, p):
     }
 
 
+def part_of_rate(settings, step, steps):
+    """0 to 1, which it reaches after the warm-up."""
+    after = step - settings.warmup
+    if after < 0:
+        return (step + 1) / (settings.warmup + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * after / (steps - settings.warmup)))
+
+
 @torch.no_grad()
 def update(settings, optimizer, step, steps):
-    """One optimizer step. The rate rises over the first --warmup steps, and falls as a cosine if
-    that is asked for.
+    """One optimizer step. The rate rises over the first --warmup steps; after them it stays, or
+    falls as a cosine.
 
     bfloat16 weights take the step in float32, one tensor at a time, and are rounded at random.
     bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the spacing, and
@@ -96,9 +106,7 @@ def update(settings, optimizer, step, steps):
     tensor for each weight.)
     """
     (group,) = optimizer.param_groups
-    group["lr"] = optimizer.defaults["lr"] * min(1.0, (step + 1) / (settings.warmup + 1))
-    if settings.schedule == "cosine":
-        group["lr"] *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    group["lr"] = optimizer.defaults["lr"] * part_of_rate(settings, step, steps)
     parameters = group["params"]
     if all(p.dtype == torch.float32 for p in parameters):
         return optimizer.step()

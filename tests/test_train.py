@@ -378,6 +378,19 @@ def test_a_non_finite_step_stops_the_run(tiny, rollouts, tmp_path, monkeypatch):
 # ---- the optimizer and the model ----
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_rate_reaches_what_was_asked_for(schedule, tiny, rollouts, tmp_path):
+    """A cosine that began with the warm-up was below the stated rate at the warm-up's end."""
+    changes = {"epochs": 20, "warmup": 4, "schedule": schedule, "learning_rate": 1e-3}
+    log = train.train(train_settings(tiny, rollouts, tmp_path / "out", max_steps=12, **changes))
+    rates = [entry["learning_rate"] for entry in log]
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    after = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates[4:] == pytest.approx(
+        [1e-3 * (each if schedule == "cosine" else 1) for each in after]
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_small_updates_are_not_lost_in_bfloat16(optimizer):
     """300 steps at 5e-7 with a constant gradient: bfloat16 weights move in the mean as float32
