@@ -157,9 +157,7 @@ def train(settings, evaluate=None):
 
             # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
             start = time.time()
-            units, parts = backward(settings, policy, data, step, loss_function, model, signals)
-            if signals and world() == 1:  # this step is given up
-                stop(settings, model, optimizer, step, signals)
+            units, parts = backward(settings, policy, data, step, loss_function, model)
             limit = settings.grad_clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             norm = float(norm.full_tensor() if settings.shard else norm)
@@ -180,12 +178,14 @@ def train(settings, evaluate=None):
             run_folder.write_log(settings, log, entry)
             if step in (advice.LOOK_AT, steps - 1):
                 say(*advice.of_log(log))
-            if any(all_signals):
-                stop(settings, model, optimizer, step + 1, sum(all_signals, []))
             is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
-            if is_due or waits[0] > 300:  # seconds without one
+            stop = sum(all_signals, [])
+            if is_due or stop or waits[0] > 300:  # seconds without one
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
                 saved = time.time()
+            if stop:
+                done = f"stopped by a signal; {step + 1} steps are done and saved"
+                raise Stopped(f"{done}: the same command goes on", stop[0])
         if evaluate and settings.eval_every:
             run_folder.write_log(settings, log, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
@@ -193,7 +193,7 @@ def train(settings, evaluate=None):
     return log
 
 
-def backward(settings, policy, data, step, loss_function, model, signals):
+def backward(settings, policy, data, step, loss_function, model):
     """Adds the gradient of the rows of this step, which are the same for any number of ranks.
 
     Returns the rows, [rows, 1], or for DPO [pairs, 2], and the numbers of each forward pass.
@@ -202,8 +202,6 @@ def backward(settings, policy, data, step, loss_function, model, signals):
     heard = units[~data.silent[units[:, 0]]]  # the others have a part in N alone
     micro_batches = batches.micro_batches(settings, data, heard, model)
     for number, batch in enumerate(micro_batches, 1):
-        if signals and world() == 1:  # of many ranks, each waits for the others' step
-            break
         # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
         policy.require_backward_grad_sync = number == len(micro_batches)
         logp = policy(batch.packed, batch.mask)  # [batch, time]
@@ -228,14 +226,6 @@ def broken_off(data, step, rows, why):
     return Problem(
         f"step {step}: {why}, of lines {lines} of the rollout file; nothing was "
         "updated, and the last checkpoint stays"
-    )
-
-
-def stop(settings, model, optimizer, step, signals):
-    run_folder.save_checkpoint(settings, model, optimizer, step)
-    raise Stopped(
-        f"stopped by a signal; {step} steps are done and saved: the same command goes on",
-        signals[0],
     )
 
 

@@ -59,7 +59,7 @@ def catch_signals():
 
     def note(number, _):
         signals.append(number)
-        print("stopping", file=sys.stderr)
+        print("stopping at the end of this step", file=sys.stderr)
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -151,8 +151,6 @@ def save_checkpoint(settings, model, optimizer, step):
 
     path, beside = f"{settings.out}/checkpoint-{step:08}", f"{settings.out}/{HALF}"
     older = checkpoints(settings.out)
-    if from_first(path in older):  # a signal came just after it was made
-        return
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()

@@ -437,16 +437,6 @@ def test_a_setting_that_is_none_is_compared(tiny, rollouts, tmp_path):
         train.train_once(train_settings(tiny, rollouts, tmp_path, max_steps=1))
 
 
-def test_a_checkpoint_is_written_once(tiny, tmp_path):
-    """A signal in the step after a checkpoint saves the same state: "Directory not empty"."""
-    settings = train_settings(tiny, "", tmp_path)
-    model, _ = sampler.load_model(tiny, settings, "cpu")
-    optimizer = optim.make_optimizer(settings, model)
-    for _ in range(2):
-        run_folder.save_checkpoint(settings, model, optimizer, 3)
-    assert len(run_folder.checkpoints(tmp_path)) == 1
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
