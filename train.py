@@ -273,8 +273,8 @@ def set_up(settings):
         policy = replicate(policy, batches.empty_batch(device))
     say(
         *advice.before_the_first_step(settings, data),
-        f"loss {settings.loss}, "
-        f"{settings.sequences} completions a step, log mu {source}, results in {settings.out}",
+        f"settings that differ from the defaults: {advice.differing(settings)}",
+        f"loss {settings.loss}, {settings.sequences} completions a step, log mu {source}",
     )
     return tokenizer, data, model, policy, loss_function, run
 

@@ -1,6 +1,10 @@
 """What the log of a run says: one line for each thing that looks wrong, and what helps."""
 
+import dataclasses
+
 import numpy as np
+
+from engine.common import option_name
 
 LOOK_AT = 20  # the step after which the log is read, as at the end
 
@@ -12,7 +16,7 @@ def before_the_first_step(settings, data):
         f"{settings.rollouts}: {rewards.size:,} completions, {positive_share:.1%} positive, "
         f"{silent:,} without a gradient in this loss"
     )
-    if rewards.min() >= 0 or rewards.max() <= 0:
+    if rewards.max() <= 0 or rewards.min() >= 0 and settings.loss != "sft":
         yield "all rewards have the same sign: there is nothing to tell right from wrong"
     is_chosen = settings.baseline or settings.positive_share is not None
     if settings.loss == "topr" and positive_share < 1 / 3 and not is_chosen:
@@ -20,6 +24,14 @@ def before_the_first_step(settings, data):
             f"only {positive_share:.0%} of the completions are positive: if right answers fall, "
             "too (d_positive below 0), try --positive-share 0.5"
         )
+
+
+def differing(settings):
+    """The settings that differ from the defaults, as options of a command line."""
+    fields = dataclasses.fields(settings)
+    values = {option_name(field): getattr(settings, field.name) for field in fields}
+    defaults = {option_name(field): field.default for field in fields}
+    return " ".join(f"{name} {value}" for name, value in values.items() if value != defaults[name])
 
 
 def of_log(log):

@@ -68,7 +68,20 @@ def data_of(share):
     return SimpleNamespace(rewards=rewards, units=np.arange(10)[:, None], silent=np.zeros(10, bool))
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_rewards_of_one_sign_are_named(share):
-    lines = list(advice.before_the_first_step(train.Settings(loss="sft"), data_of(share)))
-    assert len(lines) == 2 and "the same sign" in lines[1]
+@pytest.mark.parametrize(
+    "loss, share, said", [("topr", 0, 1), ("topr", 1, 1), ("sft", 0, 1), ("sft", 1, 0)]
+)
+def test_rewards_of_one_sign_are_named(loss, share, said):
+    """Demonstrations, which are all positive, are what sft is for."""
+    settings = train.Settings(loss=loss, baseline=0.1)
+    _, *lines = advice.before_the_first_step(settings, data_of(share))
+    assert len(lines) == said and all("the same sign" in line for line in lines)
+
+
+def test_a_run_says_which_settings_differ_from_the_defaults():
+    settings = train.Settings(
+        model="m", out="o", learning_rate=1e-5, plain_prompt=True, loss="topr"
+    )
+    said = advice.differing(settings)
+    assert "--model m --out o" in said and "--learning-rate 1e-05" in said
+    assert "--plain-prompt" in said and "--loss" not in said and "--seed" not in said
