@@ -71,39 +71,21 @@ class Settings(Sampling):
 # ---- measuring ----
 
 
-def evaluate(
-    model,
-    tokenizer,
-    task,
-    settings,
-    split,
-    count,
-    out="",
-    greedy=True,
-    what="sampling",
-    logprobs=True,
-):
+def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True, logprobs=True):
     """{name: [a value for each question]} of `count` questions of a split, on every rank.
 
     greedy: each question is also answered at temperature 0, which gives the first measure once
     more. The completions are kept in the file `out` (the greedy ones beside it), when it is named.
     """
     questions = load_questions(task, split, count, settings.seed, tokenizer, settings)
-    rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, what, logprobs)
+    rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, logprobs)
     values = measured(task, rows, settings.seed)
     show_samples(rows)
     if greedy:
         likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
         beside = out and f"{out.removesuffix('.jsonl')}-greedy.jsonl"
         rows = sample_rollouts(
-            model,
-            tokenizer,
-            questions,
-            task.grade,
-            likeliest,
-            beside,
-            f"{what}, greedy",
-            logprobs=False,
+            model, tokenizer, questions, task.grade, likeliest, beside, logprobs=False
         )
         values["greedy"] = next(iter(measured(task, rows, settings.seed).values()), [])
     return from_first(values)  # who has the rows measures
@@ -149,9 +131,8 @@ def sample_rollout_file(settings, task, policy, path, number=1):
     def questions(tokenizer):
         return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
 
-    sample_once(
-        settings, policy, questions, task.grade, path, seed=settings.seed + 1_000_003 * (number - 1)
-    )
+    this = dataclasses.replace(settings, seed=settings.seed + 1_000_003 * (number - 1))
+    sample_once(this, policy, questions, task.grade, path)
 
 
 def measure_once(settings, task, policy, name):
@@ -166,7 +147,6 @@ def measure_once(settings, task, policy, name):
         "test",
         settings.test_questions,
         f"{settings.out}/{name}.jsonl",
-        what=f"measuring {name}",
         logprobs=False,
     )
 
@@ -179,9 +159,7 @@ def curve_point(settings, task):
     questions = load_questions(task, "test", count, sampling.seed, tokenizer, sampling)
 
     def point(model):
-        rows = sample_rollouts(
-            model.eval(), tokenizer, questions, task.grade, sampling, what="measuring"
-        )
+        rows = sample_rollouts(model.eval(), tokenizer, questions, task.grade, sampling)
         values = from_first(measured(task, rows, sampling.seed))
         return {name: interval(values[name])["mean"] for name in list(values)[:2]}
 
@@ -263,23 +241,18 @@ def curve(logs):
 # ---- sampling into a file ----
 
 
-def sample_once(settings, policy, questions, grade, out="", logprobs=True, **changes):
+def sample_once(settings, policy, questions, grade, out=""):
     """The rollout rows that a policy (its folder or name) writes; a finished file is reused.
 
     The rows are on the first rank alone, as those of sample_rollouts.
-    questions: a function tokenizer -> list of question dicts. `changes` replace fields of settings.
+    questions: a function tokenizer -> list of question dicts.
     """
-    settings = dataclasses.replace(settings, model=policy, **changes)
+    settings = dataclasses.replace(settings, model=policy)
     model, tokenizer = load_model(policy, settings, start_ranks())
-    what = os.path.basename(out) or "sampling"
-    return sample_rollouts(
-        model, tokenizer, questions(tokenizer), grade, settings, out, what, logprobs
-    )
+    return sample_rollouts(model, tokenizer, questions(tokenizer), grade, settings, out)
 
 
-def sample_rollouts(
-    model, tokenizer, questions, grade, settings, out="", what="sampling", logprobs=True
-):
+def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logprobs=True):
     """Rollout rows for all questions, on the first rank; also as the file `out` when it is named.
 
     The other ranks get an empty list: the rows of a large file would fill the memory of each.
@@ -309,6 +282,7 @@ def sample_rollouts(
     todo, mine, own_part = todo[rank() :: world()], {}, f"{parts}{rank()}-{time.time_ns()}"
     complete = functools.partial(complete_here, model, logprobs and bool(out))
     complete = complete if model else server.complete
+    what = os.path.basename(out) or "sampling"
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
         for number, completions in complete(tokenizer, questions, todo, settings, bar):
             mine[number] = [
@@ -402,10 +376,8 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, ba
 
 
 def add_line(path, value):
-    with writing(path):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
 
 
 def read_parts(parts):

@@ -192,9 +192,19 @@ def progress(items=None, total=None, what="", unit="step", initial=0):
 
 
 @contextlib.contextmanager
-def writing(path, errors=OSError):
-    """A full disk or a closed folder is one line."""
+def reading(path):
+    """A file that is not there, or is damaged, is one line."""
     try:
+        yield
+    except (OSError, ValueError) as error:
+        raise Problem(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+@contextlib.contextmanager
+def writing(path, errors=OSError):
+    """Makes the folder of a path; a full disk or a closed folder is one line."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         yield
     except errors as error:
         failures = getattr(error, "failures", {}).values()  # of torch's checkpoints: what, where
@@ -211,7 +221,6 @@ def lock(path):
     held = FileLock(path)
     if rank() == 0:
         with writing(path):
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             try:
                 held.acquire(timeout=0)
             except Timeout:
@@ -225,7 +234,6 @@ def whole_file(path, mode="w"):
     beside = f"{path}.part-{socket.gethostname()}-{os.getpid()}"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with writing(path):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         try:
             with open(beside, mode, **text) as file:
                 yield file
@@ -243,11 +251,8 @@ def write_json(path, value):
 
 
 def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise Problem(f"{path}: cannot be read as JSON: {error}")
+    with reading(path), open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 # ---- tables and pictures ----

@@ -10,7 +10,7 @@ import json
 import os
 import re
 
-from engine.common import Problem, progress, whole_file
+from engine.common import Problem, progress, reading, whole_file
 
 LONGEST_LINE = 2**24  # bytes; a longer one is a damaged file, not a completion
 LARGEST = 3e38  # float32, in which the loss is computed, holds no more
@@ -46,11 +46,8 @@ def short_hash(text):
 
 
 def file_fingerprint(path):
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise Problem(f"{path}: cannot be read: {error.strerror}")
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # ---- reading ----
@@ -82,7 +79,7 @@ def each_rollout(path, map_rewards="", need_reward=True):
 
 def read_lines(path, what):
     """(line number, line) of each line that is not blank."""
-    try:
+    with reading(path):
         total = os.path.getsize(path)
         with open(path, "rb") as file, progress(total=total, what=what, unit="B") as bar:
             number = 0
@@ -96,8 +93,6 @@ def read_lines(path, what):
                 if line.strip():
                     yield number, line
                 bar.update(len(line))
-    except OSError as error:
-        raise Problem(f"{path}: cannot be read: {error.strerror}")
 
 
 def parse_line(line, place, mapping=None, need_reward=True):

@@ -18,7 +18,17 @@ import warnings
 import torch
 
 from engine import lora
-from engine.common import Problem, first_line, lock, read_json, say, whole_file, write_json, writing
+from engine.common import (
+    Problem,
+    first_line,
+    lock,
+    read_json,
+    reading,
+    say,
+    whole_file,
+    write_json,
+    writing,
+)
 from engine.parallel import barrier, from_first, rank, whole_weights
 from engine.rollouts import file_fingerprint
 
@@ -34,8 +44,7 @@ def prepare_folder(settings):
     out = settings.out
     if os.path.realpath(out) == os.path.realpath(settings.model):
         raise Problem(f"--out {out} is the starting model, and would be overwritten")
-    with writing(out):
-        os.makedirs(out, exist_ok=True)
+    with writing(f"{out}/.lock"):
         open(f"{out}/.lock", "a").close()  # may files be written to it?
     check_same_run(settings, {"rounds": settings.rounds})
 
@@ -108,11 +117,8 @@ def finished(folder):
 
 def read_log(folder):
     path = f"{folder}/log.jsonl"
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
-    except (OSError, ValueError) as error:
-        raise Problem(f"{path}: cannot be read: {error}. Remove {folder} to start anew")
+    with reading(path), open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
 
 
 def write_log(settings, log, entry):
