@@ -30,6 +30,7 @@ from data import OURS, load_task
 from engine import mu, server
 from engine.common import (
     Problem,
+    check_same,
     draw_lines,
     lock,
     parse,
@@ -342,15 +343,7 @@ def finished_rows(out, questions, grade, sampling, samples):
     rows = read_rollouts(out, need_reward=False)
     there = {"completions": len(rows), **(rows[0].get("sampling") or {})}
     asked = {"completions": len(questions) * samples, **sampling}
-    differ = [
-        f"{name}: {there.get(name)!r:.60} there, {asked[name]!r:.60} asked for"
-        for name in asked
-        if there.get(name) != asked[name]
-    ]
-    if differ:
-        raise Problem(
-            f"{out} holds other rollouts ({'; '.join(differ)}): use another --out, or remove it"
-        )
+    check_same(out, "other rollouts", there, asked)
     graded = [make_row(grade, row, {}, sampling) for row in rows]
     if graded != rows:
         write_rollouts(out, graded)

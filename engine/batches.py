@@ -5,7 +5,6 @@ JSONL lines -> read_data: rows of tokens -> step_units: the rows of a step -> mi
 
 import dataclasses
 import functools
-import itertools
 import math
 import typing
 
@@ -18,7 +17,7 @@ from engine.common import Problem, say
 from engine.packing import completions_per_row, pack
 from engine.parallel import rank, world
 from engine.rollouts import each_rollout
-from engine.tokens import all_token_ids, end_token_of, is_foreign
+from engine.tokens import end_token_of, is_foreign, token_ids
 
 PROMPT_GROUP = 4  # completions of a prompt that stay adjacent in the random order, to be packed
 CHECKED_ROWS = 64  # of a file, whose tokens are compared with their text
@@ -57,27 +56,25 @@ class Data:
 def read_data(settings, model, tokenizer):
     """The rollout file, checked before any weight moves."""
     config, end_token = model.config.get_text_config(), end_token_of(model, tokenizer)
-    rollouts = each_rollout(settings.rollouts, settings.map_rewards)
     rows, prompts = [], {}
-    while chunk := list(itertools.islice(rollouts, 1024)):  # tokenizers like many texts
-        tokens = all_token_ids([row for _, row in chunk], tokenizer, end_token)
-        for (line, row), (prompt, completion) in zip(chunk, tokens):
-            fault = find_fault(row, prompt, completion, config)
-            if fault is None and len(rows) < CHECKED_ROWS and is_foreign(row, tokenizer):
-                fault = f"its completion_ids do not decode to its completion. {TEXT_ALONE}"
-            if fault:
-                raise Problem(f"{settings.rollouts}:{line}: {fault}")
-            prompt, mu = tuple(prompt), row.get("logprobs")
-            rows.append(
-                Row(
-                    line,
-                    row["id"],
-                    row["reward"],
-                    prompts.setdefault(prompt, prompt),
-                    np.array(completion, np.int32),
-                    np.array(mu, np.float32) if mu else None,
-                )
+    for line, row in each_rollout(settings.rollouts, settings.map_rewards):
+        prompt, completion = token_ids(row, tokenizer, end_token)
+        fault = find_fault(row, prompt, completion, config)
+        if fault is None and len(rows) < CHECKED_ROWS and is_foreign(row, tokenizer):
+            fault = f"its completion_ids do not decode to its completion. {TEXT_ALONE}"
+        if fault:
+            raise Problem(f"{settings.rollouts}:{line}: {fault}")
+        prompt, mu = tuple(prompt), row.get("logprobs")
+        rows.append(
+            Row(
+                line,
+                row["id"],
+                row["reward"],
+                prompts.setdefault(prompt, prompt),
+                np.array(completion, np.int32),
+                np.array(mu, np.float32) if mu else None,
             )
+        )
     units = make_units(settings, rows)
     return Data(
         rows,

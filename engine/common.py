@@ -245,6 +245,17 @@ def whole_file(path, mode="w"):
                 os.remove(beside)
 
 
+def check_same(path, what, before, now):
+    """A file or a folder of another command is refused, naming what differs."""
+    differ = [
+        f"{name} was {before.get(name)!r:.60} and is {value!r:.60}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if differ:
+        raise Problem(f"{path} holds {what}: {'; '.join(differ)}. Use another --out, or remove it")
+
+
 def write_json(path, value):
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1) + "\n")

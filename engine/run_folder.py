@@ -20,6 +20,7 @@ import torch
 from engine import lora
 from engine.common import (
     Problem,
+    check_same,
     first_line,
     lock,
     read_json,
@@ -94,17 +95,7 @@ def describe_run(settings, **weights):
 def check_same_run(settings, run):
     """A folder belongs to one command: another one is refused, naming what differs."""
     if checkpoints(settings.out) or finished(settings.out):
-        before = read_json(f"{settings.out}/run.json")
-        differ = [
-            f"{name} was {before.get(name)!r} and is {now!r}"
-            for name, now in run.items()
-            if before.get(name, now) != now
-        ]
-        if differ:
-            raise Problem(
-                f"{settings.out} holds another run: {'; '.join(differ)}. Use another "
-                "--out, or remove it"
-            )
+        check_same(settings.out, "another run", read_json(f"{settings.out}/run.json"), run)
 
 
 def finished(folder):

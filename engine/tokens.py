@@ -4,29 +4,16 @@ from engine.common import Problem
 from engine.tasks import one_line
 
 
-def all_token_ids(rows, tokenizer, end_token):
-    """(prompt_ids, completion_ids) of each row: the file's own, or made from its text."""
-    prompts = missing_ids(rows, "prompt", tokenizer)
-    completions = missing_ids(rows, "completion", tokenizer)
-    tokens, start = [], start_tokens(tokenizer)
-    for row in rows:
-        before, after = row.get("prompt_ids"), row.get("completion_ids")
-        if before is None:
-            before = with_start(prompts[row["prompt"]], start)
-        if after is None:
-            after = completions[row["completion"]]
-            if row.get("finish") != "length" and after[-1:] != [end_token]:
-                after = after + [end_token]  # it stopped, so the policy wrote the end token
-        tokens.append((before, after))
-    return tokens
-
-
-def missing_ids(rows, field, tokenizer):
-    """{text: tokens} of the prompts or completions whose tokens are not in the file."""
-    texts = list({row[field]: None for row in rows if row.get(f"{field}_ids") is None})
-    if not texts:
-        return {}
-    return dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
+def token_ids(row, tokenizer, end_token):
+    """(prompt_ids, completion_ids) of a row: the file's own, or made from its text."""
+    prompt, completion = row.get("prompt_ids"), row.get("completion_ids")
+    if prompt is None:
+        prompt = prompt_tokens(row["prompt"], tokenizer)
+    if completion is None:
+        completion = plain_tokens(row["completion"], tokenizer)
+        if row.get("finish") != "length" and completion[-1:] != [end_token]:
+            completion = [*completion, end_token]  # it stopped, so the policy wrote the end token
+    return prompt, completion
 
 
 def is_foreign(row, tokenizer):
@@ -39,13 +26,13 @@ def is_foreign(row, tokenizer):
     return text not in completion and completion not in text
 
 
+def plain_tokens(text, tokenizer):
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
 def prompt_tokens(text, tokenizer):
     """What a model sees: with its start token, once, also if a chat template wrote it already."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return with_start(ids, start_tokens(tokenizer))
-
-
-def with_start(ids, start):
+    ids, start = plain_tokens(text, tokenizer), start_tokens(tokenizer)
     return ids if ids[:1] == start else start + ids
 
 
@@ -84,7 +71,7 @@ def end_token_of(model, tokenizer):
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         with one_line("the chat template takes no question with an answer"):
             text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
-        after = tokenizer(text, add_special_tokens=False).input_ids
+        after = plain_tokens(text, tokenizer)
     return next((token for token in [*after, tokenizer.eos_token_id] if token in ends), ends[0])
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT, in_process
 from data import load_task, maths
 from engine import sampler, tasks
 from engine.rollouts import read_rollouts, write_rollouts
-from engine.tokens import all_token_ids, end_tokens
+from engine.tokens import end_tokens, token_ids
 from test_maths import need
 
 TEMPLATE = (
@@ -82,7 +82,7 @@ def test_prompts_go_through_the_template_once(chat):
     model, tokenizer = sampler.load_model(chat, evaluation.Settings(), "cpu")
     row = {"id": "q", "question": "How many? <|im_end|>"}
     prompt = tasks.make_prompt(load_task("gsm8k"), row, tokenizer, evaluation.Settings())
-    ids, _ = all_token_ids([{"prompt": prompt, "completion": "x"}], tokenizer, 0)[0]
+    ids, _ = token_ids({"prompt": prompt, "completion": "x"}, tokenizer, 0)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert ids.count(tokenizer.eos_token_id) == 1  # the template's; the question's is only text
     assert len(end_tokens(model, tokenizer)) == 2

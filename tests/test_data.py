@@ -8,7 +8,7 @@ import pytest
 from data import apples
 from engine.common import table, whole_file
 from engine.rollouts import read_rollouts, write_rollouts
-from engine.tokens import all_token_ids, is_foreign, prompt_tokens
+from engine.tokens import is_foreign, prompt_tokens, token_ids
 
 GOOD = {"id": "q", "prompt": "2 + 2 ?", "completion": "The answer is 4 .", "reward": 1.0}
 
@@ -64,7 +64,7 @@ def test_ids_from_text_are_the_samplers(tokenizer):
     row, end = {**GOOD, "prompt": "Tom has 12 apples ."}, tokenizer.eos_token_id
 
     def ids(**changes):
-        return all_token_ids([{**row, **changes}], tokenizer, end)[0]
+        return token_ids({**row, **changes}, tokenizer, end)
 
     prompt, completion = ids()
     assert prompt.count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id

@@ -103,7 +103,7 @@ def test_only_the_first_rank_holds_the_rows(tiny, tmp_path):
         result = torchrun(2, script, tiny, out, 0)
         assert "rows [(15, 5), (0, 0)]" in result.stdout, result.stdout
     result = torchrun(2, script, tiny, out, 1)  # another seed: the first rank alone finds it
-    assert "seed: 0 there, 1 asked for" in result.stdout, result.stdout
+    assert "seed was 0 and is 1" in result.stdout, result.stdout
     assert result.returncode != 0 and "has died" not in result.stdout, result.stdout
 
 
@@ -160,13 +160,13 @@ def test_a_finished_file_is_reused_and_never_overwritten(policy, tiny, tmp_path,
         assert sample(policy, tiny, out, **same) == first
         assert "reusing" in capsys.readouterr().out
     for changes, named in (
-        (dict(temperature=0.5), "temperature: 1.0 there, 0.5 asked for; questions: "),
-        (dict(samples=4), "completions: 12 there, 24"),
-        (dict(questions=5), "completions: 12 there, 10"),
-        (dict(questions=4, samples=3), "questions: "),
-        (dict(seed=3), "seed: 0 there, 3"),
+        (dict(temperature=0.5), "temperature was 1.0 and is 0.5; questions was "),
+        (dict(samples=4), "completions was 12 and is 24"),
+        (dict(questions=5), "completions was 12 and is 10"),
+        (dict(questions=4, samples=3), "questions was "),
+        (dict(seed=3), "seed was 0 and is 3"),
     ):
-        with pytest.raises(Problem, match=rf"holds other rollouts \({named}"):
+        with pytest.raises(Problem, match=f"holds other rollouts: {named}"):
             sample(policy, tiny, out, **changes)
     assert out.read_bytes() == stamp
     again = sample(policy, tiny, out, grade=lambda *_: ("7", 1.0))
@@ -305,7 +305,7 @@ def test_before_and_after(policy, tiny, tmp_path, capsys):
     assert evaluation.measure_once(settings, APPLES, tiny, "before") == before
     assert capsys.readouterr().out.count("reusing") == 2
     other = dataclasses.replace(settings, max_new_tokens=6)
-    with pytest.raises(Problem, match=r"before.jsonl holds other rollouts \(max_new_tokens: 12"):
+    with pytest.raises(Problem, match="before.jsonl holds other rollouts: max_new_tokens was 12"):
         evaluation.measure_once(other, APPLES, tiny, "before")
     point = evaluation.curve_point(settings, APPLES)(policy[0])
     assert list(point) == ["pass@1", "invalid"]

@@ -22,7 +22,7 @@ from transformers import (
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
 from engine.rollouts import read_rollouts
-from engine.tokens import all_token_ids, end_token_of
+from engine.tokens import end_token_of, token_ids
 from topr import completion_logprobs, token_logprobs, topr_loss
 
 DEFAULTS = {
@@ -71,8 +71,9 @@ def remove_dropout(model):
 def read_rows(path, model, tokenizer):
     """A dict of tensors for each rollout. The mask comes from lengths, not from a pad token."""
     rollouts, rows = read_rollouts(path), []
-    tokens = all_token_ids(rollouts, tokenizer, end_token_of(model, tokenizer))
-    for rollout, (prompt, completion) in zip(rollouts, tokens):
+    end_token = end_token_of(model, tokenizer)
+    for rollout in rollouts:
+        prompt, completion = token_ids(rollout, tokenizer, end_token)
         ids = torch.tensor(prompt + completion, device=model.device)  # [time]
         mask = torch.arange(len(ids), device=model.device) >= len(prompt)  # [time]
         mu_logp = completion_logprobs(model, ids[None], mask[None])[0]  # [time]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
 from engine.rollouts import read_rollouts
-from engine.tokens import all_token_ids, end_token_of
+from engine.tokens import end_token_of, token_ids
 from topr import completion_logprobs, topr_loss
 
 
@@ -41,7 +41,8 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(devic
 policy = LogProbs(model.eval())  # eval: no dropout
 tokenizer = AutoTokenizer.from_pretrained(path)
 rows = read_rollouts(rollouts)
-tokens = all_token_ids(rows, tokenizer, end_token_of(model, tokenizer))  # (prompt, completion) each
+end = end_token_of(model, tokenizer)
+tokens = [token_ids(row, tokenizer, end) for row in rows]  # (prompt, completion) each
 reward = torch.tensor([row["reward"] for row in rows], device=device)  # [rows]
 with torch.no_grad():  # log mu: once, before the first step; never again
     mu = [policy(*make_batch([row]))[0] for row in tokens]  # [rows] of [time]

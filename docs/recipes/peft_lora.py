@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
 from engine.rollouts import read_rollouts
-from engine.tokens import all_token_ids, end_token_of
+from engine.tokens import end_token_of, token_ids
 from topr import completion_logprobs, topr_loss
 
 MICRO_BATCH = 8  # sequences in a forward pass
@@ -26,8 +26,8 @@ MICRO_BATCH = 8  # sequences in a forward pass
 def read_rows(path, model, tokenizer):
     """(tokens of the prompt, tokens of the completion, reward) of each rollout."""
     rows = read_rollouts(path)
-    tokens = all_token_ids(rows, tokenizer, end_token_of(model, tokenizer))
-    return [(*ids, row["reward"]) for ids, row in zip(tokens, rows)]
+    end_token = end_token_of(model, tokenizer)
+    return [(*token_ids(row, tokenizer, end_token), row["reward"]) for row in rows]
 
 
 def tensors(rows):

@@ -17,7 +17,7 @@ from trl import KTOConfig, KTOTrainer
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../.."))  # topr.py and engine/ are there
 from engine.rollouts import read_rollouts
-from engine.tokens import all_token_ids, end_token_of
+from engine.tokens import end_token_of, token_ids
 from topr import token_logprobs, topr_loss
 
 DEFAULTS = {
@@ -68,7 +68,8 @@ def main(model_name, rollouts, arguments):
     model = AutoModelForCausalLM.from_pretrained(model_name, config=config, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     rows = read_rollouts(rollouts)
-    tokens = all_token_ids(rows, tokenizer, end_token_of(model, tokenizer))
+    end_token = end_token_of(model, tokenizer)
+    tokens = [token_ids(row, tokenizer, end_token) for row in rows]
     data = [
         {"prompt_ids": prompt, "completion_ids": completion, "label": row["reward"] > 0}
         for row, (prompt, completion) in zip(rows, tokens)
