@@ -4,8 +4,6 @@ import dataclasses
 
 import numpy as np
 
-from engine.common import option_name
-
 LOOK_AT = 20  # the step after which the log is read, as at the end
 
 
@@ -27,11 +25,10 @@ def before_the_first_step(settings, data):
 
 
 def differing(settings):
-    """The settings that differ from the defaults, as options of a command line."""
-    fields = dataclasses.fields(settings)
-    values = {option_name(field): getattr(settings, field.name) for field in fields}
-    defaults = {option_name(field): field.default for field in fields}
-    return " ".join(f"{name} {value}" for name, value in values.items() if value != defaults[name])
+    """The settings that differ from the defaults: "out=runs/first, seed=1"."""
+    values = dataclasses.asdict(settings).items()
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    return ", ".join(f"{name}={value}" for name, value in values if value != defaults[name])
 
 
 def of_log(log):

@@ -83,5 +83,5 @@ def test_a_run_says_which_settings_differ_from_the_defaults():
         model="m", out="o", learning_rate=1e-5, plain_prompt=True, loss="topr"
     )
     said = advice.differing(settings)
-    assert "--model m --out o" in said and "--learning-rate 1e-05" in said
-    assert "--plain-prompt" in said and "--loss" not in said and "--seed" not in said
+    assert "model=m, out=o" in said and "learning_rate=1e-05" in said
+    assert "plain_prompt=True" in said and "loss" not in said and "seed" not in said
