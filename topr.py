@@ -3,13 +3,14 @@
 Needs torch alone: copy this file.
 
 Trains a policy pi on scored completions of an earlier policy mu. Correct ones count fully, as in
-supervised learning; wrong ones count min(1, pi/mu) of the WHOLE sequence, so that they fade as the
-policy leaves them. Plain REINFORCE would push them towards probability zero without end.
+supervised learning; wrong ones are weighted by min(1, pi/mu) of the WHOLE sequence, so that their
+gradient fades as the policy moves away from them. Plain REINFORCE would push them towards
+probability zero without end.
 
 For sequence i with completion tokens t = 1..T_i:
 
     l_it = log pi(y_t | x, y_<t)     m_it = log mu(y_t | x, y_<t)
-    A_i  = R_i - c                   reward minus baseline
+    A_i  = R_i - c                   reward minus baseline; rewards are +1 and -1: 0 teaches nothing
     d_i  = sum_t (l_it - m_it)       log of the sequence ratio pi/mu
 """
 
@@ -37,6 +38,8 @@ class Taper:
         for a, b in (self.pos, self.neg):
             if not 0 <= a <= b:  # also false for NaN
                 raise ValueError(f"limits ({a}, {b}): 0 <= a <= b is required")
+        if self.ratio not in ("sequence", "mean", "token"):
+            raise ValueError(f"ratio {self.ratio!r}: sequence, mean or token is required")
 
     @property
     def needs_mu(self):
@@ -59,12 +62,12 @@ def taper_weights(log_ratio, advantage, taper):
 
         w_i = stop_gradient(exp(clip(d_i, log a, log b)))     (a, b) by the sign of A_i
 
-    Clipped in log space, so that exp(d) does not overflow first.
+    Clipped in log space, so that exp(d) does not overflow before a finite b caps it.
     log_ratio: [batch] or [batch, time], advantage: [batch] or [batch, 1] -> weights as log_ratio,
     constants for autograd; 0 where A_i = 0.
     """
     taper = TAPERS[taper] if isinstance(taper, str) else taper
-    limits = torch.tensor([taper.pos, taper.neg], dtype=torch.float64)
+    limits = torch.tensor([taper.pos, taper.neg], dtype=torch.float64)  # math.log(0) would raise
     log_pos, log_neg = limits.log().tolist()  # each (log a, log b)
     log_ratio = log_ratio.detach()
     positive = log_ratio.clamp(*log_pos).exp()
@@ -81,13 +84,14 @@ def topr_loss(logp, mu_logp, reward, mask, *, taper="topr", baseline=0.0, count=
     logp, mu_logp, mask: [batch, time]; mask is True at completion tokens, and elsewhere logp and
     mu_logp may hold anything, NaN too. reward: [batch]. taper: a name in TAPERS, or a Taper.
     count: N, the sequences of the optimizer step over all micro-batches and ranks, if this batch
-    is a part of it. mu_logp may be None if the taper does not use it (reinforce, sft).
+    is a part of it. mu_logp may be None if the taper does not use it (reinforce, sft, nsr).
     Returns the loss and stats: weight, log_ratio (log pi without mu_logp) and advantage of each
     sequence, [batch].
     """
     taper = TAPERS[taper] if isinstance(taper, str) else taper
     if mu_logp is None and taper.needs_mu:
         raise ValueError("mu_logp is None, but the weights of this taper depend on it")
+    reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
     advantage = reward - baseline  # [batch]
     logp, differences, advantage, mask, count = checked(logp, mu_logp, advantage, mask, count)
     length = mask.sum(-1)  # [batch]
@@ -134,7 +138,7 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
         loss = - (1/pairs) sum_pairs log sigmoid(beta (d_better - d_worse))
 
     Arguments and stats as in topr_loss (count is in sequences, two a pair); weight is the slope of
-    -log sigmoid.
+    log sigmoid at the pair's margin.
     """
     logp, differences, reward, mask, count = checked(logp, mu_logp, reward, mask, count)
     if len(reward) % 2 or not (reward[::2] > reward[1::2]).all():
@@ -148,7 +152,8 @@ def dpo_loss(logp, mu_logp, reward, mask, *, beta=0.1, count=None):
 
 def checked(logp, mu_logp, advantage, mask, count):
     """(logp, logp - mu_logp or 0, advantage, mask, N), in float32 or better, or an error that names
-    the sequence and the token. Differences first, then sums: both terms are large."""
+    the sequence and the token, by their places in the batch. Differences first, then sums: both
+    terms are large."""
     count = len(mask) if count is None else count
     if not count > 0:
         raise ValueError(f"count is {count}: the sequences of the optimizer step, above 0")
@@ -178,13 +183,15 @@ def checked(logp, mu_logp, advantage, mask, count):
 
 
 def effective_positive_share(p, c):
-    """The share of positives that a baseline c acts like, if a share p of the +1/-1 rewards is +1.
+    """The share of positives to which a baseline c is equivalent, if a share p of the +1/-1 rewards
+    is +1.
 
     p~ = p (1 - c) / (1 + c (1 - 2p))
     """
-    if not 0 <= p <= 1 or not -1 <= c <= 1:
-        raise ValueError(f"share {p} must be in [0, 1], baseline {c} in [-1, 1]")
-    return p * (1 - c) / (1 + c * (1 - 2 * p))
+    total = 1 + c * (1 - 2 * p)  # 0 if the baseline is the reward of all
+    if not 0 <= p <= 1 or not -1 <= c <= 1 or total == 0:
+        raise ValueError(f"there is no share for a share {p} in [0, 1], a baseline {c} in [-1, 1]")
+    return p * (1 - c) / total
 
 
 def baseline_for_share(p, share):
@@ -248,7 +255,8 @@ def completion_logprobs(model, ids, mask, *, previous=None, **layout):
     the right needs neither, for attention is causal.
 
     The head runs on chunks of completion positions, and again in the backward pass if there are
-    several. head_logprobs knows most families of models; for another one use token_logprobs.
+    several. head_logprobs knows most families of models: compare it once with token_logprobs of the
+    model's own logits, as engine/packing.py does, and use that where they differ.
     """
     row, position = mask[:, 1:].nonzero(as_tuple=True)  # [tokens], [tokens]: the token before
     position = position if previous is None else previous[mask]  # [tokens]

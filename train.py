@@ -5,7 +5,7 @@
 
 No critic, no KL, no reference model: log mu, the log-probabilities under the policy that wrote the
 completions, is read from the file, or computed once with the starting weights, and then fixed.
-The loop is train(); what a command does in all is main() and job().
+The loop is train(); main() and job() are the whole command.
 """
 
 import dataclasses
@@ -45,9 +45,7 @@ class Job(Sampling):
     test_questions: int = setting(
         0, "questions to measure on (0: all; 250 of generated ones)", free=True
     )
-    eval_every: int = setting(
-        0, "steps between measurements (0: before and after alone)", free=True
-    )
+    eval_every: int = setting(0, "steps between measurements (0: only before and after)", free=True)
     loss: str = setting("topr", "what to minimise", (*topr.TAPERS, *losses.OTHERS), main=True)
     learning_rate: float = setting(
         0.0,
@@ -136,7 +134,7 @@ EMBEDDED = dict(
 def train(settings, evaluate=None):
     """One run over one rollout file; the trained policy is in settings.out.
 
-    evaluate(model) -> dict is called every settings.eval_every steps, and before and after.
+    evaluate(model) -> dict is called every settings.eval_every steps (0: never), and at the end.
     Returns the log, a dict for each step.
     """
     start_ranks()
@@ -150,7 +148,7 @@ def train(settings, evaluate=None):
     saved = time.time()
     with run_folder.catch_signals() as signals:
         for step in bar:
-            # Now and then a point of the learning curve; sampling turns checkpointing off.
+            # Now and then a point of the learning curve; sampling ends gradient checkpointing.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
                 run_folder.write_log(settings, log, {"step": step, "measured": evaluate(model)})
                 optim.checkpoint_layers(settings, model)
@@ -164,23 +162,22 @@ def train(settings, evaluate=None):
             if not math.isfinite(norm):
                 raise broken_off(data, step, units.ravel(), f"the gradient norm is {norm}")
 
-            # The update.
             optim.update(settings, optimizer, step, steps)
-            optimizer.zero_grad(set_to_none=world() == 1)  # DDP's are its buckets: keep
+            optimizer.zero_grad(set_to_none=world() == 1)  # DDP's gradients are its buckets: keep
 
-            # The log; a checkpoint when it is due, or when a signal asks to stop. Ranks tell each
-            # other what they have, so that all stop and save together.
+            # The log; a checkpoint when it is due, or when a signal asks to stop. Ranks exchange
+            # what they have, so that all stop and save at the same step.
             all_parts, all_signals, waits = zip(*gather((parts, signals, start - saved)))
             entry = {"step": step, "sequences": units.size, "gradient_norm": norm}
             entry |= step_metrics(all_parts, data.mu is not None)
             rate, seconds = optimizer.param_groups[0]["lr"], time.time() - start
             entry |= {"learning_rate": rate, "seconds": seconds}
             run_folder.write_log(settings, log, entry)
-            if step in (advice.LOOK_AT, steps - 1):
+            if step + 1 in (advice.LOOK_AT, steps):
                 say(*advice.of_log(log))
             is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
             stop = sum(all_signals, [])
-            if is_due or stop or waits[0] > 300:  # seconds without one
+            if is_due or stop or waits[0] > 300:  # seconds since the last one
                 run_folder.save_checkpoint(settings, model, optimizer, step + 1)
                 saved = time.time()
             if stop:
@@ -196,10 +193,11 @@ def train(settings, evaluate=None):
 def backward(settings, policy, data, step, loss_function, model):
     """Adds the gradient of the rows of this step, which are the same for any number of ranks.
 
-    Returns the rows, [rows, 1], or for DPO [pairs, 2], and the numbers of each forward pass.
+    Returns the rows, [rows, 1], or for DPO [pairs, 2], and the numbers of each forward pass. The
+    first step, where pi is still the starting policy, also shows whether mu fits it.
     """
     units, parts = batches.step_units(settings, data, step), []
-    heard = units[~data.silent[units[:, 0]]]  # the others have a part in N alone
+    heard = units[~data.silent[units[:, 0]]]  # the others only count towards N
     micro_batches = batches.micro_batches(settings, data, heard, model)
     for number, batch in enumerate(micro_batches, 1):
         # DDP exchanges gradients once, in each rank's last backward pass; FSDP after each.
@@ -224,13 +222,14 @@ def backward(settings, policy, data, step, loss_function, model):
 def broken_off(data, step, rows, why):
     lines = ", ".join(str(data.rows[row].line) for row in rows[:64])
     return Problem(
-        f"step {step}: {why}, of lines {lines} of the rollout file; nothing was "
-        "updated, and the last checkpoint stays"
+        f"step {step}: {why} (lines {lines} of the rollout file); nothing was updated, and the "
+        "last checkpoint is kept"
     )
 
 
 def step_metrics(ranks, has_mu):
-    """The statistics of the sequences of a step, of every rank; docs/log.md explains each."""
+    """The statistics of the sequences of a step that have a gradient, of every rank; docs/log.md
+    explains each."""
     parts = sum(ranks, [])
     d, weight, advantage = (
         np.concatenate([part[name] for part in parts])  # each [sequences]
@@ -255,7 +254,8 @@ def step_metrics(ranks, has_mu):
 
 
 def set_up(settings):
-    """The model on one card, whole on each of many (DDP), or in shards (FSDP2); and the data."""
+    """The model on one card, whole on each of many (DDP), or in shards (FSDP2); the data, the loss,
+    and what makes this run another than the next."""
     device = start_ranks()
     model, tokenizer = load_for_training(settings, device)
     data = batches.read_data(settings, model, tokenizer)
@@ -349,7 +349,7 @@ def train_once(settings, evaluate=None):
 
 
 def check_settings(settings, task):
-    """What would only fail, or do nothing, after hours of work."""
+    """Refuses settings that would fail, or turn out to do nothing, only after hours of work."""
     losses.check(settings)
     if task is None and (settings.rounds > 1 or settings.eval_every):
         raise Problem("--rounds and --eval-every need --task: to sample from, and to measure on")

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-LOOK_AT = 20  # the step after which the log is read, as at the end
+LOOK_AT = 20  # steps, after which the log is read, as at the end
 
 
 def before_the_first_step(settings, data):
@@ -19,8 +19,8 @@ def before_the_first_step(settings, data):
     is_chosen = settings.baseline or settings.positive_share is not None
     if settings.loss == "topr" and positive_share < 1 / 3 and not is_chosen:
         yield (
-            f"only {positive_share:.0%} of the completions are positive: if right answers fall, "
-            "too (d_positive below 0), try --positive-share 0.5"
+            f"only {positive_share:.0%} of the completions are positive: if right answers lose "
+            "probability, too (d_positive below 0), try --positive-share 0.5"
         )
 
 
@@ -37,7 +37,7 @@ def of_log(log):
 
     def mean(name):
         values = [entry[name] for entry in latest if entry.get(name) is not None]
-        return np.mean(values) if values else np.nan  # greater or less than nothing
+        return np.mean(values) if values else np.nan  # NaN: every comparison with it is false
 
     weight = mean("negative_weight")
     if weight > 0.95 and mean("d_negative") > -0.1 and len(log) >= LOOK_AT:

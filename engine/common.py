@@ -184,8 +184,8 @@ def progress(items=None, total=None, what="", unit="step", initial=0):
         disable=rank() != 0,
         mininterval=interval,
         dynamic_ncols=True,
-        leave=None,
-    )  # None: an inner bar disappears at its end
+        leave=None,  # an inner bar disappears at its end
+    )
 
 
 # ---- files: written beside, flushed, renamed, so that a crash never leaves half a file ----

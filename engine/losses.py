@@ -13,8 +13,8 @@ OTHERS = {"ppo": topr.ppo_loss, "dpo": topr.dpo_loss}  # than those of topr.TAPE
 
 def check(settings):
     """Options that would do nothing, refused before hours of work."""
-    is_other, has_baseline = settings.loss in OTHERS, settings.positive_share is not None
-    if is_other and (settings.baseline or has_baseline):
+    is_other, has_share = settings.loss in OTHERS, settings.positive_share is not None
+    if is_other and (settings.baseline or has_share):
         raise Problem(f"--baseline and --positive-share have no place in --loss {settings.loss}")
     if settings.ratio and (is_other or not topr.TAPERS[settings.loss].needs_mu):
         raise Problem(f"--ratio has no place in --loss {settings.loss}: no weight depends on it")

@@ -46,7 +46,7 @@ def make_mu(settings, policy, data, needs_mu, model_fingerprint):
     try:
         data.mu = np.split(np.load(path), ends[:-1])
     except (ValueError, OSError, EOFError):
-        raise Problem(f"{path}: is damaged: remove it, and it is computed again")
+        raise Problem(f"{path}: is damaged: delete it, and it is computed again")
     return f"of the starting weights, in {path}"
 
 

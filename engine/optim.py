@@ -12,7 +12,8 @@ from engine.parallel import local_shard, rank
 def prepare_model(settings, model):
     """No dropout, no weights that the loss does not reach, activations computed again if asked.
 
-    With dropout pi/mu would not be 1 before the first step. DDP waits for a gradient of every
+    With dropout pi/mu would not be 1 before the first step; gradient checkpointing puts layers into
+    training mode, which would switch it on. DDP waits for a gradient of every
     weight that is not frozen: those of a vision tower, say, get none.
     """
     for module in model.modules():
@@ -84,8 +85,8 @@ def first_state(settings, p):
     }
 
 
-def part_of_rate(settings, step, steps):
-    """0 to 1, which it reaches after the warm-up."""
+def rate_factor(settings, step, steps):
+    """From above 0 to 1 in the warm-up; then 1, or a cosine down to 0."""
     after = step - settings.warmup
     if after < 0:
         return (step + 1) / (settings.warmup + 1)
@@ -100,13 +101,13 @@ def update(settings, optimizer, step, steps):
     falls as a cosine.
 
     bfloat16 weights take the step in float32, one tensor at a time, and are rounded at random.
-    bfloat16 has 8 bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the spacing, and
-    rounding to nearest would lose every one of them. Rounded up with the probability of the part
-    that is cut off, it arrives in the mean. (A compensated sum arrives too, but needs a second
-    tensor for each weight.)
+    bfloat16 has 8 significant bits: beside a weight of 0.02 an update of 5e-7 is a 240th of the
+    spacing, and rounding to nearest would lose every one of them. Rounded up with the probability
+    of the part that is cut off, it is preserved in expectation. (A compensated sum does that, too,
+    but needs a second tensor for each weight.)
     """
     (group,) = optimizer.param_groups
-    group["lr"] = optimizer.defaults["lr"] * part_of_rate(settings, step, steps)
+    group["lr"] = optimizer.defaults["lr"] * rate_factor(settings, step, steps)
     parameters = group["params"]
     if all(p.dtype == torch.float32 for p in parameters):
         return optimizer.step()

@@ -40,11 +40,8 @@ def pack(rows, device):
     packed = {"ids": ids, "mask": part > 0}
     if part.max() > 1:
         visible = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-        packed |= {
-            "position_ids": position,
-            "previous": previous,
-            "attention_mask": visible.tril()[:, None],
-        }  # [rows, 1, time, time]
+        packed |= {"position_ids": position, "previous": previous}
+        packed["attention_mask"] = visible.tril()[:, None]  # [rows, 1, time, time]
     lengths = torch.tensor(lengths, device=device)  # [batch]
     return packed, torch.arange(lengths.max(), device=device) < lengths[:, None]
 

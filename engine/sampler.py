@@ -19,7 +19,7 @@ from engine.tasks import one_line
 from engine.tokens import end_tokens
 
 LARGEST_BATCH = 512
-LOOK_EVERY = 4  # tokens, after which it is looked which rows are done
+LOOK_EVERY = 4  # tokens between checks which rows are done
 
 
 @dataclass
@@ -90,7 +90,7 @@ def load_model(name, settings, device):
 
 
 def load_for_training(settings, device):
-    """The same; in shards the first rank alone holds the weights, until `shard` deals them out."""
+    """As load_model; in shards the first rank alone holds the weights, until `shard` deals them out."""
     if not settings.shard:
         return load_model(settings.model, settings, device)
     model = load_on_first_rank(lambda: load_model(settings.model, settings, "cpu")[0])

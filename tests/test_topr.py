@@ -353,6 +353,26 @@ def test_shares_and_baselines(topr):
     for p, c in ((0.5, 1.1), (0.5, -1.1), (1.2, 0), (math.nan, 0)):
         with pytest.raises(ValueError):
             topr.effective_positive_share(p, c)
+
+
+def test_a_reward_that_the_baseline_makes_zero_leaves_no_share(topr):
+    """It was a ZeroDivisionError."""
+    for p, c in ((1, 1), (0, -1)):
+        with pytest.raises(ValueError, match="no share"):
+            topr.effective_positive_share(p, c)
+
+
+def test_an_unknown_ratio_is_refused_at_once(topr):
+    with pytest.raises(ValueError, match="'tokens': sequence, mean or token"):
+        topr.Taper(pos=(1, 1), neg=(0, 1), ratio="tokens")
+
+
+def test_the_baseline_is_not_rounded_to_the_dtype_of_the_rewards(topr):
+    """-1 - 0.3 is -1.296875 in bfloat16."""
+    logp, mu, reward, mask = tensors(A)
+    rounded, _ = topr.topr_loss(logp, mu, reward.bfloat16(), mask, baseline=0.3)
+    expected, _ = topr.topr_loss(logp, mu, reward, mask, baseline=0.3)
+    assert rounded == expected
     for p, share in ((0, 0.5), (1, 0.5), (0.5, 1.5)):
         with pytest.raises(ValueError):
             topr.baseline_for_share(p, share)
