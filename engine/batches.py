@@ -183,13 +183,13 @@ class MicroBatch(typing.NamedTuple):
 def micro_batches(settings, data, units, model):
     """This rank's forward passes for some units.
 
-    The units become bundles, which are dealt out to the ranks by length. All ranks run equally many
-    passes, for shards are gathered and gradients exchanged together: a rank that has fewer gets
-    passes without any sequence.
+    The units become bundles, which the ranks take in turns, the longest first. All ranks run equally
+    many passes, because shards are gathered and gradients exchanged together: a rank that has fewer
+    gets passes without any sequence.
     """
     limit = settings.tokens_per_pass or (1024 if model.device.type == "cpu" else 16384)
     bundles = make_bundles(data, units, limit, model.config.get_text_config().hidden_size)
-    passes = [deal_out(bundles[number :: world()], limit) for number in range(world())]
+    passes = [fill_passes(bundles[number :: world()], limit) for number in range(world())]
     mine = [make_batch(data, bundles, model.device) for bundles in passes[rank()]]
     while len(mine) < max(1, *map(len, passes)):
         mine.append(empty_batch(model.device))
@@ -215,7 +215,7 @@ def make_bundles(data, units, limit, width):
     return sorted(bundles, key=lambda bundle: bundle[0], reverse=True)
 
 
-def deal_out(bundles, limit):
+def fill_passes(bundles, limit):
     """Forward passes of at most `limit` tokens, padding included: a list of bundles for each."""
     passes, room = [], 0
     for length, bundle in bundles:

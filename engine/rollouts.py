@@ -32,11 +32,8 @@ OPTIONAL = {
 def write_rollouts(path, rows):
     """All rows, or no file: it appears under its name only when it is complete."""
     with whole_file(path) as file:
-        file.writelines(map(to_line, rows))
-
-
-def to_line(row):
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def short_hash(text):

@@ -116,11 +116,6 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def compute_dtype(model, settings):
-    enabled = settings.precision == "bfloat16"
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
-
-
 # ---- sampling ----
 
 
@@ -216,7 +211,8 @@ def next_logits(model, settings, ids, attention, cache):
     names = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in names else "past_key_values"
     position = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, new]
-    with compute_dtype(model, settings):
+    has_bfloat16 = settings.precision == "bfloat16"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16):
         output = model(
             input_ids=ids,
             attention_mask=attention,
