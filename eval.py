@@ -336,7 +336,7 @@ def make_row(grade, question, completion, sampling):
 def finished_rows(out, questions, grade, sampling, samples):
     """The rows of a finished file, which must be of these settings; [] if it is not there.
 
-    They are graded again, for the grader may have been mended.
+    They are graded again, because the grader may have been mended.
     """
     if not os.path.exists(out):
         return []

@@ -252,7 +252,7 @@ def completion_logprobs(model, ids, mask, *, previous=None, **layout):
     previous: [batch, time], the position that predicts each token, if it is not the one before
     (several completions packed behind one prompt).
     layout: attention_mask and position_ids, for padding on the left and for packed rows. Padding on
-    the right needs neither, for attention is causal.
+    the right needs neither, because attention is causal.
 
     The head runs on chunks of completion positions, and again in the backward pass if there are
     several. head_logprobs knows most families of models: compare it once with token_logprobs of the

@@ -182,7 +182,7 @@ def train(settings, evaluate=None):
                 saved = time.time()
             if stop:
                 done = f"stopped by a signal; {step + 1} steps are done and saved"
-                raise Stopped(f"{done}: the same command goes on", stop[0])
+                raise Stopped(f"{done}: rerun the same command to continue", stop[0])
         if evaluate and settings.eval_every:
             run_folder.write_log(settings, log, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)

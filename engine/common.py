@@ -40,7 +40,7 @@ class Stopped(Problem):
 
 def setting(default, help, choices=None, least=0, most=sys.float_info.max, main=False, free=False):
     """A field of a settings class: a number from `least` to `most`; `main` ones lead --help; a
-    `free` one may be another when a run is resumed, for it changes no result."""
+    `free` one may differ when a run is resumed, because it changes no result."""
     return dataclasses.field(
         default=default,
         metadata={
