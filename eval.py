@@ -341,8 +341,8 @@ def finished_rows(out, questions, grade, sampling, samples):
     if not os.path.exists(out):
         return []
     rows = read_rollouts(out, need_reward=False)
-    there = {"completions": len(rows), **(rows[0].get("sampling") or {})}
     asked = {"completions": len(questions) * samples, **sampling}
+    there = dict.fromkeys(asked) | {"completions": len(rows)} | (rows[0].get("sampling") or {})
     check_same(out, "other rollouts", there, asked)
     graded = [make_row(grade, row, {}, sampling) for row in rows]
     if graded != rows:

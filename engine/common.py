@@ -248,9 +248,9 @@ def whole_file(path, mode="w"):
 def check_same(path, what, before, now):
     """A file or a folder of another command is refused, naming what differs."""
     differ = [
-        f"{name} was {before.get(name)!r:.60} and is {value!r:.60}"
+        f"{name} was {before[name]!r:.60} and is {value!r:.60}"
         for name, value in now.items()
-        if before.get(name) != value
+        if name in before and before[name] != value  # an older one may lack an option
     ]
     if differ:
         raise Problem(f"{path} holds {what}: {'; '.join(differ)}. Use another --out, or remove it")

@@ -126,7 +126,8 @@ def test_rows_without_a_gradient_count_in_n_alone(
     other = train.train(train_settings(tiny, rollouts, tmp_path / "with", **changes))
     assert len(set(itertools.chain(*seen))) == 2
     assert furthest(tmp_path / "without", tmp_path / "with") < 1e-6
-    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in other])
+    expected = [entry["loss"] for entry in other]
+    assert [entry["loss"] for entry in log] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_step_without_any_gradient(tiny, two_ranks, tmp_path):

@@ -1,7 +1,6 @@
 """train.py without packing, checkpoints and shards: one pass over a rollout file, on any ranks.
 
-python docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
-torchrun --nproc-per-node 8 docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
+torchrun [--nproc-per-node 8] docs/recipes/loop.py MODEL ROLLOUTS OUT [LEARNING_RATE]
 """
 
 import math
