@@ -219,8 +219,7 @@ def report_change(settings, before, after, logs, seconds):
             draw_lines(
                 f"{settings.out}/curve.png",
                 points,
-                "step",
-                list(points[0])[1:],
+                list(points[0]),
                 title=settings.loss,
                 xlabel="optimizer step",
                 ylabel="mean over questions",

@@ -226,9 +226,10 @@ def make_task(settings):
     def measure(rows):
         """Of the balanced half by question: chance is 0.5."""
         rows = [row for row in rows if row["id"] in even]
-        accuracy = mean_by(rows, "question", lambda row: row["reward"] > 0)
-        invalid = mean_by(rows, "question", lambda row: row["answer"] is None)
-        return {"accuracy": accuracy.values(), "invalid": invalid.values()}
+        return {
+            "accuracy": mean_by(rows, "question", lambda row: row["reward"] > 0).values(),
+            "invalid": mean_by(rows, "question", lambda row: row["answer"] is None).values(),
+        }
 
     return task_of(
         "verifier",
@@ -301,8 +302,7 @@ def report_vote(candidates, out):
     draw_lines(
         f"{out}/voting.png",
         curve,
-        "solutions",
-        names[2:-1],
+        ["solutions", *names[2:-1]],
         xlabel="solutions of each question",
         ylabel="accuracy",
     )

@@ -28,7 +28,7 @@ def analyse(text):
 def read_texts(path):
     """(id, title + " " + text) of each line of a .jsonl file; queries have no title."""
     known = set()
-    for number, line in read_lines(path, "reading"):
+    for number, line in read_lines(path):
         try:
             record = json.loads(line)
             id, text = record["_id"], record.get("title", "") + " " + record["text"]
@@ -59,7 +59,7 @@ def read_topics(folder, index, split="test"):
         path = f"{folder}/qrels{tail}.tsv"
     numbers = {id: number for number, id in enumerate(index.ids)}
     judgements, skipped = {}, []  # line numbers
-    for line_number, line in read_lines(path, "reading"):
+    for line_number, line in read_lines(path):
         row = re.fullmatch("(.+)\t(.+)\t([+-]?[0-9]+)\\s*", line.decode(errors="replace"))
         if row and row[1] in queries and row[2] in numbers:
             judgements.setdefault(row[1], {})[numbers[row[2]]] = int(row[3])

@@ -112,7 +112,8 @@ def run_main(main):
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Exception as error:
-        if is_out_of_memory(error):
+        on_cpu = "DefaultCPUAllocator" in str(error)  # torch has a type for it on a GPU alone
+        if on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             fail(f"error: out of memory: {first_line(error)}. {LESS_MEMORY}", 2)
         if isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
             fail(f"another rank has died or hangs, and the run ends: {first_line(error)}", 1)
@@ -123,12 +124,6 @@ LESS_MEMORY = (
     "What takes less: --tokens-per-pass 1024, --gradient-checkpointing, --weights "
     "bfloat16, --optimizer adafactor, --shard on several ranks, --batch-size 16"
 )
-
-
-def is_out_of_memory(error):
-    """On a GPU torch has a type for it, on a CPU only a message."""
-    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def free_memory():
@@ -173,7 +168,6 @@ def say(*lines):
 
 def progress(items=None, total=None, what="", unit="step", initial=0):
     """A progress bar with the time left, on the first rank; quiet lines if the output is a file."""
-    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
     return tqdm(
         items,
         total=total,
@@ -182,7 +176,7 @@ def progress(items=None, total=None, what="", unit="step", initial=0):
         unit_scale=unit == "B",
         initial=initial,
         disable=rank() != 0,
-        mininterval=interval,
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds
         dynamic_ncols=True,
         leave=None,  # an inner bar disappears at its end
     )
@@ -218,11 +212,11 @@ def writing(path, errors=OSError):
 
 def lock(path):
     """A lock of the first rank, which holds until its release or the end of the process."""
-    held = FileLock(path)
+    held = FileLock(path, timeout=0)
     if rank() == 0:
         with writing(path):
             try:
-                held.acquire(timeout=0)
+                held.acquire()
             except Timeout:
                 raise Problem(f"{path} is locked: another process is at work there")
     return held
@@ -271,33 +265,27 @@ def read_json(path):
 
 def table(header, rows):
     """Text columns: words to the left, numbers to the right."""
-    cells = [
-        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
-        for row in [header, *rows]
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for first, *rest in cells:
-        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    columns = []  # of cells that are equally wide
+    for column in zip(header, *rows):
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in column]
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
+    head, *lines = ("  ".join(cells).rstrip() for cells in zip(*columns))
+    return "\n".join([head, "-" * len(head), *lines])
 
 
-def draw_lines(path, points, x, names, **labels):
-    """A picture of some numbers of each point against its x, if matplotlib is installed."""
+def draw_lines(path, points, names, **labels):
+    """A picture of numbers of each point against the first of them, if matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes = Figure(figsize=(6, 4)).subplots()
+    x, *lines = names
     styles = ("o-", "s--", "^:", "v-.", "D-", "x--", "+:")  # distinguishable without colours
-    for name, style in zip(names, styles):
+    for name, style in zip(lines, styles):
         values = [point[name] for point in points]
         axes.plot([point[x] for point in points], values, style, label=name)
     axes.set(**labels)
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")

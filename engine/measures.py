@@ -11,29 +11,29 @@ import numpy as np
 from engine.common import table
 
 Z = 1.96  # standard errors on either side of a 95% interval
+DRAWS = 100  # sets of completions whose votes are counted
 
 
-def measure(rows, seed=0, draws=100, same_answer=operator.eq):
+def measure(rows, seed=0, same_answer=operator.eq):
     """{name: [a value for each question]}, in the order of the questions.
 
     A question's value is the mean over its completions, so a mean over questions weighs them alike,
     however many completions each has. What the rows do not tell (where a completion was cut off)
     is left out.
     """
-    groups, values = grouped(rows, "id"), collections.defaultdict(list)
-    rng, fewest = random.Random(seed), min(map(len, groups.values()))
-    knows_finish = all("finish" in row for row in rows)
-    for group in groups.values():
+    values, rng = collections.defaultdict(list), random.Random(seed)
+    groups = grouped(rows, "id").values()
+    knows_finish, k = all("finish" in row for row in rows), min(map(len, groups))
+    for group in groups:
         right = [row["reward"] > 0 for row in group]
         votes = group_answers([row.get("answer") for row in group], same_answer)
-        found = {"pass@1": right, "invalid": [vote is None for vote in votes]}
+        values["pass@1"].append(fmean(right))
+        values["invalid"].append(votes.count(None) / len(votes))
         if knows_finish:
-            found["cut off"] = [row["finish"] == "length" for row in group]
-        if fewest > 1:
-            found[f"pass@{fewest}"] = pass_at_k(len(right), sum(right), fewest)
-            found[f"maj@{fewest}"] = majority_at_k(votes, right, fewest, rng, draws)
-        for name, value in found.items():
-            values[name].append(float(np.mean(value)))
+            values["cut off"].append(fmean(row["finish"] == "length" for row in group))
+        if k > 1:
+            values[f"pass@{k}"].append(pass_at_k(len(right), sum(right), k))
+            values[f"maj@{k}"].append(majority_at_k(votes, right, k, rng, DRAWS))
     return dict(values)
 
 
@@ -86,7 +86,7 @@ def paired_interval(before, after):
     Of shares Agresti and Min's: half a question is added for each of the four outcomes (right or
     wrong, before and after), so that 20 equal pairs are no proof that nothing changed.
     """
-    gains = np.asarray(after, float) - np.asarray(before, float)  # [questions]
+    gains = np.subtract(after, before, dtype=float)  # [questions]
     n = len(gains) + 2
     center = gains.sum() / n
     half = Z * math.sqrt((((gains**2).sum() + 1) / n - center**2) / n)
@@ -115,8 +115,8 @@ def majority_at_k(answers, right, k, rng, draws, weights=None):
             votes[answers[number]] += weights[number] if weights else 1
         del votes[None]
         most = max(votes.values(), default=0) - 1e-9  # equal sums may differ by rounding
-        winners = [answer for answer in votes if votes[answer] >= most]
-        score += sum(correct[answer] for answer in winners) / max(1, len(winners))
+        winners = [correct[answer] for answer in votes if votes[answer] >= most]
+        score += sum(winners) / max(1, len(winners))
     return score / draws
 
 
@@ -133,9 +133,5 @@ def summary(values):
 
 def report(values, title):
     """The measures as a table, one row each."""
-    rows = [
-        (name, each["mean"], f"{each['low']:.3f} to {each['high']:.3f}")
-        for name, each in summary(values).items()
-        if name != "questions"
-    ]
-    return table((title, "mean", "95% interval"), rows)
+    rows = [(name, interval_text(interval(each))) for name, each in values.items()]
+    return table((title, "mean, 95% interval"), rows)

@@ -61,8 +61,11 @@ def each_rollout(path, map_rewards="", need_reward=True):
     need_reward: the rows are for training. Those that are still to be graded may lack a reward.
     """
     mapping, rewards = parse_reward_map(map_rewards), set()
-    for number, line in read_lines(path, "reading"):
-        row = parse_line(line, f"{path}:{number}", mapping, need_reward)
+    for number, line in read_lines(path):
+        place = f"{path}:{number}"
+        row = parse_line(line, place)
+        if need_reward or "reward" in row:
+            row["reward"] = read_reward(row.get("reward"), place, mapping)
         rewards.add(row.get("reward"))
         yield number, row
     if not rewards:
@@ -74,35 +77,55 @@ def each_rollout(path, map_rewards="", need_reward=True):
         )
 
 
-def read_lines(path, what):
+def parse_reward_map(text):
+    """ "-1,1" as {0: -1.0, 1: 1.0}"""
+    if not text:
+        return {}
+    number = r"([+-]?[0-9]+(?:\.[0-9]+)?)"
+    numbers = re.fullmatch(f"{number},{number}", text)
+    if not numbers:
+        raise Problem(f"--map-rewards {text}: two numbers are required, for instance -1,1")
+    return dict(enumerate(map(float, numbers.groups())))
+
+
+def read_reward(reward, place, mapping):
+    if type(reward) not in (int, float):
+        why = "missing" if reward is None else f"{reward!r:.40}, not a number"
+        raise Problem(f'{place}: "reward" is {why}')
+    if mapping and reward not in mapping:
+        raise Problem(f"{place}: reward {reward!r:.40}: --map-rewards: only 0 and 1 can be mapped")
+    if not -LARGEST < reward < LARGEST:
+        raise Problem(f"{place}: the reward {reward!r:.40} is too large")
+    return float(mapping.get(reward, reward))
+
+
+def read_lines(path):
     """(line number, line) of each line that is not blank."""
-    with reading(path):
-        total = os.path.getsize(path)
-        with open(path, "rb") as file, progress(total=total, what=what, unit="B") as bar:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise Problem(
-                        f"{path}:{number}: longer than {LONGEST_LINE:,} bytes: is this a "
-                        "JSONL file?"
-                    )
-                if line.strip():
-                    yield number, line
-                bar.update(len(line))
+    number = 0
+    with (
+        reading(path),
+        open(path, "rb") as file,
+        progress(total=os.path.getsize(path), what="reading", unit="B") as bar,
+    ):
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise Problem(
+                    f"{path}:{number}: longer than {LONGEST_LINE:,} bytes: is this a JSONL file?"
+                )
+            if line.strip():
+                yield number, line
+            bar.update(len(line))
 
 
-def parse_line(line, place, mapping=None, need_reward=True):
+def parse_line(line, place):
     """One line of bytes to a row, or a Problem that says where, what is wrong and what to do."""
     try:
-        row = decode_json(line.decode("utf-8"))
+        row = decode_json(line.decode())
         if b"\\u" in line:  # it may spell half a surrogate pair, which is no text
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError as error:
-        raise Problem(
-            f"{place}: not UTF-8 ({error.reason}): unpack the file, if it is compressed; "
-            "save it as plain UTF-8"
-        )
+        raise Problem(f"{place}: not UTF-8 ({error.reason}): save it as plain UTF-8, uncompressed")
     except (ValueError, RecursionError) as error:
         torn = "" if line.endswith(b"\n") else " (the last line is torn: remove it)"
         raise Problem(f"{place}: not a JSON object: {error}{torn}")
@@ -112,9 +135,11 @@ def parse_line(line, place, mapping=None, need_reward=True):
         if not isinstance(row.get(field), str):
             why = "missing" if field not in row else "not a string"
             raise Problem(f'{place}: "{field}" is {why}')
-    check_optional(row, place)
-    if need_reward or "reward" in row:
-        row["reward"] = read_reward(row.get("reward"), place, mapping)
+    for field, kind in OPTIONAL.items():
+        if not isinstance(row.get(field), kind | None):
+            found = type(row[field]).__name__
+            raise Problem(f'{place}: "{field}" is a {found}, not a {kind.__name__}')
+    check_tokens(row, place)
     return row
 
 
@@ -122,49 +147,21 @@ def refuse_constant(name):
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
-decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode
+decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode  # made once: it takes time
 
 
-def parse_reward_map(text):
-    """ "-1,1" as {0: -1.0, 1: 1.0}"""
-    number = r"([+-]?[0-9]+(?:\.[0-9]+)?)"
-    numbers = re.fullmatch(f"{number},{number}", text)
-    if text and not numbers:
-        raise Problem(f"--map-rewards {text}: two numbers are required, for instance -1,1")
-    return {0: float(numbers[1]), 1: float(numbers[2])} if text else None
-
-
-def read_reward(reward, place, mapping):
-    if isinstance(reward, bool) or not isinstance(reward, (int, float)):
-        why = "missing" if reward is None else f"{reward!r:.40}, not a number"
-        raise Problem(f'{place}: "reward" is {why}')
-    if mapping and reward not in mapping:
-        raise Problem(f"{place}: reward {reward!r:.40}: --map-rewards: only 0 and 1 can be mapped")
-    if not -LARGEST < reward < LARGEST:
-        raise Problem(f"{place}: the reward {reward!r:.40} is too large")
-    return mapping[reward] if mapping else float(reward)
-
-
-def check_optional(row, place):
-    for field, kind in OPTIONAL.items():
-        if row.get(field) is not None and not isinstance(row[field], kind):
-            found = type(row[field]).__name__
-            raise Problem(f'{place}: "{field}" is a {found}, not a {kind.__name__}')
+def check_tokens(row, place):
     for field in ("prompt_ids", "completion_ids"):
         ids = row.get(field)
         if ids is not None and not (ids and all(type(n) is int and 0 <= n < 2**31 for n in ids)):
             raise Problem(f'{place}: "{field}" must hold whole numbers from 0 on, at least one')
-    if not row["completion"] and not row.get("completion_ids"):
+    completion_ids, logprobs = row.get("completion_ids") or [], row.get("logprobs") or []
+    if not row["completion"] and not completion_ids:
         raise Problem(f"{place}: the completion is empty: remove the line")
-    logprobs = row.get("logprobs") or []
-    if logprobs and len(logprobs) != len(row.get("completion_ids") or []):
-        raise Problem(
-            f"{place}: {len(logprobs)} logprobs, which are not as many as its "
-            '"completion_ids", the tokens they belong to'
-        )
+    if logprobs and len(logprobs) != len(completion_ids):
+        raise Problem(f"{place}: {len(logprobs)} logprobs, not as many as its completion_ids")
     for position, value in enumerate(logprobs):
         if type(value) not in (int, float) or not -LARGEST < value <= 1e-6:
             raise Problem(
-                f"{place}: logprob {position} is {value!r:.40}: a finite number, "
-                "0 or less, is required"
+                f"{place}: logprob {position} is {value!r:.40}: it must be finite, 0 or less"
             )

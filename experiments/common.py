@@ -232,7 +232,7 @@ def measure_once(policy, seed, split, base="small"):
 
     if not os.path.exists(path):
         rows = evaluation.sample_once(settings, policy, questions, task.grade)
-        values = measure(rows, draws=1)
+        values = measure(rows)
         measures = {name: np.mean(values[name]) for name in MEASURES}
         score = (measures["pass@1"] + measures["maj@16"]) / 2
         write_json(path, {**measures, "score": score, "right": values["pass@1"]})
