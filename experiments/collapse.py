@@ -11,21 +11,14 @@ from experiments.common import (
     by_arm,
     compare,
     line,
+    methods,
     run_arm,
     spread,
     train_arm,
     verdict,
 )
 
-LOSSES = {
-    "TOPR": {"loss": "topr"},
-    "positives only": {"loss": "sft"},
-    "DPO": {"loss": "dpo"},
-    "PPO": {"loss": "ppo"},
-    "naive REINFORCE": {"loss": "reinforce"},
-    # Not in the paper: arXiv 2506.20520. The best of -0.7, -0.8, -0.9 on validation questions.
-    "AsymRE": {"loss": "reinforce", "baseline": -0.9},
-}
+LOSSES = methods("TOPR", "positives only", "DPO", "PPO", "naive REINFORCE", "AsymRE")
 LOW_RATE = 1e-4  # here naive REINFORCE rises before it falls
 PANELS = 4
 

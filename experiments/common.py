@@ -2,10 +2,11 @@
 
 A finding is a module with run(settings) -> {"arms": what compare() returns, ...}, with
 claims(result), which yields (claim, what was measured, verdict), and with draw(result, *axes), on
-so many axes as PANELS says. If it has MEASURES, its table shows these; if it has show(result),
-that makes its tables.
+so many axes as PANELS says (none: one). If it has MEASURES, its table shows these; if it has
+show(result), that makes its tables.
 
 An arm is a method to compare: a dict of the train.py settings that differ from the embedded job's.
+METHODS has those that several findings compare.
 Two of its keys are not settings: "positives" is the share of positives in the data set that is
 drawn from the rollouts, "base" names the policy to start from (BASES). An arm without a loss is
 that policy itself, at learning rate 0.
@@ -13,12 +14,12 @@ that policy itself, at learning rate 0.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import os
 import random
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,10 +28,10 @@ from filelock import FileLock
 import eval as evaluation
 import train
 from data import load_task
-from engine import tasks
 from engine.common import read_json, say, setting, table, write_json
 from engine.measures import interval_text, measure, paired_interval
-from engine.rollouts import read_rollouts, write_rollouts
+from engine.rollouts import each_rollout, write_rollouts
+from engine.tasks import load_questions
 from experiments import long_apples
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # --quick takes the third
@@ -47,6 +48,22 @@ BASES = {  # policies to start from: the embedded one, larger ones, one that giv
 }
 LONG = {"task": long_apples.__file__, "max_new_tokens": 160, "questions": 256}
 PART = 2400  # completions in a data set with its own share of positives
+METHODS = {
+    "base": {},
+    "TOPR": {"loss": "topr"},
+    "TOPR, share 0.5": {"loss": "topr", "positive_share": 0.5},
+    "TOPR, mean ratio": {"loss": "topr", "ratio": "mean"},
+    "TOPR, token ratio": {"loss": "topr", "ratio": "token"},
+    "TOPR, Anna Karenina": {"loss": "topr", "anna_karenina": True},
+    "positives only": {"loss": "sft"},
+    "PPO": {"loss": "ppo"},
+    "naive REINFORCE": {"loss": "reinforce"},
+    "DPO": {"loss": "dpo"},
+    # Not in the paper: arXiv 2506.20520. The best of -0.7, -0.8, -0.9 on validation questions.
+    "AsymRE": {"loss": "reinforce", "baseline": -0.9},
+    "importance sampling": {"loss": "is"},
+    "truncated importance sampling": {"loss": "tis"},
+}
 STYLES = {  # colour, line, marker, hatch: one look per method, distinct without colours too
     "TOPR": "#1f4e9c - o",
     "TOPR, share 0.5": "#74a9e6 - * \\\\",
@@ -65,7 +82,7 @@ STYLES = {  # colour, line, marker, hatch: one look per method, distinct without
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     quick: bool = setting(
         False, "one seed, one pass over the rollouts, one learning rate instead of the grid"
@@ -84,6 +101,10 @@ class Settings:
         "folder for results and pictures (default: experiments/results with 5 "
         "seeds and without --quick, else runs/results)",
     )
+
+
+def methods(*names):
+    return {name: METHODS[name] for name in names}
 
 
 # ---- many arms at once ----
@@ -107,17 +128,17 @@ def start_worker():
     sys.stdout = sys.stderr = open("runs/experiments.log", "a")
 
 
-def compare(settings, run, arms, rates=RATES):
+def compare(settings, run, arms, rates=RATES, seeds=None):
     """Each arm at its best learning rate: {name: its settings, rate, measures by seed}.
 
     run(seed, arm, rate, split) returns measures as a dict. The best rate has the highest mean
     "score" on the validation questions of the first seeds; the reported measures are those on
-    the test questions of all seeds.
+    the test questions of all seeds, or of the first `seeds`.
     """
     if settings.quick:
         arms = {name: {**arm, "epochs": 1} for name, arm in arms.items()}
         rates = [rates[len(rates) // 2]]
-    seeds, compared = range(settings.seeds), {}
+    seeds, compared = range(settings.seeds)[:seeds], {}
     tuning = seeds[:TUNING_SEEDS] if len(rates) > 1 else []
     tries = {
         name: {
@@ -139,13 +160,8 @@ def compare(settings, run, arms, rates=RATES):
         }
     for name, arm in compared.items():
         found = [job.result() for job in arm.pop("jobs")]
-        arm.update(
-            {
-                measure: [one[measure] for one in found]
-                for measure in found[0]
-                if measure not in ("score", "right")
-            }
-        )
+        reported = [measure for measure in found[0] if measure not in ("score", "right")]
+        arm |= {measure: [one[measure] for one in found] for measure in reported}
         say(f"{name}: measured, at rate {arm['learning_rate']:g}")
     return compared
 
@@ -158,17 +174,15 @@ def folder_of(seed, base="small"):
     return f"runs/apples-seed{seed}" + ("" if base == "small" else f"/{base}")
 
 
-def job_settings(seed, base, **changes):
+def job_settings(base, **changes):
     """The embedded job's, or that of long answers."""
-    job = {**train.EMBEDDED, **(LONG if base == "long" else {}), "seed": seed}
-    return train.Settings(**{**job, **changes})
+    return train.Settings(**{**train.EMBEDDED, **(LONG if base == "long" else {}), **changes})
 
 
 @functools.cache
 def prepare(seed, base):
     """(base policy, its rollouts): made as train.py does, by the first process that needs them."""
-    folder, settings = folder_of(seed, base), job_settings(seed, base)
-    os.makedirs(folder, exist_ok=True)
+    folder, settings = folder_of(seed, base), job_settings(base, seed=seed)
     rollouts = f"{folder}/rollouts-{settings.questions}x{SAMPLES}.jsonl"
     with FileLock(f"{folder}/.making"):
         policy = train.base_policy(folder, seed, **BASES[base])
@@ -180,13 +194,10 @@ def data_set(path, seed, share):
     """A file with PART of the rollouts, of which a share is positive."""
     drawn = path.replace(".jsonl", f"-{share}.jsonl")
     if not os.path.exists(drawn):
-        rows, rng, count = read_rollouts(path), random.Random(seed), round(share * PART)
-        right, wrong = (
-            [number for number, row in enumerate(rows) if (row["reward"] > 0) == side]
-            for side in (True, False)
-        )
+        rng, count, rows = random.Random(seed), round(share * PART), list(each_rollout(path))
+        right, wrong = ([row for row in rows if row[1]["reward"] == side] for side in (1, -1))
         kept = rng.sample(right, count) + rng.sample(wrong, PART - count)
-        write_rollouts(drawn, [rows[number] for number in sorted(kept)])
+        write_rollouts(drawn, [row for _, row in sorted(kept)])  # each has the number of its line
     return drawn
 
 
@@ -203,7 +214,7 @@ def arm_settings(seed, arm, rate):
     if share is not None:
         rollouts = data_set(rollouts, seed, share)
     out = f"{folder_of(seed, base)}/experiments/{name_of(arm, rate)}"
-    return job_settings(seed, base, model=policy, rollouts=rollouts, out=out, **changes)
+    return job_settings(base, seed=seed, model=policy, rollouts=rollouts, out=out, **changes)
 
 
 def train_arm(seed, arm, rate):
@@ -223,20 +234,40 @@ def run_arm(seed, arm, rate, split):
 
 def measure_once(policy, seed, split, base="small"):
     """Measures a policy and keeps the result in its folder; arms are chosen by the score."""
-    path, settings = f"{policy}/{split}.json", job_settings(seed + 1, base)
+    path, settings = f"{policy}/{split}.json", job_settings(base, seed=seed + 1)
     task = load_task(settings.task)
 
     def questions(tokenizer):
-        rows = tasks.load_questions(task, "test", 750, settings.seed, tokenizer, settings)
+        rows = load_questions(task, "test", 750, settings.seed, tokenizer, settings)
         return rows[QUESTIONS[split]]
 
     if not os.path.exists(path):
-        rows = evaluation.sample_once(settings, policy, questions, task.grade)
-        values = measure(rows)
+        values = measure(evaluation.sample_once(settings, policy, questions, task.grade))
         measures = {name: np.mean(values[name]) for name in MEASURES}
         score = (measures["pass@1"] + measures["maj@16"]) / 2
         write_json(path, {**measures, "score": score, "right": values["pass@1"]})
     return read_json(path)
+
+
+# ---- other tasks: one folder for the rollouts and the arms ----
+
+
+def with_rollouts(settings, task):
+    """The settings, with the rollouts of their model, which the first process samples."""
+    rollouts = f"{settings.out}/rollouts.jsonl"
+    with FileLock(f"{rollouts}.lock"):
+        evaluation.sample_rollout_file(settings, task, settings.model, rollouts)
+    return dataclasses.replace(settings, rollouts=rollouts)
+
+
+def measure_arm(settings, task, arm, rate, split):
+    """{measure: its value for each question} of an arm's samples, and "greedy"."""
+    policy, out = settings.model, f"{settings.out}/{name_of(arm, rate)}"
+    settings = dataclasses.replace(settings, learning_rate=rate, **arm, out=out)
+    if rate:
+        train.train_once(settings)
+        policy = out
+    return evaluation.measure_once(settings, task, policy, split)
 
 
 # ---- what came of it ----
@@ -253,10 +284,10 @@ def spread(values, sign=""):
 
 def show_arms(result, measures=MEASURES):
     """A row for each arm: its rate and its measures; and paired differences, if there are any."""
-    rows = []
-    for name, arm in result["arms"].items():
-        values = [spread(arm.get(measure, [])) for measure in measures]
-        rows.append((name, f"{arm['learning_rate']:g}", *values))
+    rows = [
+        (name, f"{arm['learning_rate']:g}", *(spread(arm.get(one, [])) for one in measures))
+        for name, arm in result["arms"].items()
+    ]
     found = table(("", "rate", *measures), rows)
     for part, paired in result.get("paired", {}).items():
         rows = [(pair, interval_text(interval, "+")) for pair, interval in paired.items()]
@@ -293,6 +324,11 @@ def verdict(*conditions):
     if all(conditions):
         return "reproduces"
     return "in part" if any(conditions) else "does not at this size"
+
+
+def sure(*gains):
+    """The verdict whether gains, each a mean with its interval, are above 0."""
+    return verdict(*(gain["low"] > 0 for gain in gains))
 
 
 def beyond_noise(gains):
@@ -359,3 +395,8 @@ def bars(axes, arms, groups, **labels):
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)  # room for the numbers
     axes.set(**labels)
+
+
+def bars_of(groups, **labels):
+    """A finding's draw(): bars of all arms."""
+    return lambda result, axes: bars(axes, result["arms"], groups, **labels)

@@ -1,25 +1,20 @@
 """Answers of 60 to 130 tokens: what the short ones did not show, and what the logs say of why."""
 
-import dataclasses
 import operator
 
 import numpy as np
 
 from experiments import collapse, importance, negatives, rounds, shares
-from experiments.common import bars, by_arm, compare, line, train_arm
+from experiments.common import bars, by_arm, compare, line, methods, train_arm
 
 SEEDS = 2
 RATE, HIGH = 3e-4, 1e-3  # TOPR does as well with either
 SHARES = {f"TOPR, share {share}": share for share in (0.1, 0.2, 0.33)}
 ARMS = {
-    "base": {},
-    "TOPR": {"loss": "topr"},
+    **methods("base", "TOPR"),
     **{name: {"loss": "topr", "positive_share": SHARES[name]} for name in SHARES},
-    "positives only": {"loss": "sft"},
-    "DPO": {"loss": "dpo"},
-    "TOPR, Anna Karenina": {"loss": "topr", "anna_karenina": True},
-    "importance sampling": {"loss": "is"},
-    "truncated importance sampling": {"loss": "tis"},
+    **methods("positives only", "DPO", "TOPR, Anna Karenina"),
+    **methods("importance sampling", "truncated importance sampling"),
 }
 CUT = {  # at the high rate
     f"{name}, high rate, cut at {norm:g}": {"loss": loss, "grad_clip": norm}
@@ -39,13 +34,8 @@ PANELS = 2
 
 
 def run(settings):
-    settings = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
-    return {
-        "arms": {
-            **compare(settings, run_logged, ARMS, [RATE]),
-            **compare(settings, run_logged, CUT, [HIGH]),
-        }
-    }
+    arms = compare(settings, run_logged, ARMS, [RATE], SEEDS)
+    return {"arms": arms | compare(settings, run_logged, CUT, [HIGH], SEEDS)}
 
 
 def run_logged(seed, arm, rate, split):

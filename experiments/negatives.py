@@ -2,21 +2,19 @@
 
 import numpy as np
 
-from experiments.common import bars, by_arm, compare, run_arm, spread, verdict
+from experiments.common import bars, by_arm, compare, methods, run_arm, spread, verdict
 
 TOPR = {  # --quick validates nothing and takes the first
-    "TOPR, share 0.33": {"loss": "topr", "positive_share": 0.33},
-    "TOPR, as sampled": {"loss": "topr"},
-    "TOPR, share 0.5": {"loss": "topr", "positive_share": 0.5},
-    "TOPR, share 0.75": {"loss": "topr", "positive_share": 0.75},
+    f"TOPR, share {share}": {"loss": "topr", "positive_share": share} for share in (0.33, 0.5, 0.75)
 }
+TOPR["TOPR, as sampled"] = {"loss": "topr"}
 GROUPS = {"none": (0, 0), "1 to 4": (1, 4), "5 to 16": (5, 16)}  # right answers of 16
 MEASURES = ("pass@1", "maj@16", "invalid", *(f"pass@1 where {group}" for group in GROUPS))
 PANELS = 2
 
 
 def run(settings):
-    arms = {"base": {}, "positives only": {"loss": "sft"}, **TOPR}
+    arms = {**methods("base", "positives only"), **TOPR}
     arms = compare(settings, run_by_group, arms)
     scores = {name: arms[name]["validation"][arms[name]["learning_rate"]] for name in TOPR}
     return {"arms": arms, "best": max(TOPR, key=lambda name: sum(scores[name]))}

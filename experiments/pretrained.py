@@ -11,9 +11,7 @@ held-out questions of the training distribution. Keeps about 15 GB of policies i
 On a GPU add --processes 1.
 """
 
-import dataclasses
 import operator
-import os
 import random
 import re
 
@@ -26,7 +24,16 @@ from data import load_task
 from data.maths import exact, shown
 from engine.measures import interval_text
 from engine.rollouts import write_rollouts
-from experiments.common import bars, compare, differences, name_of, spread, verdict
+from experiments.common import (
+    bars_of,
+    compare,
+    differences,
+    methods,
+    name_of,
+    spread,
+    sure,
+    verdict,
+)
 
 FOLDER = "runs/smollm2/full"
 SEEDS = 3  # of the rollouts and of their order in training
@@ -47,22 +54,13 @@ TRAINING = {
 }  # twice as fast as float32 where the processor has it
 RATES = (6e-6, 2e-5)
 ARMS = {
-    "base": {},
-    "TOPR": {"loss": "topr"},
-    "naive REINFORCE": {"loss": "reinforce"},
-    "DPO": {"loss": "dpo"},
-    "truncated importance sampling": {"loss": "tis"},
-    "AsymRE": {"loss": "reinforce", "baseline": -0.9},
+    **methods("base", "TOPR", "naive REINFORCE", "DPO", "truncated importance sampling", "AsymRE"),
     "AsymRE, baseline -0.7": {"loss": "reinforce", "baseline": -0.7},  # the mean reward: -0.62
 }
 BEST, TWICE = "TOPR, share 0.5", "TOPR, share 0.5, two rounds"  # where four of five are wrong
 OTHER, OTHER_TWICE = "positives only", "positives only, two rounds"
-MAIN = {  # with more seeds
-    BEST: {"loss": "topr", "positive_share": 0.5},
-    TWICE: {"loss": "topr", "positive_share": 0.5, "rounds": 2},
-    OTHER: {"loss": "sft"},
-    OTHER_TWICE: {"loss": "sft", "rounds": 2},
-}
+MAIN = methods(BEST, OTHER)  # with more seeds
+MAIN |= {f"{name}, two rounds": {**arm, "rounds": 2} for name, arm in MAIN.items()}
 PAIRS = (
     (BEST, OTHER),
     (TWICE, OTHER_TWICE),
@@ -72,14 +70,12 @@ PAIRS = (
 )
 MEASURES = ("SVAMP", "SVAMP, greedy", "held out", "held out, greedy", "invalid")
 PARTS = ("SVAMP", "held out")
-PANELS = 1
 
 
 def run(settings):
     prepare(settings)
-    arms = compare(dataclasses.replace(settings, seeds=1), run_arm, ARMS, RATES)
-    several = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
-    arms |= compare(several, run_arm, MAIN, RATES)
+    arms = compare(settings, run_arm, ARMS, RATES, seeds=1)
+    arms |= compare(settings, run_arm, MAIN, RATES, SEEDS)
     pairs = [(name, "base") for name in arms if name != "base"]
     return {"arms": arms, "paired": differences(arms, PARTS, [*pairs, *PAIRS])}
 
@@ -136,60 +132,60 @@ def work_out(equation):
 def prepare(settings):
     """Makes the base policy, which imitates demonstrations."""
     demonstrations = f"{FOLDER}/demonstrations.jsonl"
-    if not os.path.exists(demonstrations):
-        write_rollouts(
-            demonstrations,
-            [
-                {
-                    "id": row["id"],
-                    "prompt": row["prompt"],
-                    "completion": f" {row['solution']}",
-                    "reward": 1.0,
-                }
-                for row in read_questions("demonstrations")
-            ],
+    rows = [
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "completion": f" {row['solution']}",
+            "reward": 1.0,
+        }
+        for row in read_questions("demonstrations")
+    ]
+    write_rollouts(demonstrations, rows)  # the same ones each time
+    train.train_once(
+        job(
+            model=settings.pretrained,
+            rollouts=demonstrations,
+            out=f"{FOLDER}/base",
+            loss="sft",
+            learning_rate=5e-5,
         )
-    train_on(settings.pretrained, demonstrations, f"{FOLDER}/base", loss="sft", learning_rate=5e-5)
-
-
-def train_on(model, rollouts, out, **changes):
-    """The log."""
-    return train.train_once(
-        train.Settings(model=model, rollouts=rollouts, out=out, **{**TRAINING, **changes})
     )
 
 
-def sampling(part, samples, out):
-    """(train.py's settings, SVAMP with the questions of a part alone)"""
+def job(**changes):
+    """train.py's settings"""
+    return train.Settings(**{**TRAINING, "max_new_tokens": 64, "batch_size": 128, **changes})
+
+
+def task_of(part):
+    """SVAMP with the questions of a part alone"""
     task = load_task("svamp")
     task.questions = lambda split: read_questions(part)
-    return train.Settings(
-        **TRAINING, max_new_tokens=64, batch_size=128, samples=samples, out=out
-    ), task
+    return task
 
 
 def train_arm(seed, arm, rate):
     """(The folder of the policy that an arm makes in its rounds of sample-then-train, its log)"""
     policy, log, changes = f"{FOLDER}/base", [], dict(arm)
     rounds = changes.pop("rounds", 1) if rate else 0
-    out = f"{FOLDER}/seed{seed}/{name_of(changes, rate)}"
     for number in range(1, rounds + 1):  # each has questions of its own
         rollouts = f"{policy}-rollouts-{seed}.jsonl"
-        job, task = sampling(f"round {number}", 8, "")
-        job.seed = seed + 100 * (number - 1)
+        sampling = job(samples=8, seed=seed + 100 * (number - 1))
         with FileLock(f"{rollouts}.lock"):  # all arms need the first
-            evaluation.sample_rollout_file(job, task, policy, rollouts)
-        start, policy = policy, f"{out}-round{number}"
-        log = train_on(start, rollouts, policy, seed=seed, learning_rate=rate, **changes)
+            evaluation.sample_rollout_file(sampling, task_of(f"round {number}"), policy, rollouts)
+        settings = job(model=policy, rollouts=rollouts, seed=seed, learning_rate=rate, **changes)
+        settings.out = f"{FOLDER}/seed{seed}/{name_of(changes, rate)}-round{number}"
+        policy, log = settings.out, train.train_once(settings)
     return policy, log
 
 
 def run_arm(seed, arm, rate, split):
     """The measures of an arm; its answers are kept in its folder."""
     policy, _ = train_arm(seed, arm, rate)
-    measures, invalid = {}, []
+    settings, measures, invalid = job(samples=4, out=policy), {}, []
     for part in PARTS if split == "test" else ["validation"]:
-        values = evaluation.measure_once(*sampling(part, 4, policy), policy, part)
+        values = evaluation.measure_once(settings, task_of(part), policy, part)
         measures |= {
             part: np.mean(values["pass@1"]),
             f"{part}, greedy": np.mean(values["greedy"]),
@@ -202,8 +198,7 @@ def run_arm(seed, arm, rate, split):
 # ---- what came of it ----
 
 
-def draw(result, ax):
-    bars(ax, result["arms"], PARTS, ylabel="pass@1")
+draw = bars_of(PARTS, ylabel="pass@1")
 
 
 def claims(result):
@@ -216,7 +211,7 @@ def claims(result):
         "TOPR improves a pretrained model, and more than positives only (Figures 1, 3, 4)",
         f"135 million weights, pass@1 on held-out questions: {at['base']}, {at[OTHER]}, "
         f"{at[BEST]}: over the base {text[over_base]}, over positives only {text[ahead]}",
-        verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0),
+        sure(gain[over_base], gain[ahead]),
     )
 
     again, ahead = f"{TWICE} minus {BEST}", f"{TWICE} minus {OTHER_TWICE}"
@@ -224,7 +219,7 @@ def claims(result):
         "Sampling again and training again keeps helping (iterations, 135 million weights)",
         f"pass@1 on held-out questions after a second round, with new questions: {at[TWICE]}, "
         f"over one round {text[again]}; {at[OTHER_TWICE]}: TOPR over that {text[ahead]}",
-        verdict(gain[again]["low"] > 0, gain[ahead]["low"] > 0),
+        sure(gain[again], gain[ahead]),
     )
 
     naive = "naive REINFORCE minus base"
@@ -243,7 +238,7 @@ def claims(result):
         "DPO does well, TOPR is best (Figures 1, 3, 135 million weights)",
         f"pass@1 on held-out questions: {at['DPO']}, over the base {text[over_base]}; "
         f"TOPR's best over DPO {text[ahead]}",
-        verdict(gain[over_base]["low"] > 0, gain[ahead]["low"] > 0),
+        sure(gain[over_base], gain[ahead]),
     )
 
     ahead = "TOPR minus truncated importance sampling"
@@ -252,5 +247,5 @@ def claims(result):
         "(Figure 7, 135 million weights)",
         f"without a baseline, pass@1 on held-out questions: {at['TOPR']}, "
         f"{at['truncated importance sampling']}: {text[ahead]}",
-        verdict(gain[ahead]["low"] > 0),
+        sure(gain[ahead]),
     )

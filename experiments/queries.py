@@ -1,27 +1,28 @@
 """The search task: query expansion learned from what a search engine returns alone."""
 
-import dataclasses
 import functools
 
 import numpy as np
 from filelock import FileLock
 
-import eval as evaluation
 import search
 import train
 from data import library
-from experiments.common import bars, by_arm, compare, name_of, spread, verdict
+from experiments.common import (
+    bars_of,
+    by_arm,
+    compare,
+    measure_arm,
+    methods,
+    spread,
+    verdict,
+    with_rollouts,
+)
 
-ARMS = {
-    "no expansion": {"alone": True},
-    "base": {},
-    "positives only": {"loss": "sft"},
-    "TOPR": {"loss": "topr"},
-}
+ARMS = {"no expansion": {"alone": True}, **methods("base", "positives only", "TOPR")}
 REWARDED, HELD_OUT = search.EMBEDDED["metric"], 128  # training queries to choose the rate on
 MEASURES = ("sampled", "greedy")
 OUT = "runs/search-library"
-PANELS = 1
 
 
 def run(settings):
@@ -44,47 +45,27 @@ def make_job(seed, split):
         return with_rollouts(settings, task), task
 
 
-def with_rollouts(settings, task):
-    """The settings, with the rollouts of the base expander."""
-    rollouts = f"{settings.out}/rollouts.jsonl"
-    evaluation.sample_rollout_file(settings, task, settings.model, rollouts)
-    return dataclasses.replace(settings, rollouts=rollouts)
-
-
-def measure_arm(settings, task, arm, rate, split):
-    """{measure: its value for each query} of an arm's sampled expansions, and "greedy"."""
-    if "alone" in arm:
-        return measure_added(task, lambda query: "")
-    policy = settings.model
-    this = dataclasses.replace(
-        settings, learning_rate=rate, **arm, out=f"{settings.out}/{name_of(arm, rate)}"
-    )
-    if rate:
-        train.train_once(this)
-        policy = this.out
-    return evaluation.measure_once(this, task, policy, split)
-
-
 def measure_added(task, words):
-    """The same for the words that a function adds to each query."""
-    values = task.measure(
-        [
-            {**query, "split": "test", "answer": words(query["question"])}
-            for query in task.questions("test")
-        ]
-    )
-    values = {name: list(of_queries) for name, of_queries in values.items()}
-    return {**values, "greedy": next(iter(values.values()))}
+    """{measure: its value for each query} of the words that a function adds to each."""
+    rows = [
+        {**query, "split": "test", "answer": words(query["question"])}
+        for query in task.questions("test")
+    ]
+    values = {name: list(each) for name, each in task.measure(rows).items()}
+    return {**values, "greedy": values[next(iter(values))]}
 
 
 def run_expander(seed, arm, rate, split):
-    values = measure_arm(*make_job(seed, split), arm, rate, split)
+    settings, task = make_job(seed, split)
+    if "alone" in arm:
+        values = measure_added(task, lambda query: "")
+    else:
+        values = measure_arm(settings, task, arm, rate, split)
     sampled = np.mean(values[REWARDED])
     return {"sampled": sampled, "greedy": np.mean(values["greedy"]), "score": sampled}
 
 
-def draw(result, ax):
-    bars(ax, result["arms"], MEASURES, ylabel=REWARDED)
+draw = bars_of(MEASURES, ylabel=REWARDED)
 
 
 def claims(result):

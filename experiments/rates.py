@@ -11,7 +11,6 @@ GRIDS = {  # {size: (base policy, learning rates)}
 OPTIMIZERS = ("adamw", "adafactor")
 SHOWN = 20  # the step to look at
 MEASURES = ("pass@1", "negative_weight")  # the weight in the log at step 20
-PANELS = 1
 
 
 def run(settings):

@@ -4,8 +4,6 @@ The paper's is the sequence's. Other public versions divide the log-ratio by the
 ratio for each token (docs/versions.md). Beside these TOPR's rivals, on the same rollouts.
 """
 
-import dataclasses
-
 import numpy as np
 import torch
 
@@ -19,6 +17,7 @@ from experiments.common import (
     by_arm,
     compare,
     line,
+    methods,
     run_arm,
     show_arms,
     spread,
@@ -27,13 +26,9 @@ from experiments.common import (
     verdict,
 )
 
-RATIOS = {"TOPR": "sequence", "TOPR, mean ratio": "mean", "TOPR, token ratio": "token"}
-VERSIONS = {name: {"loss": "topr", "ratio": ratio} for name, ratio in RATIOS.items()}
+VERSIONS = methods("TOPR", "TOPR, mean ratio", "TOPR, token ratio")  # TOPR's is the sequence's
 RIVALS = {
-    "positives only": {"loss": "sft"},
-    "DPO": {"loss": "dpo"},
-    "AsymRE": {"loss": "reinforce", "baseline": -0.9},  # as in collapse.py
-    "truncated importance sampling": {"loss": "tis"},
+    **methods("positives only", "DPO", "AsymRE", "truncated importance sampling"),
     "CISPO": {"loss": "cispo"},
     "GSPO": {"loss": "gspo"},
     "PPO": {"loss": "ppo"},
@@ -68,12 +63,12 @@ def run_version(seed, arm, rate, split):
 
 def run(settings):
     rates = [WORKING_RATE] if settings.quick else RATES
-    few = dataclasses.replace(settings, seeds=min(LONG_SEEDS, settings.seeds))
-    long = {name: {"base": "long", **arm} for name, arm in VERSIONS.items()}
+    long = {"base": {"base": "long"}}
+    long |= {name: {"base": "long", **arm} for name, arm in VERSIONS.items()}
     return {
         "arms": compare(settings, run_version, {"base": {}, **VERSIONS, **RIVALS}),
         "rates": {f"{rate:g}": compare(settings, run_logged, VERSIONS, [rate]) for rate in rates},
-        "long": compare(few, run_version, {"base": {"base": "long"}, **long}, LONG_RATES),
+        "long": compare(settings, run_version, long, LONG_RATES, LONG_SEEDS),
     }
 
 
@@ -88,7 +83,6 @@ def run_logged(seed, arm, rate, split):
 
 
 def show(result):
-    parts = [show_arms(result), f"long answers\n{show_arms({'arms': result['long']})}"]
     rows, logs = [], []
     for name in VERSIONS:
         for rate, arms in result["rates"].items():
@@ -98,10 +92,12 @@ def show(result):
             [name, "last" if step < 0 else step, *values.tolist()]
             for step, values in zip(STEPS, log)
         ]
-    parts += [
+    parts = (
+        show_arms(result),
+        f"long answers\n{show_arms({'arms': result['long']})}",
         table(("each at all rates", "rate", *MEASURES), rows),
         table((f"the log at rate {WORKING_RATE:g}", "step", *LOGGED), logs),
-    ]
+    )
     return "\n\n".join(parts)
 
 

@@ -12,6 +12,7 @@ from experiments.common import (
     compare,
     line,
     measure_once,
+    methods,
     run_arm,
     spread,
     train_arm,
@@ -20,19 +21,16 @@ from experiments.common import (
 
 ROUNDS = 3
 ARMS = {
-    "TOPR": {"loss": "topr"},
-    "TOPR, Anna Karenina": {"loss": "topr", "anna_karenina": True},
-    "positives only": {"loss": "sft"},
+    **methods("TOPR", "TOPR, Anna Karenina", "positives only"),
     "positives only, Anna Karenina": {"loss": "sft", "anna_karenina": True},
 }
 LARGER_BASE, LARGER = "five times larger, base", "five times larger, positives only"
 OTHERS = {"base": {}, LARGER_BASE: {"base": "larger"}, LARGER: {"loss": "sft", "base": "larger"}}
-PANELS = 1
 
 
 def run(settings):
     others = compare(settings, run_arm, OTHERS)
-    return {"arms": {**compare(settings, run_rounds, ARMS), **others}}
+    return {"arms": compare(settings, run_rounds, ARMS) | others}
 
 
 def run_rounds(seed, arm, rate, split):

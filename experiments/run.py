@@ -44,8 +44,8 @@ def main():
         raise Problem("start this with python, not with torchrun: it starts its own processes")
     if settings.quick:
         settings.seeds = 1
-    is_full = settings.seeds == 5
-    folder = settings.out or (f"{ROOT}/experiments/results" if is_full else "runs/results")
+    usual = f"{ROOT}/experiments/results" if settings.seeds == 5 else "runs/results"
+    folder = settings.out or usual
     if settings.show:
         for name in names or there(folder):
             show(name, folder)
@@ -88,7 +88,7 @@ def show(name, folder):
     finding, result = load(name), read_json(f"{folder}/{name}.json")
     say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{tables(name, result)}\n")
     try:
-        with picture(f"{folder}/{name}.png", finding.PANELS) as axes:
+        with picture(f"{folder}/{name}.png", getattr(finding, "PANELS", 1)) as axes:
             finding.draw(result, *axes)
     except ImportError:
         say("no picture: matplotlib is not installed")

@@ -19,9 +19,18 @@ import search
 from engine.bm25 import analyse, is_common, read_texts, row_of
 from engine.common import Problem
 from engine.measures import interval_text
-from experiments.common import bars, compare, differences, spread, verdict
+from experiments.common import (
+    bars_of,
+    compare,
+    differences,
+    measure_arm,
+    methods,
+    spread,
+    verdict,
+    with_rollouts,
+)
 from experiments.pretrained import TRAINING
-from experiments.queries import measure_added, measure_arm, with_rollouts
+from experiments.queries import measure_added
 
 OUT = "runs/search-scifact"
 RATES = (6e-6, 2e-5)
@@ -30,22 +39,18 @@ CLAIMED = "TOPR, share 0.5"  # the README's advice where few are right
 ARMS = {
     "no expansion": {"alone": True},
     "Rocchio": {"form": (3, 10, 4)},
-    "base": {},
-    "positives only": {"loss": "sft"},
-    "TOPR": {"loss": "topr"},
-    CLAIMED: {"loss": "topr", "positive_share": 0.5},
+    **methods("base", "positives only", "TOPR", CLAIMED),
 }
 LEARN, CHOOSE = 200, 100  # training queries to learn from; to choose the rates on
 COMPARED = ("recall@100", "recall@10", "ndcg@10")
 MEASURES = (*COMPARED, "without fault")
-PANELS = 1
 
 
 def run(settings):
     if not settings.corpus:
         raise Problem("scifact needs --corpus DIR: SciFact in BEIR's layout")
     run = functools.partial(run_arm, settings.corpus, settings.pretrained)
-    arms = compare(dataclasses.replace(settings, seeds=1), run, ARMS, RATES)
+    arms = compare(settings, run, ARMS, RATES, seeds=1)
     pairs = [(later, earlier) for earlier, later in itertools.combinations(arms, 2)]
     return {"arms": arms, "paired": differences(arms, COMPARED, pairs)}
 
@@ -68,7 +73,7 @@ def make_job(corpus, model, split):
         splits = search.read_splits(settings, index)
         queries = list(splits["train"].items())
         can_gain = search.skip_full(settings, index, dict(queries[:-CHOOSE]))
-        splits["train"] = dict(list(can_gain.items())[:LEARN])
+        splits["train"] = dict(itertools.islice(can_gain.items(), LEARN))
         if split == "validation":
             splits["test"] = dict(queries[-CHOOSE:])
         task = search.make_task(settings, index, splits)
@@ -82,15 +87,14 @@ def run_arm(corpus, model, seed, arm, rate, split):
     settings, task, index = make_job(corpus, model, split)
     if "form" in arm:
         values = measure_added(task, functools.partial(rocchio, corpus, index, *arm["form"]))
+    elif "alone" in arm:
+        values = measure_added(task, lambda query: "")
     else:
         two = dataclasses.replace(settings, samples=2)
         values = measure_arm(two, task, arm, rate, split)
     means = {measure: np.mean(values[measure]) for measure in MEASURES}
-    return {
-        **means,
-        **{f"by question, {measure}": values[measure] for measure in COMPARED},
-        "score": means["ndcg@10"],
-    }
+    each = {f"by question, {measure}": values[measure] for measure in COMPARED}
+    return {**means, **each, "score": means["ndcg@10"]}
 
 
 def rocchio(corpus, index, documents, count, weight, text):
@@ -114,8 +118,7 @@ def words_of(corpus):
 # ---- what came of it ----
 
 
-def draw(result, ax):
-    bars(ax, result["arms"], COMPARED)
+draw = bars_of(COMPARED)
 
 
 def claims(result):

@@ -8,33 +8,40 @@ Its likeliest answer is often right, a sampled one seldom. All arms learn from t
 a seed has its own. This file is the task, too: train.py --task experiments/sums.py
 """
 
-import dataclasses
-import os
 import random
 import re
+from itertools import product
 
 import numpy as np
-from filelock import FileLock
 
-import eval as evaluation
 import train
 from data import load_task
 from engine.measures import interval_text
-from experiments.common import bars, by_arm, compare, differences, name_of, spread, verdict
+from experiments.common import (
+    bars_of,
+    by_arm,
+    compare,
+    differences,
+    measure_arm,
+    methods,
+    spread,
+    verdict,
+    with_rollouts,
+)
 
 FOLDER = "runs/smollm2/sums"
 SEEDS = 3  # of the rollouts and of their order in training
 RATES = (3e-6, 1e-5)
-ARMS = {
-    "base": {},
-    "TOPR": {"loss": "topr"},
-    "positives only": {"loss": "sft"},
-    "truncated importance sampling": {"loss": "tis"},
-    "DPO": {"loss": "dpo"},
-    "naive REINFORCE": {"loss": "reinforce"},
-    "TOPR, mean ratio": {"loss": "topr", "ratio": "mean"},
-    "TOPR, token ratio": {"loss": "topr", "ratio": "token"},
-}
+ARMS = methods(
+    "base",
+    "TOPR",
+    "positives only",
+    "truncated importance sampling",
+    "DPO",
+    "naive REINFORCE",
+    "TOPR, mean ratio",
+    "TOPR, token ratio",
+)
 CLAIMS = {  # (which is ahead, of which): what the paper says
     ("TOPR", "base"): "TOPR improves a pretrained model (Figures 1, 3)",
     ("TOPR", "positives only"): "TOPR improves it more than positives only (Figure 4)",
@@ -49,7 +56,6 @@ CLAIMS = {  # (which is ahead, of which): what the paper says
 }
 MEASURES = ("pass@1", "greedy", "invalid")
 PART = "held out"
-PANELS = 1
 
 
 # ---- the task ----
@@ -60,11 +66,11 @@ ASK = "Reply with the number alone."
 
 def questions(split):
     """256 sums and 144 products, in an order that is always the same."""
-    sums = [(f"{a} + {b}", a + b) for a in range(1, 17) for b in range(1, 17)]
-    products = [(f"{a} times {b}", a * b) for a in range(1, 13) for b in range(1, 13)]
+    golds = {f"{a} + {b}": a + b for a, b in product(range(1, 17), repeat=2)}
+    golds |= {f"{a} times {b}": a * b for a, b in product(range(1, 13), repeat=2)}
     rows = [
         {"id": text, "question": f"What is {text}?", "gold": str(gold)}
-        for text, gold in sums + products
+        for text, gold in golds.items()
     ]
     random.Random(0).shuffle(rows)
     return rows[SPLITS[split]]
@@ -80,39 +86,24 @@ def grade(question, completion):
 
 
 def run(settings):
-    os.makedirs(FOLDER, exist_ok=True)
-    several = dataclasses.replace(settings, seeds=min(SEEDS, settings.seeds))
     arms = {name: {**arm, "model": settings.pretrained} for name, arm in ARMS.items()}
-    arms = compare(several, run_arm, arms, RATES)
+    arms = compare(settings, run_arm, arms, RATES, SEEDS)
     return {"arms": arms, "paired": differences(arms, [PART], CLAIMS)}
 
 
 def run_arm(seed, arm, rate, split):
     """The measures of an arm; its completions are kept in its folder."""
-    task, method = load_task(__file__), {**arm, "model": f"seed{seed}"}
-    settings = train.Settings(
-        **arm,
-        samples=8,
-        max_new_tokens=24,
-        seed=seed,
-        learning_rate=rate,
-        rollouts=f"{FOLDER}/rollouts-{seed}.jsonl",
-        out=f"{FOLDER}/{name_of(method, rate)}",
-    )
-    policy = settings.model
-    if rate:
-        with FileLock(f"{settings.rollouts}.lock"):  # all arms need the file
-            evaluation.sample_rollout_file(settings, task, policy, settings.rollouts)
-        train.train_once(settings)
-        policy = settings.out
+    task, arm, out = load_task(__file__), dict(arm), f"{FOLDER}/seed{seed}"
+    model = arm.pop("model")
+    settings = train.Settings(model=model, out=out, seed=seed, samples=8, max_new_tokens=24)
+    settings = with_rollouts(settings, task)
     task.questions = lambda _: questions(split)
-    values = evaluation.measure_once(settings, task, policy, split)
+    values = measure_arm(settings, task, arm, rate, split)
     measures = {name: np.mean(values[name]) for name in MEASURES}
     return {**measures, "score": measures["pass@1"], f"by question, {PART}": values["pass@1"]}
 
 
-def draw(result, ax):
-    bars(ax, result["arms"], MEASURES, ylabel="mean over questions")
+draw = bars_of(MEASURES, ylabel="mean over questions")
 
 
 def claims(result):

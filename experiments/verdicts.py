@@ -7,14 +7,23 @@ from filelock import FileLock
 
 import verifier
 from engine.common import read_json
-from experiments.common import bars, by_arm, compare, folder_of, name_of, prepare, spread, verdict
+from experiments.common import (
+    bars_of,
+    by_arm,
+    compare,
+    folder_of,
+    methods,
+    name_of,
+    prepare,
+    spread,
+    verdict,
+)
 
 MEASURES = ("accuracy", "invalid", "weighted", "majority", "solutions")
-PANELS = 1
 
 
 def run(settings):
-    (arm,) = compare(settings, run_verifier, {"TOPR": {"loss": "topr"}}).values()
+    (arm,) = compare(settings, run_verifier, methods("TOPR")).values()
     before = {measure: arm.pop(f"{measure} before") for measure in MEASURES}
     return {"arms": {"base": {"settings": {}, "learning_rate": 0, **before}, "TOPR": arm}}
 
@@ -44,8 +53,7 @@ def run_verifier(seed, arm, rate, split):
     return {**measures, "score": measures["accuracy"]}
 
 
-def draw(result, ax):
-    bars(ax, result["arms"], MEASURES[:-1], ylabel="share of verdicts; accuracy of the vote")
+draw = bars_of(MEASURES[:-1], ylabel="share of verdicts; accuracy of the vote")
 
 
 def claims(result):

@@ -72,7 +72,7 @@ def in_this_process(monkeypatch):
         return types.SimpleNamespace(result=lambda: value)
 
     monkeypatch.setattr(common, "submit", submit)
-    monkeypatch.setattr(common.compare, "__defaults__", ((1e-4, 1e-3),))
+    monkeypatch.setattr(common.compare, "__defaults__", ((1e-4, 1e-3), None))
 
 
 def check(name, settings):
