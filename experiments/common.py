@@ -26,8 +26,10 @@ import torch
 from filelock import FileLock
 
 import eval as evaluation
+import topr
 import train
 from data import load_task
+from engine import losses
 from engine.common import read_json, say, setting, table, write_json
 from engine.measures import interval_text, measure, paired_interval
 from engine.rollouts import each_rollout, write_rollouts
@@ -63,6 +65,9 @@ METHODS = {
     "AsymRE": {"loss": "reinforce", "baseline": -0.9},
     "importance sampling": {"loss": "is"},
     "truncated importance sampling": {"loss": "tis"},
+    "CISPO": {"loss": "cispo"},
+    "GSPO": {"loss": "gspo"},
+    "negatives only": {"loss": "nsr"},
 }
 STYLES = {  # colour, line, marker, hatch: one look per method, distinct without colours too
     "TOPR": "#1f4e9c - o",
@@ -105,6 +110,22 @@ class Settings:
 
 def methods(*names):
     return {name: METHODS[name] for name in names}
+
+
+def gspo_loss(logp, mu_logp, reward, mask, count=None):
+    """GSPO (arXiv 2507.18071): PPO's clip with one ratio a sequence, its mean over tokens.
+
+    That is ppo_loss of sequences of a single token, the mean of theirs. The clip is PPO's, 0.2.
+    """
+    length = mask.sum(-1, keepdim=True)  # [batch, 1]
+    logp, mu_logp = (
+        torch.where(mask, values, 0.0).sum(-1, keepdim=True) / length for values in (logp, mu_logp)
+    )  # [batch, 1]
+    loss, stats = topr.ppo_loss(logp, mu_logp, reward, length > 0, count=count)
+    return loss, {**stats, "log_ratio": stats["log_ratio"] * length[:, 0]}
+
+
+losses.OTHERS["gspo"] = gspo_loss
 
 
 # ---- many arms at once ----
@@ -348,9 +369,9 @@ def picture(path, panels):
     rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3})
     rows = (panels + 1) // 2
     figure = Figure(figsize=(10.8, 4.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, panels // rows, squeeze=False)
-    yield axes.ravel()
-    handles, names = axes[0, 0].get_legend_handles_labels()
+    axes = figure.subplots(rows, panels // rows, squeeze=False).ravel()
+    yield axes
+    handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3 if len(names) < 6 else 2)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 

@@ -1,19 +1,15 @@
 """Figure 7: importance sampling with and without truncation, gradients clipped at 1 or at 100."""
 
-from experiments.common import MEASURES, bars, by_arm, compare, run_arm, spread, verdict
+from experiments.common import MEASURES, bars, by_arm, compare, methods, run_arm, spread, verdict
 
-LOSSES = {"TOPR": "topr", "truncated importance sampling": "tis", "importance sampling": "is"}
+LOSSES = methods("TOPR", "truncated importance sampling", "importance sampling")
 CLIPS = {"loose": 100.0, "at 1": 1.0}
 PANELS = 2
 
 
 def run(settings):
     arms = {
-        f"{name}, clipped {clip}": {
-            "loss": LOSSES[name],
-            "positives": 0.4,
-            "grad_clip": CLIPS[clip],
-        }
+        f"{name}, clipped {clip}": {**LOSSES[name], "positives": 0.4, "grad_clip": CLIPS[clip]}
         for clip in CLIPS
         for name in LOSSES
     }

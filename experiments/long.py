@@ -17,9 +17,9 @@ ARMS = {
     **methods("importance sampling", "truncated importance sampling"),
 }
 CUT = {  # at the high rate
-    f"{name}, high rate, cut at {norm:g}": {"loss": loss, "grad_clip": norm}
+    f"{name}, high rate, cut at {norm:g}": {**arm, "grad_clip": norm}
     for norm in (1.0, 100.0)
-    for name, loss in (("TOPR", "topr"), ("importance sampling", "is"))
+    for name, arm in methods("TOPR", "importance sampling").items()
 }
 LOGGED = {
     "d_min": min,
@@ -69,12 +69,13 @@ def all_shares(result):
 
 def claims(result):
     passed, invalid = by_arm(result, "pass@1"), by_arm(result, "invalid")
-    topr, loose, tight = (
-        "TOPR, high rate, cut at 100",
-        *(f"importance sampling, high rate, cut at {norm}" for norm in (100, 1)),
-    )
     yield importance.harm_claim(
-        passed, invalid, topr, loose, tight, f"Figure 7, long answers, rate {HIGH:g}"
+        passed,
+        invalid,
+        "TOPR, high rate, cut at 100",
+        "importance sampling, high rate, cut at 100",
+        "importance sampling, high rate, cut at 1",
+        f"Figure 7, long answers, rate {HIGH:g}",
     )
     by_share = {share: passed[name] for name, share in all_shares(result).items()}
     yield shares.share_claim(by_share, "Figure 5, long answers")

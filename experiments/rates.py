@@ -50,13 +50,12 @@ def draw(result, ax):
     for size in GRIDS:
         for optimizer, dashes in zip(OPTIMIZERS, ("o-", "s--")):
             series = f"{size}, {optimizer}"
-            runs = [arm for name, arm in result["arms"].items() if name.startswith(series)]
-            ax.plot(
-                [arm["learning_rate"] for arm in runs],
-                [arm["pass@1"] for arm in runs],
-                dashes,
-                label=series,
-            )
+            points = [
+                (arm["learning_rate"], *arm["pass@1"])
+                for name, arm in result["arms"].items()
+                if name.startswith(series)
+            ]
+            ax.plot(*zip(*points), dashes, label=series)
     ax.set(xscale="log", xlabel="learning rate", ylabel="pass@1")
 
 

@@ -5,10 +5,7 @@ ratio for each token (docs/versions.md). Beside these TOPR's rivals, on the same
 """
 
 import numpy as np
-import torch
 
-import topr
-from engine import losses
 from experiments.common import (
     MEASURES,
     RATES,
@@ -27,38 +24,20 @@ from experiments.common import (
 )
 
 VERSIONS = methods("TOPR", "TOPR, mean ratio", "TOPR, token ratio")  # TOPR's is the sequence's
-RIVALS = {
-    **methods("positives only", "DPO", "AsymRE", "truncated importance sampling"),
-    "CISPO": {"loss": "cispo"},
-    "GSPO": {"loss": "gspo"},
-    "PPO": {"loss": "ppo"},
-    "negatives only": {"loss": "nsr"},
-}
+RIVALS = methods(
+    "positives only",
+    "DPO",
+    "AsymRE",
+    "truncated importance sampling",
+    "CISPO",
+    "GSPO",
+    "PPO",
+    "negatives only",
+)
 LONG_SEEDS, LONG_RATES = 2, (3e-4, 1e-3)
 STEPS = (16, 64, 120, -1)  # of which the log is shown
 LOGGED = ("negative_weight", "d_negative", "d_positive")
 PANELS = 2
-
-
-def gspo_loss(logp, mu_logp, reward, mask, count=None):
-    """GSPO (arXiv 2507.18071): PPO's clip with one ratio a sequence, its mean over tokens.
-
-    That is ppo_loss of sequences of a single token, the mean of theirs. The clip is PPO's, 0.2.
-    """
-    length = mask.sum(-1, keepdim=True)  # [batch, 1]
-    logp, mu_logp = (
-        torch.where(mask, values, 0.0).sum(-1, keepdim=True) / length for values in (logp, mu_logp)
-    )  # [batch, 1]
-    loss, stats = topr.ppo_loss(logp, mu_logp, reward, length > 0, count=count)
-    return loss, {**stats, "log_ratio": stats["log_ratio"] * length[:, 0]}
-
-
-losses.OTHERS["gspo"] = gspo_loss
-
-
-def run_version(seed, arm, rate, split):
-    """run_arm, but in a module whose import makes gspo known to every process."""
-    return run_arm(seed, arm, rate, split)
 
 
 def run(settings):
@@ -66,9 +45,9 @@ def run(settings):
     long = {"base": {"base": "long"}}
     long |= {name: {"base": "long", **arm} for name, arm in VERSIONS.items()}
     return {
-        "arms": compare(settings, run_version, {"base": {}, **VERSIONS, **RIVALS}),
+        "arms": compare(settings, run_arm, {"base": {}, **VERSIONS, **RIVALS}),
         "rates": {f"{rate:g}": compare(settings, run_logged, VERSIONS, [rate]) for rate in rates},
-        "long": compare(settings, run_version, long, LONG_RATES, LONG_SEEDS),
+        "long": compare(settings, run_arm, long, LONG_RATES, LONG_SEEDS),
     }
 
 

@@ -48,7 +48,7 @@ def run_verifier(seed, arm, rate, split):
     vote, measures = read_json(f"{settings.out}/voting.json")[-1], {}
     for time, name in (("before", " before"), ("after", "")):
         found = {**vote, "weighted": vote[f"weighted, {time}"]}
-        found |= {measure: results[time][measure]["mean"] for measure in ("accuracy", "invalid")}
+        found |= {measure: results[time][measure]["mean"] for measure in MEASURES[:2]}
         measures |= {measure + name: found[measure] for measure in MEASURES}
     return {**measures, "score": measures["accuracy"]}
 
