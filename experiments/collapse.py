@@ -39,10 +39,12 @@ def run_along(seed, arm, rate, split):
 
 
 def curve(arm, measure):
-    """(steps, values [seeds, steps]); for DPO, whose steps are pairs, the steps are means."""
+    """(steps, values [steps, seeds]); for DPO, whose steps are pairs, the steps are means."""
     points = list(zip(*arm["curve"]))  # of all seeds
-    steps = [np.mean([one["step"] for one in seeds]) for seeds in points]
-    return steps, np.transpose([[one[measure] for one in seeds] for seeds in points])
+    steps, values = (
+        np.array([[one[name] for one in seeds] for seeds in points]) for name in ("step", measure)
+    )
+    return steps.mean(1), values
 
 
 def draw(result, *axes):
@@ -75,7 +77,7 @@ def claims(result):
     before = passed["base"].mean()
     low, working = (arms["naive REINFORCE"] for arms in result["along"].values())
     steps, values = curve(low, "pass@1")
-    mean = values.mean(0)  # [steps]
+    mean = values.mean(1)  # [steps]
     rises = mean.max() > before + 0.05 and np.mean(low["pass@1"]) < 0.5 * before
     collapses = np.mean(working["pass@1"]) < 0.02 and np.mean(working["invalid"]) > 0.9
     yield (

@@ -181,8 +181,11 @@ def compare(settings, run, arms, rates=RATES, seeds=None):
         }
     for name, arm in compared.items():
         found = [job.result() for job in arm.pop("jobs")]
-        reported = [measure for measure in found[0] if measure not in ("score", "right")]
-        arm |= {measure: [one[measure] for one in found] for measure in reported}
+        arm |= {
+            measure: [one[measure] for one in found]
+            for measure in found[0]
+            if measure not in ("score", "right")
+        }
         say(f"{name}: measured, at rate {arm['learning_rate']:g}")
     return compared
 
@@ -240,11 +243,11 @@ def arm_settings(seed, arm, rate):
 
 def train_arm(seed, arm, rate):
     """(The folder of an arm's policy, its log), trained once."""
-    settings, point = arm_settings(seed, arm, rate), None
+    settings = arm_settings(seed, arm, rate)
     if not rate:
         return settings.model, []
-    if arm.keys() <= {"loss", "baseline", "epochs"}:  # collapse.py draws the curves of these
-        point = evaluation.curve_point(settings, load_task(settings.task))
+    is_drawn = arm.keys() <= {"loss", "baseline", "epochs"}  # collapse.py draws these curves
+    point = is_drawn and evaluation.curve_point(settings, load_task(settings.task))
     return settings.out, train.train_once(settings, point)
 
 
@@ -377,12 +380,12 @@ def picture(path, panels):
 
 
 def over_seeds(values):
-    """Mean and standard deviation (0 with one seed). [seeds, columns] -> two of [columns]"""
-    return np.mean(values, 0), np.std(values, 0, ddof=min(1, len(values) - 1))
+    """Mean and standard deviation (0 with one seed). [points, seeds] -> two of [points]"""
+    return np.mean(values, 1), np.std(values, 1, ddof=min(1, len(values[0]) - 1))
 
 
 def line(axes, x, values, name, label=None, **changes):
-    """Mean over seeds with its standard deviation shaded. values: [seeds, len(x)]"""
+    """Mean over seeds with its standard deviation shaded. values: [len(x), seeds]"""
     colour, dashes, marker, *_ = STYLES[name].split()
     style = {"color": colour, "linestyle": dashes, "marker": marker, **changes}
     mean, deviation = over_seeds(values)
@@ -400,7 +403,7 @@ def bars(axes, arms, groups, **labels):
     for number, (name, arm) in enumerate(arms.items()):
         colour, _, _, *hatch = STYLES[name].split()
         x = np.arange(len(groups)) + (number - (len(arms) - 1) / 2) * width
-        mean, deviation = over_seeds(np.transpose([arm[group] for group in groups]))
+        mean, deviation = over_seeds([arm[group] for group in groups])
         drawn = axes.bar(
             x,
             mean,

@@ -57,7 +57,7 @@ def draw(result, left, right):
     }
     bars(left, arms, cuts, ylabel="pass@1", xlabel="gradients")
     left.axhline(passed["base"].mean(), color="black", linestyle="--", label="base")
-    line(right, list(points.values()), np.transpose([passed[name] for name in points]), "TOPR")
+    line(right, list(points.values()), [passed[name] for name in points], "TOPR")
     right.set(xlabel="effective share of positives", ylabel="pass@1")
 
 

@@ -8,7 +8,7 @@ TOPR = {  # --quick validates nothing and takes the first
     f"TOPR, share {share}": {"loss": "topr", "positive_share": share} for share in (0.33, 0.5, 0.75)
 }
 TOPR["TOPR, as sampled"] = {"loss": "topr"}
-GROUPS = {"none": (0, 0), "1 to 4": (1, 4), "5 to 16": (5, 16)}  # right answers of 16
+GROUPS = {"none": [0], "1 to 4": range(1, 5), "5 to 16": range(5, 17)}  # right answers of 16
 MEASURES = ("pass@1", "maj@16", "invalid", *(f"pass@1 where {group}" for group in GROUPS))
 PANELS = 2
 
@@ -16,8 +16,8 @@ PANELS = 2
 def run(settings):
     arms = {**methods("base", "positives only"), **TOPR}
     arms = compare(settings, run_by_group, arms)
-    scores = {name: arms[name]["validation"][arms[name]["learning_rate"]] for name in TOPR}
-    return {"arms": arms, "best": max(TOPR, key=lambda name: sum(scores[name]))}
+    scores = {name: max(map(sum, arms[name]["validation"].values())) for name in TOPR}
+    return {"arms": arms, "best": max(TOPR, key=scores.get)}
 
 
 def run_by_group(seed, arm, rate, split):
@@ -25,10 +25,10 @@ def run_by_group(seed, arm, rate, split):
     measures = run_arm(seed, arm, rate, split)
     base = run_arm(seed, arm, 0, split)
     now, before = (16 * np.array(one["right"]) for one in (measures, base))  # [questions]
-    for group, (low, high) in GROUPS.items():
-        chosen = (low <= before) & (before <= high)
+    for group, counts in GROUPS.items():
+        chosen = np.isin(before, counts)
         measures[f"pass@1 where {group}"] = now[chosen].mean() / 16 if chosen.any() else None
-        measures[f"share with {group}"] = np.mean((low <= now) & (now <= high))
+        measures[f"share with {group}"] = np.isin(now, counts).mean()
     return measures
 
 

@@ -85,7 +85,7 @@ def draw(result, *axes):
     for ax, measure in zip(axes, ("pass@1", "invalid")):
         for name in VERSIONS:
             values = [arms[name][measure] for arms in result["rates"].values()]  # [rates, seeds]
-            line(ax, rates, np.transpose(values), name)
+            line(ax, rates, values, name)
         ax.axhline(
             np.mean(result["arms"]["base"][measure]), color="black", linestyle="--", label="base"
         )

@@ -51,9 +51,9 @@ def run_rounds(seed, arm, rate, split):
 
 
 def passed_by_round(result, name):
-    """pass@1 of the base policy and after each round. [seeds, 1 + rounds]"""
+    """pass@1 of the base policy and after each round. [1 + rounds, seeds]"""
     arms = result["arms"]
-    return np.column_stack([arms["base"]["pass@1"], arms[name]["rounds"]])
+    return np.vstack([arms["base"]["pass@1"], np.transpose(arms[name]["rounds"])])
 
 
 def draw(result, ax):
@@ -89,7 +89,7 @@ def karenina_claim(passed, where):
 def claims(result):
     last = by_arm(result, "pass@1")
     topr = last["TOPR"]
-    means = passed_by_round(result, "TOPR").mean(0)  # [1 + rounds]
+    means = passed_by_round(result, "TOPR").mean(1)  # [1 + rounds]
     ahead, rises = topr - last["positives only"], (np.diff(means) > 0).all()
     yield (
         "Sampling again and training again keeps helping (iterations)",
@@ -101,7 +101,7 @@ def claims(result):
 
     yield karenina_claim(last, f"iterations, after {ROUNDS} rounds")
 
-    large, small = last[LARGER], passed_by_round(result, "positives only")[:, 1]
+    large, small = last[LARGER], passed_by_round(result, "positives only")[1]
     yield (
         "A small model with TOPR reaches one several times larger that had supervision alone "
         "(iterations)",

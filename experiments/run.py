@@ -44,8 +44,9 @@ def main():
         raise Problem("start this with python, not with torchrun: it starts its own processes")
     if settings.quick:
         settings.seeds = 1
-    usual = f"{ROOT}/experiments/results" if settings.seeds == 5 else "runs/results"
-    folder = settings.out or usual
+    folder = settings.out or (
+        f"{ROOT}/experiments/results" if settings.seeds == 5 else "runs/results"
+    )
     if settings.show:
         for name in names or there(folder):
             show(name, folder)
@@ -67,16 +68,14 @@ def make(names, settings, folder):
             write_json(f"{folder}/{name}.json", {**size, **load(name).run(settings)})
             show(name, folder)
         pool(settings.processes).shutdown()
-    except BaseException as error:
+    except BrokenProcessPool:
+        raise Problem(
+            "a process died, perhaps out of memory (--processes 1 needs less); its last output is "
+            "in runs/experiments.log. Rerun the same command: it keeps what is finished"
+        )
+    finally:
         for process in multiprocessing.active_children():
             process.kill()  # what it has not finished goes on with the next call
-        if isinstance(error, BrokenProcessPool):
-            raise Problem(
-                "a process died, perhaps out of memory (--processes 1 needs less); "
-                "runs/experiments.log has its last output. "
-                "Rerun the same command: it keeps what is finished"
-            )
-        raise
 
 
 def load(name):

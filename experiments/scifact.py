@@ -37,7 +37,7 @@ RATES = (6e-6, 2e-5)
 CLAIMED = "TOPR, share 0.5"  # the README's advice where few are right
 # Rocchio's: documents, words, weight of the query, the best of 27 forms on training queries
 ARMS = {
-    "no expansion": {"alone": True},
+    "no expansion": {"form": (0, 0, 1)},
     "Rocchio": {"form": (3, 10, 4)},
     **methods("base", "positives only", "TOPR", CLAIMED),
 }
@@ -87,8 +87,6 @@ def run_arm(corpus, model, seed, arm, rate, split):
     settings, task, index = make_job(corpus, model, split)
     if "form" in arm:
         values = measure_added(task, functools.partial(rocchio, corpus, index, *arm["form"]))
-    elif "alone" in arm:
-        values = measure_added(task, lambda query: "")
     else:
         two = dataclasses.replace(settings, samples=2)
         values = measure_arm(two, task, arm, rate, split)

@@ -1,7 +1,5 @@
 """Figure 5: accuracy against the effective share of positives; data sets with 10% and 50%."""
 
-import numpy as np
-
 from experiments.common import PART, by_arm, compare, line, run_arm, spread, verdict
 
 SHARES = (0.1, 0.2, 0.33, 0.5, 0.75, 1.0)  # 1.0 is positives only
@@ -23,7 +21,7 @@ def draw(result, *axes):
     for ax, measure in zip(axes, ("pass@1", "maj@16")):
         values = by_arm(result, measure)
         for data, style in LINES.items():
-            points = np.transpose([values[f"{data}, share {share}"] for share in SHARES])
+            points = [values[f"{data}, share {share}"] for share in SHARES]
             line(ax, SHARES, points, "TOPR", f"{data} of the data positive", **style)
         ax.set(xlabel="effective share of positives", ylabel=measure, ylim=(0, 1))
 

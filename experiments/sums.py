@@ -8,6 +8,7 @@ Its likeliest answer is often right, a sampled one seldom. All arms learn from t
 a seed has its own. This file is the task, too: train.py --task experiments/sums.py
 """
 
+import functools
 import random
 import re
 from itertools import product
@@ -86,15 +87,14 @@ def grade(question, completion):
 
 
 def run(settings):
-    arms = {name: {**arm, "model": settings.pretrained} for name, arm in ARMS.items()}
-    arms = compare(settings, run_arm, arms, RATES, SEEDS)
-    return {"arms": arms, "paired": differences(arms, [PART], CLAIMS)}
+    run = functools.partial(run_arm, settings.pretrained)
+    arms = compare(settings, run, ARMS, RATES, SEEDS)
+    return {"model": settings.pretrained, "arms": arms, "paired": differences(arms, [PART], CLAIMS)}
 
 
-def run_arm(seed, arm, rate, split):
+def run_arm(model, seed, arm, rate, split):
     """The measures of an arm; its completions are kept in its folder."""
-    task, arm, out = load_task(__file__), dict(arm), f"{FOLDER}/seed{seed}"
-    model = arm.pop("model")
+    task, out = load_task(__file__), f"{FOLDER}/seed{seed}"
     settings = train.Settings(model=model, out=out, seed=seed, samples=8, max_new_tokens=24)
     settings = with_rollouts(settings, task)
     task.questions = lambda _: questions(split)
