@@ -88,7 +88,9 @@ def main():
     task = load_task("apples")
     questions = lambda tokenizer: tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
     rows = evaluation.sample_once(settings, model, questions, task.grade, out)
-    print("rows", parallel.gather((len(rows), len(set(row["id"] for row in rows)))), flush=True)
+    held = parallel.gather((len(rows), len(set(row["id"] for row in rows))))
+    if parallel.rank() == 0:  # two ranks that print at once write into each other's line
+        print(f"rows {held}")
 
 run_main(main)
 """
