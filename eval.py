@@ -128,12 +128,13 @@ def regrade(rows, task):
 
 def sample_rollout_file(settings, task, policy, path, number=1):
     """The rollout file that a policy writes on the training questions in a round; made once."""
-
-    def questions(tokenizer):
-        return load_questions(task, "train", settings.questions, settings.seed, tokenizer, settings)
-
-    this = dataclasses.replace(settings, seed=settings.seed + 1_000_003 * (number - 1))
-    sample_once(this, policy, questions, task.grade, path)
+    model, tokenizer = load_model(policy, settings, start_ranks())
+    questions = load_questions(
+        task, "train", settings.questions, settings.seed, tokenizer, settings
+    )
+    seed = settings.seed + 1_000_003 * (number - 1)
+    sampling = dataclasses.replace(settings, model=policy, seed=seed)
+    sample_rollouts(model, tokenizer, questions, task.grade, sampling, path)
 
 
 def measure_once(settings, task, policy, name):
@@ -239,17 +240,6 @@ def curve(logs):
 
 
 # ---- sampling into a file ----
-
-
-def sample_once(settings, policy, questions, grade, out=""):
-    """The rollout rows that a policy (its folder or name) writes; a finished file is reused.
-
-    The rows are on the first rank alone, as those of sample_rollouts.
-    questions: a function tokenizer -> list of question dicts.
-    """
-    settings = dataclasses.replace(settings, model=policy)
-    model, tokenizer = load_model(policy, settings, start_ranks())
-    return sample_rollouts(model, tokenizer, questions(tokenizer), grade, settings, out)
 
 
 def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logprobs=True):

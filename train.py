@@ -9,6 +9,7 @@ The loop is train(); main() and job() are the whole command.
 """
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -142,15 +143,15 @@ def train(settings, evaluate=None):
     tokenizer, data, model, policy, loss_function, run = set_up(settings)
     optimizer = optim.make_optimizer(settings, model)
     log, first = run_folder.resume(settings, model, optimizer, run)
-    steps = batches.steps_per_epoch(data) * settings.epochs
+    steps = data.steps * settings.epochs
     steps = min(steps, settings.max_steps or steps)
     bar = progress(range(first, steps), steps, f"training ({settings.loss})", initial=first)
     saved = time.time()
-    with run_folder.catch_signals() as signals:
+    with run_folder.open_log(settings) as file, run_folder.catch_signals() as signals:
         for step in bar:
             # Now and then a point of the learning curve; sampling ends gradient checkpointing.
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
-                run_folder.write_log(settings, log, {"step": step, "measured": evaluate(model)})
+                write_log(log, file, {"step": step, "measured": evaluate(model)})
                 optim.checkpoint_layers(settings, model)
 
             # The gradient over all micro-batches and ranks, clipped, and checked to be finite.
@@ -163,7 +164,7 @@ def train(settings, evaluate=None):
                 raise broken_off(data, step, units.ravel(), f"the gradient norm is {norm}")
 
             optim.update(settings, optimizer, step, steps)
-            optimizer.zero_grad(set_to_none=world() == 1)  # DDP's gradients are its buckets: keep
+            optimizer.zero_grad(set_to_none=data.ranks == 1)  # DDP's are its buckets: keep
 
             # The log; a checkpoint when it is due, or when a signal asks to stop. Ranks exchange
             # what they have, so that all stop and save at the same step.
@@ -172,7 +173,7 @@ def train(settings, evaluate=None):
             entry |= step_metrics(all_parts, data.mu is not None)
             rate, seconds = optimizer.param_groups[0]["lr"], time.time() - start
             entry |= {"learning_rate": rate, "seconds": seconds}
-            run_folder.write_log(settings, log, entry)
+            write_log(log, file, entry)
             if step + 1 in (advice.LOOK_AT, steps):
                 say(*advice.of_log(log))
             is_due = (step + 1) % (settings.checkpoint_every or math.inf) == 0
@@ -184,7 +185,7 @@ def train(settings, evaluate=None):
                 done = f"stopped by a signal; {step + 1} steps are done and saved"
                 raise Stopped(f"{done}: rerun the same command to continue", stop[0])
         if evaluate and settings.eval_every:
-            run_folder.write_log(settings, log, {"step": steps, "measured": evaluate(model)})
+            write_log(log, file, {"step": steps, "measured": evaluate(model)})
     run_folder.save_policy(settings, model, tokenizer, run)
     lock.release()
     return log
@@ -207,7 +208,7 @@ def backward(settings, policy, data, step, loss_function, model):
         # that DDP and FSDP take undoes that.
         try:
             loss, stats = loss_function(
-                logp, batch.mu_logp, batch.reward, batch.mask, count=units.size / world()
+                logp, batch.mu_logp, batch.reward, batch.mask, count=units.size / data.ranks
             )
         except ValueError as error:  # log pi is NaN, say: the policy has diverged
             raise broken_off(data, step, batch.rows, error)
@@ -225,6 +226,12 @@ def broken_off(data, step, rows, why):
         f"step {step}: {why} (lines {lines} of the rollout file); nothing was updated, and the "
         "last checkpoint is kept"
     )
+
+
+def write_log(log, file, entry):
+    """Adds a line to the log, and to its file."""
+    log.append(entry)
+    print(json.dumps(entry), file=file, flush=True)
 
 
 def step_metrics(ranks, has_mu):

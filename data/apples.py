@@ -159,13 +159,14 @@ def verdict_demonstrations(count, seed, make_prompt):
 
 
 def make_tokenizer(words):
-    """One token for each word, "▁apples" for "apples"; as transformers holds it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    """One token for each word; as transformers holds it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = ["<unk>", "<s>", "</s>", *sorted(f"▁{word}" for word in words)]
-    fast = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=0))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokens = ["<unk>", "<s>", "</s>", *sorted(words)]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    fast = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>"

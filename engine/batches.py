@@ -6,6 +6,7 @@ JSONL lines -> read_data: rows of tokens -> step_units: the rows of a step -> mi
 import dataclasses
 import functools
 import math
+import operator
 import typing
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import topr
 from engine.common import Problem, say
-from engine.packing import completions_per_row, pack
+from engine.packing import pack
 from engine.parallel import rank, world
 from engine.rollouts import each_rollout
 from engine.tokens import end_token_of, is_foreign, token_ids
@@ -42,6 +43,9 @@ class Data:
     rows: list
     units: np.ndarray  # [units, 1 or 2]: rows, or pairs of rows for DPO
     units_per_step: int
+    steps: int = None  # of an epoch
+    rank: int = 0  # which of the ranks this is, and of how many
+    ranks: int = 1
     lengths: np.ndarray = None  # [rows], tokens of prompt and completion
     rewards: np.ndarray = None  # [rows]
     silent: np.ndarray = None  # [rows]: True where the loss gives no gradient whatever pi is
@@ -76,10 +80,14 @@ def read_data(settings, model, tokenizer):
             )
         )
     units = make_units(settings, rows)
+    units_per_step = max(1, settings.sequences // units.shape[1])
     return Data(
         rows,
         units,
-        max(1, settings.sequences // units.shape[1]),
+        units_per_step,
+        steps=math.ceil(len(units) / units_per_step),
+        rank=rank(),
+        ranks=world(),
         lengths=np.array([len(row.prompt) + len(row.completion) for row in rows]),
         rewards=np.array([row.reward for row in rows]),
     )
@@ -133,16 +141,12 @@ def make_units(settings, rows):
 # ---- the rows of a step ----
 
 
-def steps_per_epoch(data):
-    return math.ceil(len(data.units) / data.units_per_step)
-
-
 def step_units(settings, data, step):
     """The units of an optimizer step, [units, 1 or 2], the same for any number of ranks.
 
     The last step of an epoch may be smaller.
     """
-    epoch, step = divmod(step, steps_per_epoch(data))
+    epoch, step = divmod(step, data.steps)
     units = epoch_units(data, settings.seed, epoch)
     return units[step * data.units_per_step : (step + 1) * data.units_per_step]
 
@@ -189,11 +193,19 @@ def micro_batches(settings, data, units, model):
     """
     limit = settings.tokens_per_pass or (1024 if model.device.type == "cpu" else 16384)
     bundles = make_bundles(data, units, limit, model.config.get_text_config().hidden_size)
-    passes = [fill_passes(bundles[number :: world()], limit) for number in range(world())]
-    mine = [make_batch(data, bundles, model.device) for bundles in passes[rank()]]
-    while len(mine) < max(1, *map(len, passes)):
-        mine.append(empty_batch(model.device))
-    return mine
+    passes = [[] for _ in range(data.ranks)]  # of each rank
+    for mine, number in zip(passes, range(data.ranks)):
+        room = 0  # for rows in its last pass, as long as the first one, which is the longest
+        for length, bundle in bundles[number :: data.ranks]:
+            if len(bundle) > room:
+                mine.append([])
+                room = limit // length
+            mine[-1].append(bundle)
+            room -= len(bundle)
+    batches = [make_batch(data, bundles, model.device) for bundles in passes[data.rank]]
+    while len(batches) < max(1, *map(len, passes)):
+        batches.append(empty_batch(model.device))
+    return batches
 
 
 def make_bundles(data, units, limit, width):
@@ -205,26 +217,27 @@ def make_bundles(data, units, limit, width):
         parts = len(group)
         if data.packs:
             completion = data.lengths[group].mean() - prompt
-            most = min(units.size // world(), group.size, int(limit // (prompt + completion)))
+            most = min(units.size // data.ranks, group.size, int(limit // (prompt + completion)))
             fit = completions_per_row(prompt, completion, most, width)
             parts = math.ceil(len(group) / max(1, fit // group.shape[1]))
         for part in np.array_split(group, parts):
             bundle = part.reshape(1, -1) if data.packs else part.reshape(-1, 1)
             length = prompt + (data.lengths[bundle] - prompt).sum(1).max()
             bundles.append((length, bundle))
-    return sorted(bundles, key=lambda bundle: bundle[0], reverse=True)
+    return sorted(bundles, key=operator.itemgetter(0), reverse=True)
 
 
-def fill_passes(bundles, limit):
-    """Forward passes of at most `limit` tokens, padding included: a list of bundles for each."""
-    passes, room = [], 0
-    for length, bundle in bundles:
-        if len(bundle) > room:
-            passes.append([])
-            room = limit // length  # in rows as long as the first one, which is the longest
-        passes[-1].append(bundle)
-        room -= len(bundle)
-    return passes
+def completions_per_row(prompt, completion, most, width):
+    """How many completions behind one prompt cost least, given the lengths of both and the model's
+    width.
+
+    Packing saves prompt tokens, but attention computes all pairs of a row, masked ones too. In a
+    layer a token takes 24 width^2 operations in the matrices, a pair 4 width: 6 width pairs cost as
+    much as a token.
+    """
+    n = np.arange(1, max(1, most) + 1)
+    cost = (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n
+    return int(n[cost.argmin()])
 
 
 def make_batch(data, bundles, device):

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import torch
 
-from engine.batches import micro_batches
+from engine.batches import completions_per_row, micro_batches
 from engine.common import Problem, progress, say, whole_file
-from engine.packing import completions_per_row, pack
+from engine.packing import pack
 from engine.parallel import barrier, from_first, gather, rank, world
 
 

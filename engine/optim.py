@@ -85,16 +85,6 @@ def first_state(settings, p):
     }
 
 
-def rate_factor(settings, step, steps):
-    """From above 0 to 1 in the warm-up; then 1, or a cosine down to 0."""
-    after = step - settings.warmup
-    if after < 0:
-        return (step + 1) / (settings.warmup + 1)
-    if settings.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * after / (steps - settings.warmup)))
-
-
 @torch.no_grad()
 def update(settings, optimizer, step, steps):
     """One optimizer step. The rate rises over the first --warmup steps; after them it stays, or
@@ -107,7 +97,12 @@ def update(settings, optimizer, step, steps):
     but needs a second tensor for each weight.)
     """
     (group,) = optimizer.param_groups
-    group["lr"] = optimizer.defaults["lr"] * rate_factor(settings, step, steps)
+    factor, after_warmup = 1.0, step - settings.warmup
+    if after_warmup < 0:
+        factor = (step + 1) / (settings.warmup + 1)
+    elif settings.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * after_warmup / (steps - settings.warmup)))
+    group["lr"] = optimizer.defaults["lr"] * factor
     parameters = group["params"]
     if all(p.dtype == torch.float32 for p in parameters):
         return optimizer.step()

@@ -124,18 +124,3 @@ def abilities(policy, longest):
     leaks = (packed - elsewhere).abs().max() > 1e-6  # rounding in bfloat16 would hide a leak
     tolerance = 1e-4 if policy.dtype == torch.float32 else 0.1
     return known, not leaks and (packed - alone).abs().mean().item() < tolerance
-
-
-def completions_per_row(prompt, completion, most, width):
-    """How many completions behind one prompt cost least, given the lengths of both and the model's
-    width.
-
-    Packing saves prompt tokens, but attention computes all pairs of a row, masked ones too. In a
-    layer a token takes 24 width^2 operations in the matrices, a pair 4 width: 6 width pairs cost as
-    much as a token.
-    """
-
-    def cost(n):
-        return (prompt / n + completion) * 6 * width + (prompt + n * completion) ** 2 / n
-
-    return min(range(1, most + 1), key=cost, default=1)

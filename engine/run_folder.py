@@ -112,14 +112,12 @@ def read_log(folder):
         return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
 
 
-def write_log(settings, log, entry):
-    """Adds a line to the log, and to its file."""
-    line = json.dumps(entry, default=float)
-    log.append(json.loads(line))
-    if rank() == 0:
-        path = f"{settings.out}/log.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+@contextlib.contextmanager
+def open_log(settings):
+    """The log's file, to add to; what the other ranks write there is dropped."""
+    path = f"{settings.out}/log.jsonl" if rank() == 0 else os.devnull
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        yield file
 
 
 # ---- checkpoints ----

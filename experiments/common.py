@@ -33,6 +33,7 @@ from engine import losses
 from engine.common import read_json, say, setting, table, write_json
 from engine.measures import interval_text, measure, paired_interval
 from engine.rollouts import each_rollout, write_rollouts
+from engine.sampler import load_model
 from engine.tasks import load_questions
 from experiments import long_apples
 
@@ -260,13 +261,13 @@ def measure_once(policy, seed, split, base="small"):
     """Measures a policy and keeps the result in its folder; arms are chosen by the score."""
     path, settings = f"{policy}/{split}.json", job_settings(base, seed=seed + 1)
     task = load_task(settings.task)
-
-    def questions(tokenizer):
-        rows = load_questions(task, "test", 750, settings.seed, tokenizer, settings)
-        return rows[QUESTIONS[split]]
-
     if not os.path.exists(path):
-        values = measure(evaluation.sample_once(settings, policy, questions, task.grade))
+        model, tokenizer = load_model(policy, settings, "cpu")
+        questions = load_questions(task, "test", 750, settings.seed, tokenizer, settings)
+        questions = questions[QUESTIONS[split]]
+        values = measure(
+            evaluation.sample_rollouts(model, tokenizer, questions, task.grade, settings)
+        )
         measures = {name: np.mean(values[name]) for name in MEASURES}
         score = (measures["pass@1"] + measures["maj@16"]) / 2
         write_json(path, {**measures, "score": score, "right": values["pass@1"]})

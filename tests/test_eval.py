@@ -78,7 +78,7 @@ RANKS = """
 import sys
 import eval as evaluation
 from data import load_task
-from engine import parallel, tasks
+from engine import parallel, sampler, tasks
 from engine.common import run_main
 model, out, seed = sys.argv[1:]
 
@@ -86,8 +86,9 @@ def main():
     parallel.start_ranks()
     settings = evaluation.Settings(samples=3, seed=int(seed), max_new_tokens=8)
     task = load_task("apples")
-    questions = lambda tokenizer: tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
-    rows = evaluation.sample_once(settings, model, questions, task.grade, out)
+    model, tokenizer = sampler.load_model(model, settings, "cpu")
+    questions = tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
+    rows = evaluation.sample_rollouts(model, tokenizer, questions, task.grade, settings, out)
     held = parallel.gather((len(rows), len(set(row["id"] for row in rows))))
     if parallel.rank() == 0:  # two ranks that print at once write into each other's line
         print(f"rows {held}")

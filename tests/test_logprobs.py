@@ -10,7 +10,8 @@ import topr
 import train
 from conftest import shell
 from engine import optim
-from engine.packing import LogProbs, abilities, completions_per_row, pack
+from engine.batches import completions_per_row
+from engine.packing import LogProbs, abilities, pack
 from test_models import ATTENTION, FAMILIES, random_model
 
 

@@ -27,7 +27,7 @@ def test_train_does_what_the_plain_loop_does(tiny, rollouts, tmp_path, ranks):
     settings = train.Settings(rollouts=str(path))
     model, tokenizer = sampler.load_model(tiny, settings, "cpu")
     data = batches.read_data(settings, model, tokenizer)
-    steps = batches.steps_per_epoch(data)
+    steps = data.steps
     order = [row for step in range(steps) for row in batches.step_units(settings, data, step).flat]
     rows = read_rollouts(path)
     # as the loop does
