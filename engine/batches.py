@@ -38,7 +38,8 @@ class Row:
 
 @dataclasses.dataclass(eq=False)
 class Data:
-    """A rollout file, and how the run goes through it."""
+    """A rollout file, and how the run goes through it. What stands last comes from
+    train.set_up."""
 
     rows: list
     units: np.ndarray  # [units, 1 or 2]: rows, or pairs of rows for DPO
@@ -48,6 +49,7 @@ class Data:
     ranks: int = 1
     lengths: np.ndarray = None  # [rows], tokens of prompt and completion
     rewards: np.ndarray = None  # [rows]
+
     silent: np.ndarray = None  # [rows]: True where the loss gives no gradient whatever pi is
     mu: list = None  # [rows] of [time], log mu of the run; None if it is not needed
     mu_tolerance: float = None  # within which it must fit the starting weights, if it must

@@ -14,7 +14,7 @@ import urllib.parse
 from multiprocessing.pool import ThreadPool
 
 from engine.common import Problem
-from engine.tokens import end_token_of, stop_position
+from engine.tokens import end_token_of, start_tokens, stop_position
 
 REQUESTS = 16  # at the same time
 TIMEOUT = 600  # seconds without a byte of an answer
@@ -71,7 +71,7 @@ def request(question, copy, tokenizer, settings):
     generation_config.json says. A server puts the start token before the text itself.
     """
     prompt = question["prompt"]
-    if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+    if start_tokens(tokenizer):
         prompt = prompt.removeprefix(tokenizer.bos_token)
     body = {
         "model": settings.model,
