@@ -25,14 +25,14 @@ def read_answer(text, marker="The answer is"):
     Where the rest of the marker's line is empty, the next one counts; \[...\] is read whole.
     'So 9 + 8 = 17. The answer is $17$.' -> '17'; 'so the answer is:\n\\[\\boxed{18}\\]' -> '18'
     """
-    up_to_marker = rf"(?is).*(?<![A-Za-z]){re.escape(marker)}"  # there is no "A:" in "banana: 3"
-    found = re.match(up_to_marker, text) if isinstance(text, str) else None
-    if not found:
+    marked = rf"(?i)(?<![A-Za-z]){re.escape(marker)}"  # there is no "A:" in "banana: 3"
+    *before, after = re.split(marked, str(text))
+    if not before:
         return None
-    after = re.sub(r"^[\s:=*`]*\n\s*", "", text[found.end() :][:LONGEST])
+    after = re.sub(r"^[\s:=*`]*\n\s*", "", after[:LONGEST])
     display = re.match(r"(?s)[ \t:=]*(?:\\\[|\$\$)([^$]*?)(?:\\\]|\$\$)[ \t.*]*(?:\n|$)", after)
     line = " ".join(display[1].split()) if display else [*after.splitlines(), ""][0]
-    line = re.split(r"\.[*$]*\s+(?=[A-Z])", line, maxsplit=1)[0]  # "17. I hope that helps" -> "17"
+    line = re.sub(r"\.[*$]*\s+[A-Z].*", "", line)  # "17. I hope that helps" -> "17"
     line = last_boxed(line) or line
     line = re.sub(r"\*\*(.+?)\*\*", r"\1", line).strip(" \t:=*`").rstrip(" \t.*`")
     line = re.sub(r"^(?:\$([^$]*)\$|\\\(((?:(?!\\\().)*)\\\))$", r"\1\2", line)  # $x$, \(x\) -> x
@@ -41,24 +41,21 @@ def read_answer(text, marker="The answer is"):
 
 def last_boxed(text):
     r"""What the last \boxed{...} or \fbox{...} holds: 'so \boxed{\frac{1}{2}}' -> '\frac{1}{2}'."""
-    box = r"(?s).*\\(?:boxed|fbox)\s*(?:\{|([0-9]+))"
-    found = re.match(box, text) if isinstance(text, str) else None
-    if not found or found[1]:
-        return found and found[1]  # \boxed 9 is a box too
-    inside, depth = text[found.end() :][:LONGEST], 1
-    for mark in re.finditer(r"(?s)\\.|[{}]", inside):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
+    text = re.sub(r"\\(boxed|fbox)\s*([0-9]+)", r"\\\1{\2}", str(text))  # \boxed 9 is a box too
+    *before, inside = re.split(r"\\(?:boxed|fbox)\s*\{", text)
+    depth = 1
+    for mark in re.finditer(r"(?s)\\.|[{}]", inside[:LONGEST]):
+        depth += (mark[0] == "{") - (mark[0] == "}")
+        if before and depth == 0:
             return inside[: mark.start()]
-    return None
 
 
 # ---- one spelling for what looks the same on paper ----
 
 # A regular expression and what replaces it, one pair a line, in this order.
-SPELLINGS = [
-    re.split("  +", line.strip())[:2]
-    for line in r"""
+SPELLINGS = re.findall(
+    r"(?m)^ *(\S.*?)  +'(.*?)'(?:  .*)?$",
+    r"""
     \s+                                        ' '
     \\(?:text(?:bf|it|rm|normal)?|mbox|math(?:bf|it|rm)|operatorname)\s*\{([^{}]*)\}  ' \\text \1 '
     \{,\}|,\s*\\!                              ','             1{,}000 and 1,\!000
@@ -95,8 +92,8 @@ SPELLINGS = [
     \b([ap])\.m\.?                             '\1m'
     [ ,]{0,3}(?:\\text[ ,]{0,3})?\b(?:and|or)\b  ', '
     ^ ?(?:=|\\approx)                          ''
-""".strip().splitlines()
-]
+""",
+)
 UNITS = (
     r"(?: \\text [A-Za-z. ]+| (?:[A-Za-z]{3,}|cm|mm|km|ft|in|kg|lb|sq)\b[A-Za-z. ]*)"
     r"(?:\^ ?\{[23]\})?$"
@@ -106,15 +103,12 @@ TOKEN = (
     r"\\(?:begin|end)\{[a-z]*\}|\\sqrt\[[0-9]\]|\\[A-Za-z]+|\\."
     r"|[0-9]*\.?[0-9]+|[A-Za-z]{2,}|\S"
 )
-BRACKETS = {
-    **dict.fromkeys(r"( [ { \{ \begin{matrix}".split(), 1),
-    **dict.fromkeys(r") ] } \} \end{matrix}".split(), -1),
-}
+OPENING, CLOSING = r"( [ { \{ \begin{matrix}".split(), r") ] } \} \end{matrix}".split()
 
 
 def respell(text):
     for pattern, spelling in SPELLINGS:
-        text = re.sub(pattern, spelling.strip("'"), text)
+        text = re.sub(pattern, spelling, text)
     return " ".join(text.split()).rstrip(" .,;:")
 
 
@@ -138,10 +132,11 @@ def tokens_of(text):
 def as_text(tokens):
     """One string, fractions with a slash: \\frac{x+1}{2} -> (x+1)/2; 2\\frac12 stays 2 1/2."""
 
+    def bracketed(side):
+        return side if re.fullmatch(r"\\?\w+", side) else f"({side})"
+
     def with_slash(fraction):
-        sides = fraction.groups()
-        sides = (side if re.fullmatch(r"\\?\w+", side) else f"({side})" for side in sides)
-        return f" {'/'.join(sides)} "
+        return f" {bracketed(fraction[1])}/{bracketed(fraction[2])} "
 
     gap = " (?![0-9.])|(?<![0-9.]) "  # any but those between two numbers
     text, found = re.sub(gap, "", " ".join(tokens)), True
@@ -150,13 +145,14 @@ def as_text(tokens):
     return re.sub(gap, "", text)
 
 
-# ---- numbers, to 120 digits ----
+# ---- numbers ----
 
-CONTEXT = Context(prec=120, Emax=75, Emin=-75)
+# Roots are not exact: of 120 digits 100 count. No two written fractions are so close.
+CONTEXT, ROUNDED = Context(prec=120, Emax=75, Emin=-75), Context(prec=100)
 CONTEXT.traps[Underflow] = True  # a number out of range is an error, not 0
 PI = Decimal("3.1415926535897932384626433832795028841971")  # more digits than anyone writes
 OPERATORS = {"+": (add, 1), "-": (sub, 1), "*": (mul, 2), "/": (truediv, 2), "^": (pow, 3)}
-CLOSING = {"(": ")", "{": "}"}
+GROUPS = {"(": ")", "{": "}"}
 
 
 @cached
@@ -169,26 +165,26 @@ def value(tokens):
     letters = [token for token in tokens if re.fullmatch("[A-Za-hj-z]", token)]
     if len(set(letters)) < len(letters) or letters and {"+", "-", "("} & set(tokens[1:]):
         return None
-    rest = list(tokens[::-1])
+    rest = list(tokens)
     try:
         with localcontext(CONTEXT):
-            number = read(rest, 0).normalize()
+            number = ROUNDED.normalize(+read(rest, 0))
     except (ValueError, ArithmeticError, IndexError):
         return None
     return None if rest or number.is_infinite() else number
 
 
 def read(rest, tightness):
-    """The number at the end of rest, tokens in reverse, up to an operator no tighter than this.
+    """The number at the start of rest, a list of tokens, up to an operator no tighter than this.
 
     It removes what it reads. LONGEST bounds the recursion.
     """
-    token = rest.pop()
+    token = rest.pop(0)
     if token in ("+", "-"):
         number = OPERATORS[token][0](0, read(rest, 2))
-    elif token in CLOSING:
+    elif token in GROUPS:
         number = read(rest, 0)
-        if rest.pop() != CLOSING[token]:
+        if rest.pop(0) != GROUPS[token]:
             raise ValueError("not closed")
     elif token == "\\frac":
         number = read(rest, 9) / read(rest, 9)
@@ -196,7 +192,7 @@ def read(rest, tightness):
         number = root(read(rest, 9), int(token[6:-1] or 2))
     elif token[-1] in "0123456789":
         number = Decimal(token)
-        if re.match(r"\\frac\{[0-9]+\}\{[0-9]+\}", "".join(rest[:-8:-1])):
+        if re.match(r"\\frac\{[0-9]+\}\{[0-9]+\}", "".join(rest[:7])):
             number += read(rest, 9)  # 1\frac{2}{3} is 1 + 2/3
     elif re.fullmatch("[A-Za-z]", token):
         number = Decimal(pow(3, ord(token), 2**31 - 1))
@@ -204,14 +200,13 @@ def read(rest, tightness):
         number = PI
     else:
         raise ValueError("not a number")
-    while rest and rest[-1] not in CLOSING.values():
-        operator = rest[-1] if rest[-1] in OPERATORS else "*"  # 2\pi is a product
-        apply, own_tightness = OPERATORS[operator]
+    while rest and rest[0] not in GROUPS.values():
+        apply, own_tightness = OPERATORS.get(rest[0], OPERATORS["*"])  # 2\pi is a product
         if own_tightness <= tightness:
             break
-        if rest[-1] == operator:
-            rest.pop()
-        elif rest[-1][-1] in "0123456789":
+        if rest[0] in OPERATORS:
+            rest.pop(0)
+        elif rest[0][-1] in "0123456789":
             raise ValueError("two numbers side by side")
         number = apply(number, read(rest, own_tightness))
     return number
@@ -221,16 +216,12 @@ def root(number, n):
     return -root(-number, n) if number < 0 and n % 2 else number ** (1 / Decimal(n))
 
 
-def equal(x, y):
-    """Roots are not exact; no two written fractions are so close."""
-    return None not in (x, y) and abs(x - y) * 10**40 <= min(1, abs(x), abs(y))
-
-
 # ---- judging ----
 
+# With its sign; not a part of x1 or 10-15.
 NUMBER = (
-    r"[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}"
-    r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?"
+    r"((?:^- |(?<![\w)])-|(?<![\w-])(?<![\w-]\.))(?:[0-9]*\\frac\{[0-9]+\}\{[0-9]+\}"
+    r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3}|/[0-9]*\.?[0-9]+)?))"
 )
 
 
@@ -243,22 +234,16 @@ def read_number(text):
     """The one number of a text, or None: '$1,234.50 a day' -> 1234.5, '2 or 3' -> None."""
     text = without_commas(respell(text)).rpartition("=")[2]  # 16 - 3 = 13 is 13
     text = re.sub(r"\\text|(?<=[A-Za-z])\^\{[23]\}", "", text)  # cm^2
-    text = text.strip(" *+").replace(" / ", "/")
-    parts = re.split(f"({NUMBER})", text)
-    if len(parts) != 3:
+    parts = re.split(NUMBER, text.strip(" *+").replace(" / ", "/"))  # before, number, after
+    if len(parts) != 3 or re.search(rf"[0-9+*^<>_\\]|{NO_UNIT}", parts[0] + parts[2]):
         return None
-    before, number, after = parts
-    negative = re.search(r"(?:^|[^\w)])-$|^- $", before)
-    joined = re.search(r"[\w-]$", before) and not negative  # x1, 10-15
-    if joined or re.search(rf"[+*^<>_\\]|{NO_UNIT}", before + after):
-        return None
-    number = re.sub("[eE](.*)", r"*10^{\1}", number)
-    return value(tokens_of(f"-{number}" if negative else number))
+    return value(tokens_of(re.sub("[eE](.*)", r"*10^{\1}", parts[1])))
 
 
 def same_number(answer, gold):
     """Is it the same number? '$1,234.00' is 1234. Percent signs are dropped: 50% is 50, not 1/2."""
-    return are_short(answer, gold) and equal(read_number(answer), read_number(gold))
+    number = read_number(answer) if are_short(answer, gold) else None
+    return number is not None and number == read_number(gold)
 
 
 def same_maths(answer, gold):
@@ -299,11 +284,12 @@ def alike(a, b, depth=0):
         return False
     x, y = value(a), value(b)
     if None not in (x, y):
-        return equal(x, y)
+        return x == y
     if as_text(a) == as_text(b):
         return True
-    if enclosed(a) and enclosed(b) and (a[0], a[-1]) == (b[0], b[-1]):
-        return same_parts(a[1:-1], b[1:-1], SEPARATORS, depth, any_order=a[0] == "\\{")
+    pair = brackets(a)
+    if pair and pair == brackets(b):
+        return same_parts(a[1:-1], b[1:-1], SEPARATORS, depth, any_order=pair == "\\{\\}")
     for separators in (UNION, SEPARATORS):
         if len(split(a, separators)) + len(split(b, separators)) > 2:
             return same_parts(a, b, separators, depth, any_order=separators == UNION)
@@ -338,7 +324,7 @@ def split(tokens, separators):
     """
     parts, depth = [()], 0
     for token in tokens:
-        depth += BRACKETS.get(token, 0)
+        depth += (token in OPENING) - (token in CLOSING)
         if token in separators and depth == 0:
             parts += [token, ()]
         else:
@@ -346,10 +332,11 @@ def split(tokens, separators):
     return parts
 
 
-def enclosed(tokens):
-    """Does one pair of brackets hold it all? (1,2) yes, (1,2)\\cup(3,4) no."""
-    depths = list(accumulate(BRACKETS.get(token, 0) for token in tokens))
-    return len(tokens) > 1 and depths[-1] == 0 and min(depths[:-1]) > 0
+def brackets(tokens):
+    """The one pair that holds it all: () of (1,2), none of (1,2)\\cup(3,4)."""
+    depths = list(accumulate((token in OPENING) - (token in CLOSING) for token in tokens))
+    encloses = depths[-1] == 0 and min(depths[:-1], default=0) > 0
+    return encloses and tokens[0] + tokens[-1]
 
 
 def plain(tokens):
@@ -358,7 +345,7 @@ def plain(tokens):
     name = r"(?!\\frac|\\sqrt)[A-Za-z\\][^-+*/^<>]*"
     if len(parts) == 3 and re.fullmatch(name, "".join(parts[0])):
         return parts[2]
-    return tokens[1:-1] if enclosed(tokens) and tokens[0] + tokens[-1] == "()" else tokens
+    return tokens[1:-1] if brackets(tokens) == "()" else tokens
 
 
 @cached
