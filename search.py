@@ -73,33 +73,25 @@ STOP = "\nQuery:"  # a plain model continues with a query of its own
 def make_question(id, text, embedded=False):
     """The query as a chat message, or below three worked examples. The embedded expander knows no
     English: it sees the words of the query alone."""
-    question, query = {"id": id, "question": text}, " ".join(text.split())
-    if embedded:
-        return {**question, "prompt": " ".join(analyse(text))}
-    return {
-        **question,
-        "messages": f"{ASK}\n\nQuery: {query}",
-        "prompt": f"{EXAMPLES}\n\nQuery: {query}\nWords:",
-    }
+    query = f"Query: {' '.join(text.split())}"
+    plain = " ".join(analyse(text)) if embedded else f"{EXAMPLES}\n\n{query}\nWords:"
+    return {"id": id, "question": text, "messages": f"{ASK}\n\n{query}", "prompt": plain}
 
 
 # ---- the expansion: the words that the model adds, and what comes back ----
 
 
 def read_expansion(index, completion, finish=None):
-    """(words that a completion adds, its fault or None). With a fault no word is added."""
+    """The words that a completion adds; None if there are none, one is repeated, or it is cut off."""
     words = analyse(completion)
-    if not words:
-        return [], "no words"
-    for word, count in collections.Counter(words).items():
-        if count > 2 and not is_common(index, word):
-            return [], "repeats"
-    return ([], "cut off") if finish == "length" else (words, None)
+    counts = collections.Counter(words).items()
+    repeats = any(count > 2 and not is_common(index, word) for word, count in counts)
+    return None if repeats or finish == "length" else " ".join(words) or None
 
 
-def find(index, id, text, added, depth=1000):
+def find(index, id, text, added=None, depth=1000):
     """The numbers of the documents that query + added words find, best first."""
-    numbers, _ = search(index, analyse(f"{text} {added}"), depth)
+    numbers, _ = search(index, analyse(f"{text} {added or ''}"), depth)
     # If queries are documents, BEIR excludes their own.
     return [number for number in numbers.tolist() if index.ids[number] != id]
 
@@ -132,7 +124,7 @@ def skip_full(settings, index, topics):
     kept = {}
     for id, (text, grades) in topics.items():
         best = sorted(grades, key=grades.get, reverse=True)
-        own = measure(settings.metric, find(index, id, text, ""), grades)
+        own = measure(settings.metric, find(index, id, text), grades)
         if own < measure(settings.metric, best, grades):
             kept[id] = text, grades
     say(
@@ -145,17 +137,18 @@ def skip_full(settings, index, topics):
 # ---- the task ----
 
 
-def make_task(settings, index, splits, embedded=False):
+def make_task(settings, index, splits):
     """splits: as of read_splits"""
-    names = list(dict.fromkeys([settings.metric, "recall@10", "ndcg@10"]))
-    depth = max(1000, int(settings.metric.partition("@")[2] or 0))
+    metric, embedded = settings.metric, not settings.model
+    depth = max(1000, int(metric.partition("@")[2] or 0))
 
     @functools.cache
-    def look_up(split, id, added=""):
+    def look_up(split, id, added=None):
         """{name: value} of what query + added words find"""
         text, grades = splits[split][id]
         found = find(index, id, text, added, depth)
-        return {name: measure(name, found, grades) for name in names}
+        values = {name: measure(name, found, grades) for name in (metric, "recall@10", "ndcg@10")}
+        return {**values, "without fault": added is not None}
 
     def questions(split):
         return [make_question(id, text, embedded) for id, (text, _) in splits[split].items()]
@@ -163,20 +156,19 @@ def make_task(settings, index, splits, embedded=False):
     def grade(question, completion):
         """+1 for better results than those of the query alone. Equal is not better: a reward for
         repeating the query would teach just that."""
-        words, _ = read_expansion(index, completion, question.get("finish"))
-        added, query = " ".join(words), (question["split"], question["id"])
-        is_better = look_up(*query, added)[settings.metric] > look_up(*query)[settings.metric]
-        return added or None, 1.0 if is_better else -1.0
-
-    def value_of(name, row):
-        return look_up(row["split"], row["id"], row["answer"] or "")[name]
+        added = read_expansion(index, completion, question.get("finish"))
+        query = question["split"], question["id"]
+        is_better = look_up(*query, added)[metric] > look_up(*query)[metric]
+        return added, 1.0 if is_better else -1.0
 
     def measure_rows(rows):
-        values = {
-            name: mean_by(rows, "id", functools.partial(value_of, name)).values() for name in names
+        def values(row):
+            return look_up(row["split"], row["id"], row["answer"])
+
+        return {
+            name: mean_by(rows, "id", lambda row: values(row)[name]).values()
+            for name in values(rows[0])
         }
-        faultless = mean_by(rows, "id", lambda row: row["answer"] is not None)
-        return {**values, "without fault": faultless.values()}
 
     return task_of(
         "search",
@@ -192,16 +184,15 @@ def make_task(settings, index, splits, embedded=False):
 def main():
     settings = parse(Settings, __doc__, EMBEDDED)
     start_ranks()
-    embedded = not settings.model
     folder = f"runs/search-{Path(settings.corpus or 'library').name}-seed{settings.seed}"
     settings.out = settings.out or f"{folder}/{settings.loss}"
     index = prepare(settings)
     splits = read_splits(settings, index)
-    if not embedded:
+    if settings.model:
         splits["train"] = skip_full(settings, index, splits["train"])
-    task = make_task(settings, index, splits, embedded)
+    task = make_task(settings, index, splits)
     train.check_settings(settings, task)
-    if embedded:
+    if not settings.model:
         settings.model = train.base_policy(folder, settings.seed, library, steps=500, layers=2)
     train.job(settings, task)
     if rank() == 0:
@@ -213,16 +204,14 @@ def prepare(settings):
     measure(settings.metric, [], {})  # a Problem if there is no such measure
     if settings.corpus and not settings.model:
         raise Problem("--corpus needs --model: the embedded expander knows no other collection")
-    is_ours = not settings.corpus
+    is_ours, folder = not settings.corpus, f"{settings.out}/index"
     settings.corpus = settings.corpus or f"{settings.out}/corpus"
     if rank() == 0:
         if is_ours and not os.path.exists(f"{settings.corpus}/qrels.tsv"):
             library.write_collection(settings.corpus)
-        index_corpus(
-            f"{settings.corpus}/corpus.jsonl", f"{settings.out}/index", settings.k1, settings.b
-        )
+        index_corpus(f"{settings.corpus}/corpus.jsonl", folder, settings.k1, settings.b)
     barrier()
-    return open_index(f"{settings.out}/index")
+    return open_index(folder)
 
 
 def show_examples(settings, index, topics):
@@ -230,10 +219,10 @@ def show_examples(settings, index, topics):
     for row in read_rollouts(f"{settings.out}/after-greedy.jsonl")[:3]:
         text, grades = topics[row["id"]]
         say(f"\nquery  {text}\nadded  {row['answer']}")
-        for when, added in (("before", ""), ("after ", row["answer"] or "")):
+        for when, added in (("before", None), ("after ", row["answer"])):
             found = find(index, row["id"], text, added)
-            ranks = [str(rank) for rank, number in enumerate(found, 1) if grades.get(number, 0) > 0]
-            say(f"{when} ranks of relevant documents: {', '.join(ranks[:10]) or 'none is found'}")
+            ranks = [rank for rank, number in enumerate(found, 1) if grades.get(number, 0) > 0]
+            say(f"{when} ranks of relevant documents: {ranks[:10] or 'none is found'}")
 
 
 if __name__ == "__main__":

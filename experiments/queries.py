@@ -39,7 +39,7 @@ def make_job(seed, split):
         if split == "validation":
             queries = list(splits["train"].items())
             splits = {"train": dict(queries[:-HELD_OUT]), "test": dict(queries[-HELD_OUT:])}
-        task = search.make_task(settings, index, splits, embedded=True)
+        task = search.make_task(settings, index, splits)
         settings.out = f"{OUT}/seed{seed}/{split}"
         settings.model = train.base_policy(f"{OUT}-seed{seed}", seed, library, steps=500, layers=2)
         return with_rollouts(settings, task), task

@@ -98,7 +98,7 @@ def run_arm(corpus, model, seed, arm, rate, split):
 def rocchio(corpus, index, documents, count, weight, text):
     """The best words of the first documents, and the query's own weight - 1 times."""
     query, totals = analyse(text), collections.Counter()
-    for number in search.find(index, None, text, "")[:documents]:
+    for number in search.find(index, None, text)[:documents]:
         for word in words_of(corpus)[index.ids[number]] - set(query):
             if not is_common(index, word):
                 holders, scores = row_of(index, word)

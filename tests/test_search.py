@@ -163,10 +163,10 @@ def test_hostile_expansions(small, tmp_path, completion, finish, words, fault):
     """Each has its name and its -1; none breaks the search or earns by its length. A third "the" is
     no fault: it voided 6 of 24 expansions of a real model."""
     task, index = small(), search.open_index(f"{tmp_path}/index")
-    found, said = search.read_expansion(index, completion, finish)
-    assert (len(found), said) == (words, fault)
+    found = search.read_expansion(index, completion, finish)
+    assert found is None if fault else len(found.split()) == words
     row = graded(task, "q1", completion, finish)
-    assert row["answer"] == (" ".join(found) or None) and (row["reward"] < 0 or not fault)
+    assert row["answer"] == found and (row["reward"] < 0 or not fault)
     assert list(task.measure([row])["without fault"]) == [float(not fault)]
 
 
