@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.common import Problem, read_json, say, whole_file, write_json
 from engine.rollouts import file_fingerprint, read_lines
+from engine.tasks import one_line
 
 
 def analyse(text):
@@ -27,19 +28,14 @@ def analyse(text):
 
 def read_texts(path):
     """(id, title + " " + text) of each line of a .jsonl file; queries have no title."""
-    known = set()
+    known, needed = set(), 'a JSON object with strings for "_id", "text" and perhaps "title"'
     for number, line in read_lines(path):
-        try:
+        with one_line(f"{path}, line {number}: {needed} is required"):
             record = json.loads(line)
             id, text = record["_id"], record.get("title", "") + " " + record["text"]
             (id + text).encode()  # JSON can spell half a surrogate pair, which is not text
             if id in known:
                 raise ValueError("this _id occurs on an earlier line")
-        except (ValueError, KeyError, TypeError) as error:
-            raise Problem(
-                f"{path}, line {number}: {type(error).__name__}: {error}: a JSON object "
-                'is required, with strings for "_id", "text" and perhaps "title"'
-            )
         known.add(id)
         yield id, text
 
@@ -169,7 +165,7 @@ def search(index, words, k):
         np.add.at(totals, *row_of(index, word))  # twice as fast as totals[documents] += scores
     scores = totals.astype(np.float32)  # [documents]
     k = min(k, np.count_nonzero(scores))
-    (found,) = np.nonzero(scores >= np.partition(scores, -k)[-k])  # and ties with the k-th
+    found = np.flatnonzero(scores >= np.partition(scores, -k)[-k])  # and ties with the k-th
     found = found[np.argsort(-scores[found], kind="stable")[:k]]
     return found, scores[found]
 
@@ -205,4 +201,4 @@ def measure(name, ranked, grades):
 
 def discounted(gains):
     """DCG: the sum over ranks r of gain / log2(r + 1)"""
-    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+    return sum(gain / math.log2(r_plus_1) for r_plus_1, gain in enumerate(gains, 2))
