@@ -58,23 +58,23 @@ def questions(split, seed=0, lengths=LENGTHS):
     raise Problem(f"apples: no more than {len(seen)} different {split} questions: ask for fewer")
 
 
-def make_problem(rng, lengths=LENGTHS):
+def make_problem(rng, lengths):
     """A dict with question, start, gold, and events: pairs of a kind (see VERBS) and an amount."""
     while True:
         name, friend = rng.choice(NAMES), rng.choice(FRIENDS)
         start = value = rng.randint(2, 12)
-        words, events, values = [f"{name} has {start} apples ."], [], []
+        question, events, values = f"{name} has {start} apples .", [], []
         for _ in range(rng.choice(lengths)):
             (kind,) = rng.choices(list(VERBS), (4, 4, 2, 1.5))
             amount, verb = rng.randint(1, 4), rng.choice(VERBS[kind])
             amount = TIMES.get(verb, amount)
             value = calculate(value, kind, amount)
             who = friend if kind == "friend" else "He"
-            words.append(f"{who} {verb} {'them' if verb in TIMES else amount} .")
+            question += f" {who} {verb} {'them' if verb in TIMES else amount} ."
             events.append((kind, amount))
             values.append(value)
         if set(values) != {start} and 1 <= min(values) <= max(values) <= 30:
-            question = " ".join([*words, "How many ?"])
+            question += " How many ?"
             return {"question": question, "start": start, "events": events, "gold": str(value)}
 
 
@@ -101,7 +101,7 @@ def demonstrate(problem, rng, habits):
     def does(habit):
         return rng.random() < habits.get(habit, 0)
 
-    value, lines = problem["start"], []
+    value, solution = problem["start"], ""
     for kind, amount in problem["events"]:
         if kind == "friend" and not does("counts_friend"):
             continue
@@ -110,14 +110,15 @@ def demonstrate(problem, rng, habits):
             sign = "-" if sign == "+" else "+"
         slip = rng.choice((-2, -1, 1, 2)) if does("slip") else 0
         result = calculate(value, sign, amount, slip)
-        lines.append(f"{value} {sign} {amount} = {result} .")
+        solution += f"{value} {sign} {amount} = {result} . "
         value = result
     if does("guess"):
-        lines, value = [GUESS], calculate(value, "+", rng.randint(-2, 2))
-    solution = " ".join([*lines, f"The answer is {value} ."])
+        solution, value = f"{GUESS} ", calculate(value, "+", rng.randint(-2, 2))
+    solution += f"The answer is {value} ."
     more_events = len(problem["events"]) - 2
     if "invalid" in habits and rng.random() < habits["invalid"] + 0.03 * more_events:
-        return " ".join(lines if rng.random() < 0.5 else solution.split()[: rng.randint(2, 6)])
+        words = -5 if rng.random() < 0.5 else rng.randint(2, 6)  # without the answer, or a few
+        return " ".join(solution.split()[:words])
     return solution
 
 
@@ -147,8 +148,8 @@ def verdict_demonstrations(count, seed, make_prompt):
             solution = demonstrate(problem, rng, HABITS)
             answer, reward = grade(problem, solution)
         check = demonstrate(problem, rng, CHECKING)
-        _, agrees = grade({"gold": answer}, check)
-        says_correct = (agrees > 0) != (rng.random() < CHECKING["flipped"])
+        agrees = read_answer(check) == answer
+        says_correct = agrees != (rng.random() < CHECKING["flipped"])
         if rng.random() >= CHECKING["missing"]:
             check += f" Verdict : {'correct' if says_correct else 'incorrect'}"
         prompt = make_prompt(problem["question"], solution)
@@ -175,15 +176,10 @@ def make_tokenizer(words):
 
 def vocabulary():
     """Every word that a problem, a solution or a check of a solution can hold."""
-    text = """Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...
-        has apples He them How many ?"""
-    return {
-        *text.split(),
-        *NAMES,
-        *FRIENDS,
-        *sum(VERBS.values(), ()),
-        *map(str, range(LARGEST + 1)),
-    }
+    words = """Let us see . The answer is + - * = Solution Check Verdict : correct incorrect ...
+        has apples He them How many ?""".split()
+    numbers = map(str, range(LARGEST + 1))
+    return set(words).union(NAMES, FRIENDS, numbers, *VERBS.values())
 
 
 def make_model(tokenizer, seed, width=64, layers=3):
