@@ -2,7 +2,7 @@
 
 What a model wrote is never run: no eval, no computer algebra. Every function answers for any input,
 in bounded time and without an exception: a text above LONGEST characters is no answer (the longest
-of MATH has 159), lists nest no deeper than DEEPEST, no number is above 10**75.
+of MATH has 159), brackets nest no deeper than DEEPEST, no number is above 10**75.
 """
 
 import math
@@ -275,39 +275,38 @@ def apart_from_unit(text):
     return left, set(re.findall(r"\b(?<!\\)[A-Za-z]", unit.lower()))
 
 
-UNION, SEPARATORS = ("\\cup",), (",", ";", "&", "\\\\")
-RELATIONS = ("=", "\\in", "\\le", "\\ge", "<", ">")
+SEPARATORS = (",", ";", "&", "\\\\")
+KINDS = (("\\cup",), SEPARATORS, ("=", "\\in", "\\le", "\\ge", "<", ">"))  # of what divides parts
+NAME = r"(?!\\frac|\\sqrt)[A-Za-z\\][^-+*/^<>]*"
 
 
-def alike(a, b, depth=0):
-    if not a or not b or depth > DEEPEST:
-        return False
-    x, y = value(a), value(b)
-    if None not in (x, y):
-        return x == y
-    if as_text(a) == as_text(b):
-        return True
-    pair = brackets(a)
-    if pair and pair == brackets(b):
-        return same_parts(a[1:-1], b[1:-1], SEPARATORS, depth, any_order=pair == "\\{\\}")
-    for separators in (UNION, SEPARATORS):
-        if len(split(a, separators)) + len(split(b, separators)) > 2:
-            return same_parts(a, b, separators, depth, any_order=separators == UNION)
-    if len(split(a, RELATIONS)) == len(split(b, RELATIONS)) > 1:
-        return same_parts(a, b, RELATIONS, depth)
-    bare = plain(a), plain(b)
-    return alike(*bare, depth + 1) if bare != (a, b) else terms(a) == terms(b)
+def alike(a, b):
+    """Do they mean the same, with the name in x = 3 or, if one of them has none, without it?"""
+    return form(a) in (form(b), form(b, bare=True)) or form(a, bare=True) == form(b)
 
 
-def same_parts(a, b, separators, depth, any_order=False):
-    a, b = split(a, separators), split(b, separators)
-    if a[1::2] != b[1::2]:
-        return False
-    a, b = (sorted(side[::2], key=terms) if any_order else side[::2] for side in (a, b))
-    return all(
-        one == other or reduced(one) and reduced(other) and alike(one, other, depth + 1)
-        for one, other in zip(a, b)
-    )
+@cached
+def form(tokens, bare=False):
+    """What all spellings of an answer have in common: a number, the forms of its parts, or terms.
+
+    bare: without names, so that f(x) = 3 is 3 and x \\in [1,2] is [1,2].
+    """
+    number, pair = value(tokens), brackets(tokens)
+    if number is not None:
+        return number
+    inside, kinds = (tokens[1:-1], [SEPARATORS]) if pair else (tokens, KINDS)
+    splits = (split(inside, separators) for separators in kinds)
+    parts = next((parts for parts in splits if len(parts) > 1), [inside])
+    if bare and parts[1:-1] in (["="], ["\\in"]) and re.fullmatch(NAME, "".join(parts[0])):
+        return form(parts[2], bare)
+    if parts == [tokens]:
+        return terms(tokens)
+    forms = [form(part, bare) if reduced(part) else as_text(part) for part in parts[::2]]
+    if pair == "()" and len(forms) == 1:
+        return forms[0]  # (C) is C
+    if pair == "\\{\\}" or "\\cup" in parts:
+        forms.sort(key=str)  # of a set or a union in any order
+    return pair, parts[1::2], forms
 
 
 def reduced(tokens):
@@ -334,18 +333,9 @@ def split(tokens, separators):
 
 def brackets(tokens):
     """The one pair that holds it all: () of (1,2), none of (1,2)\\cup(3,4)."""
-    depths = list(accumulate((token in OPENING) - (token in CLOSING) for token in tokens))
-    encloses = depths[-1] == 0 and min(depths[:-1], default=0) > 0
-    return encloses and tokens[0] + tokens[-1]
-
-
-def plain(tokens):
-    """Without name or brackets: f(x) = 3 -> 3; x \\in [1,2] -> [1,2]; (C) -> C; 2x = 3 stays."""
-    parts = split(tokens, ("=", "\\in"))
-    name = r"(?!\\frac|\\sqrt)[A-Za-z\\][^-+*/^<>]*"
-    if len(parts) == 3 and re.fullmatch(name, "".join(parts[0])):
-        return parts[2]
-    return tokens[1:-1] if brackets(tokens) == "()" else tokens
+    depths = [0, *accumulate((token in OPENING) - (token in CLOSING) for token in tokens)]
+    encloses = depths[-1] == 0 and min(depths[1:-1], default=0) > 0 and max(depths) <= DEEPEST
+    return tokens[0] + tokens[-1] if encloses else None
 
 
 @cached
