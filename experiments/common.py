@@ -32,6 +32,7 @@ from data import load_task
 from engine import losses
 from engine.common import read_json, say, setting, table, write_json
 from engine.measures import interval_text, measure, paired_interval
+from engine.parallel import start_ranks
 from engine.rollouts import each_rollout, write_rollouts
 from engine.sampler import load_model
 from engine.tasks import load_questions
@@ -262,15 +263,14 @@ def measure_once(policy, seed, split, base="small"):
     path, settings = f"{policy}/{split}.json", job_settings(base, seed=seed + 1)
     task = load_task(settings.task)
     if not os.path.exists(path):
-        model, tokenizer = load_model(policy, settings, "cpu")
+        model, tokenizer = load_model(policy, settings, start_ranks())
         questions = load_questions(task, "test", 750, settings.seed, tokenizer, settings)
-        questions = questions[QUESTIONS[split]]
-        values = measure(
-            evaluation.sample_rollouts(model, tokenizer, questions, task.grade, settings)
-        )
-        measures = {name: np.mean(values[name]) for name in MEASURES}
-        score = (measures["pass@1"] + measures["maj@16"]) / 2
-        write_json(path, {**measures, "score": score, "right": values["pass@1"]})
+        asked = questions[QUESTIONS[split]]
+        rows = evaluation.sample_rollouts(model, tokenizer, asked, task.grade, settings)
+        values = measure(rows)
+        found = {name: np.mean(values[name]) for name in MEASURES}
+        score = (found["pass@1"] + found["maj@16"]) / 2
+        write_json(path, {**found, "score": score, "right": values["pass@1"]})
     return read_json(path)
 
 
@@ -287,12 +287,11 @@ def with_rollouts(settings, task):
 
 def measure_arm(settings, task, arm, rate, split):
     """{measure: its value for each question} of an arm's samples, and "greedy"."""
-    policy, out = settings.model, f"{settings.out}/{name_of(arm, rate)}"
-    settings = dataclasses.replace(settings, learning_rate=rate, **arm, out=out)
+    out = f"{settings.out}/{name_of(arm, rate)}"
+    trained = dataclasses.replace(settings, learning_rate=rate, **arm, out=out)
     if rate:
-        train.train_once(settings)
-        policy = out
-    return evaluation.measure_once(settings, task, policy, split)
+        train.train_once(trained)
+    return evaluation.measure_once(trained, task, out if rate else settings.model, split)
 
 
 # ---- what came of it ----
@@ -377,7 +376,7 @@ def picture(path, panels):
     yield axes
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3 if len(names) < 6 else 2)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
 
 
 def over_seeds(values):
@@ -416,7 +415,7 @@ def bars(axes, arms, groups, **labels):
             edgecolor="white",
             label=name,
         )
-        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=11)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=11)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)  # room for the numbers
     axes.set(**labels)

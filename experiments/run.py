@@ -85,7 +85,7 @@ def load(name):
 def show(name, folder):
     """Prints the tables of an existing result and draws its picture."""
     finding, result = load(name), read_json(f"{folder}/{name}.json")
-    say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{tables(name, result)}\n")
+    say(f"\n{name}: {finding.__doc__.splitlines()[0]}\n\n{tables(finding, result)}\n")
     try:
         with picture(f"{folder}/{name}.png", getattr(finding, "PANELS", 1)) as axes:
             finding.draw(result, *axes)
@@ -93,8 +93,7 @@ def show(name, folder):
         say("no picture: matplotlib is not installed")
 
 
-def tables(name, result):
-    finding = load(name)
+def tables(finding, result):
     if hasattr(finding, "show"):
         return finding.show(result)
     return show_arms(result, getattr(finding, "MEASURES", MEASURES))

@@ -333,7 +333,7 @@ def test_the_page_has_the_tables_and_claims_of_the_results():
         assert f"\n| {claim} | {measured} | {verdict} |\n" in PAGE, claim
     for name in run.there(RESULTS):
         result = result_of(name)
-        shown = textwrap.indent(run.tables(name, result).split("\n\n")[0], "    ")
+        shown = textwrap.indent(run.tables(run.load(name), result).split("\n\n")[0], "    ")
         assert shown in PAGE or name == "rates", name
     for arm in result_of("rates")["arms"].values():
         assert f"{arm['pass@1'][0]:.3f}" in PAGE and f"({arm['negative_weight'][0]:.2f})" in PAGE
