@@ -3,7 +3,6 @@
 It knows no text, no rewards and no files: those are eval.py's part.
 """
 
-import collections
 import hashlib
 import inspect
 import os
@@ -128,16 +127,17 @@ def generate(model, tokenizer, questions, todo, settings, bar):
     """
     check_family(model, settings)
     rows = [(number, copy) for number in todo for copy in range(settings.samples)]
-    finished = collections.defaultdict(list)
+    finished = []  # completions of one question: rows of a question follow each other
     while rows:
         longest = len(questions[rows[0][0]]["prompt_ids"]) + settings.max_new_tokens
         size = settings.batch_size or batch_that_fits(model, longest)
         batch, rows = rows[:size], rows[size:]
         written = write(model, tokenizer, questions, batch, settings, bar)
         for (number, _), tokens in zip(batch, written):
-            finished[number].append(tokens)
-            if len(finished[number]) == settings.samples:
-                yield number, finished.pop(number)
+            finished.append(tokens)
+            if len(finished) == settings.samples:
+                yield number, finished
+                finished = []
 
 
 def write(model, tokenizer, questions, batch, settings, bar):
