@@ -274,13 +274,14 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
     complete = complete if model else server.complete
     what = os.path.basename(out) or "sampling"
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
-        for number, completions in complete(tokenizer, questions, todo, settings, bar):
+        for number, completions in complete(tokenizer, questions, todo, settings):
             mine[number] = [
                 make_row(grade, questions[number], completion, sampling)
                 for completion in completions
             ]
             if out:
                 add_line(own_part, [number, mine[number]])
+            bar.update(len(completions))
     finished = collections.ChainMap(*gather_on_first(mine), finished)
     rows = [row for number in sorted(finished) for row in finished[number]]
     if out and rank() == 0:
@@ -340,11 +341,11 @@ def finished_rows(out, questions, grade, sampling, samples):
     return graded
 
 
-def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, bar):
+def complete_here(model, with_logprobs, tokenizer, questions, todo, settings):
     """Yields (question number, the fields of its completions), each question when it is done."""
     longest = check_room(model, questions, settings.max_new_tokens)
     policy, ends = make_policy(model, settings.precision, longest), end_tokens(model, tokenizer)
-    for number, completions in generate(model, tokenizer, questions, todo, settings, bar):
+    for number, completions in generate(model, tokenizer, questions, todo, settings):
         question = questions[number]
         rows = [
             until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)

@@ -119,7 +119,7 @@ def fingerprint(model):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, questions, todo, settings, bar):
+def generate(model, tokenizer, questions, todo, settings):
     """Yields (number of a question, its completions as lists of tokens) for the numbers in todo.
 
     questions: dicts with "id", "prompt_ids", "stop" (strings that end a completion) and "key", the
@@ -132,7 +132,7 @@ def generate(model, tokenizer, questions, todo, settings, bar):
         longest = len(questions[rows[0][0]]["prompt_ids"]) + settings.max_new_tokens
         size = settings.batch_size or batch_that_fits(model, longest)
         batch, rows = rows[:size], rows[size:]
-        written = write(model, tokenizer, questions, batch, settings, bar)
+        written = write(model, tokenizer, questions, batch, settings)
         for (number, _), tokens in zip(batch, written):
             finished.append(tokens)
             if len(finished) == settings.samples:
@@ -140,7 +140,7 @@ def generate(model, tokenizer, questions, todo, settings, bar):
                 finished = []
 
 
-def write(model, tokenizer, questions, batch, settings, bar):
+def write(model, tokenizer, questions, batch, settings):
     """The tokens of each row of a batch, a row being (number of a question, which completion).
 
     A prompt is read once for all its rows. After every few tokens the rows that are done leave;
@@ -174,11 +174,9 @@ def write(model, tokenizer, questions, batch, settings, bar):
             whole += tokens[:end]
             if end is None and not has_stopped(tokenizer, whole, question["stop"]):
                 index.append(row)
-        bar.update(len(running) - len(index))
         if not index:
             break
         running = [running[row] for row in index]
-    bar.update(len(index))
     return written
 
 

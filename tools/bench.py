@@ -505,15 +505,14 @@ def work_sample(folder):
     model, prompts = sampling_work(folder)
     settings = evaluation.Settings(samples=16, max_new_tokens=96, batch_size=256)
     questions = [
-        {"id": str(number), "prompt": "", "prompt_ids": prompt, "stop": []}
+        {"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
         for number, prompt in enumerate(prompts)
     ]
     longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     tokenizer = SimpleNamespace(eos_token_id=0)
     while my_turn():
-        with progress(total=1024) as bar:
-            written = sampler.generate(model, tokenizer, questions, longest_first, settings, 0, bar)
-            assert sum(len(completions) for _, completions in written) == 1024
+        written = sampler.generate(model, tokenizer, questions, longest_first, settings)
+        assert sum(len(completions) for _, completions in written) == 1024
 
 
 @torch.no_grad()
