@@ -14,7 +14,6 @@ A finished file is reused, and a broken-off call goes on where it was.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -280,7 +279,8 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
                 for completion in completions
             ]
             if out:
-                add_line(own_part, [number, mine[number]])
+                with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([number, mine[number]]) + "\n")
             bar.update(len(completions))
     finished = collections.ChainMap(*gather_on_first(mine), finished)
     rows = [row for number in sorted(finished) for row in finished[number]]
@@ -358,20 +358,14 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings):
         yield number, rows
 
 
-def add_line(path, value):
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
-
-
 def read_parts(parts):
     """{question number: rows} of an earlier call with the same settings that did not finish."""
     rows = {}
     for path in glob.glob(glob.escape(parts) + "*"):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):  # a torn last line
-                    number, rows_of_it = json.loads(line)
-                    rows[number] = rows_of_it
+        with open(path, encoding="utf-8") as file:
+            rows |= dict(
+                json.loads(line) for line in file if line.endswith("\n")
+            )  # one may be torn
     return rows
 
 
