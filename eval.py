@@ -268,21 +268,21 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
         say(f"{out}: {len(kept)} of {len(questions)} questions were finished before, going on")
     todo = [number for number in range(len(questions)) if number not in kept]
     todo.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
-    todo, mine, own_part = todo[rank() :: world()], {}, f"{parts}{rank()}-{time.time_ns()}"
+    todo, own_part = todo[rank() :: world()], f"{parts}{rank()}-{time.time_ns()}"
     complete = functools.partial(complete_here, model, logprobs and bool(out))
     complete = complete if model else server.complete
     what = os.path.basename(out) or "sampling"
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
         for number, completions in complete(tokenizer, questions, todo, settings):
-            mine[number] = [
+            finished[number] = [
                 make_row(grade, questions[number], completion, sampling)
                 for completion in completions
             ]
             if out:
                 with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([number, mine[number]]) + "\n")
+                    file.write(json.dumps([number, finished[number]]) + "\n")
             bar.update(len(completions))
-    finished = collections.ChainMap(*gather_on_first(mine), finished)
+    finished = collections.ChainMap(*gather_on_first(finished))
     rows = [row for number in sorted(finished) for row in finished[number]]
     if out and rank() == 0:
         write_rollouts(out, rows)
