@@ -229,12 +229,12 @@ def report_change(settings, before, after, logs, seconds):
 
 def curve(logs):
     """The measurements along all rounds, one dict each, with the steps counted through."""
-    points, done = [], 0
+    points, steps = [], 0
     for log in logs:
         for entry in log:
             if "measured" in entry:
-                points.append({"step": done + entry["step"], **entry["measured"]})
-        done += sum("loss" in entry for entry in log)
+                points.append({"step": steps, **entry["measured"]})
+            steps += "loss" in entry
     return points
 
 
