@@ -188,11 +188,12 @@ def report_change(settings, before, after, logs, seconds):
     """The tables of the curve and of before and after, the picture, and results.json."""
     points = curve(logs)
     if points:
-        say(table(list(points[0]), [tuple(point.values()) for point in points]) + "\n")
+        say(table(points[0], [point.values() for point in points]) + "\n")
     rows = [
         (
             name,
-            *map(interval_text, (interval(before[name]), interval(after[name]))),
+            interval_text(interval(before[name])),
+            interval_text(interval(after[name])),
             interval_text(paired_interval(before[name], after[name]), "+"),
         )
         for name in before
@@ -219,7 +220,7 @@ def report_change(settings, before, after, logs, seconds):
             draw_lines(
                 f"{settings.out}/curve.png",
                 points,
-                list(points[0]),
+                points[0],
                 title=settings.loss,
                 xlabel="optimizer step",
                 ylabel="mean over questions",
