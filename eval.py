@@ -107,9 +107,8 @@ def measured(task, rows, seed):
 def show_samples(rows):
     """Three completions of different questions, for people to read."""
     for row in rows[:: math.ceil(len(rows) / 3) or 1]:
-        answer, reward = row["answer"], row["reward"]
         say(
-            f"--- {row['id']}: answer {answer!r}, reward {reward:g}\n"
+            f"--- {row['id']}: answer {row['answer']!r}, reward {row['reward']:g}\n"
             f"{row['prompt'][-300:]}{row['completion'][:1000]}"
         )
 
@@ -295,12 +294,11 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
 
 def prepare(question, tokenizer, settings):
     """A question with what the sampler needs; "key" is the seed of its random numbers."""
-    name, prompt = question["id"], question["prompt"]
     return {
         **question,
-        "prompt_ids": prompt_tokens(prompt, tokenizer),
+        "prompt_ids": prompt_tokens(question["prompt"], tokenizer),
         "stop": list(filter(None, question.get("stop") or [])),
-        "key": short_hash(f"{settings.seed}\0{name}\0{prompt}"),
+        "key": short_hash(f"{settings.seed}\0{question['id']}\0{question['prompt']}"),
     }
 
 
@@ -407,8 +405,10 @@ def main():
     if np.mean(values.get("cut off", 0)) > 0.2:
         say("many completions are cut off: raise --max-new-tokens, or give the task a STOP")
     if settings.out and rank() == 0:
-        path = settings.out.removesuffix(".jsonl") + ".json"
-        write_json(path, {"settings": dataclasses.asdict(settings), **summary(values)})
+        write_json(
+            f"{settings.out.removesuffix('.jsonl')}.json",
+            {"settings": dataclasses.asdict(settings), **summary(values)},
+        )
         say(f"wrote {settings.out} and its measures beside it")
 
 
