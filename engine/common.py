@@ -203,10 +203,9 @@ def writing(path, errors=OSError):
     except errors as error:
         failures = getattr(error, "failures", {}).values()  # of torch's checkpoints: what, where
         error, _ = next(iter(failures), (error, None))
-        why = getattr(error, "strerror", None) or first_line(error)
         raise Problem(
-            f"{path}: cannot be written: {why}. What was finished before is kept: fix "
-            "that, then rerun the same command"
+            f"{path}: cannot be written: {getattr(error, 'strerror', None) or first_line(error)}. "
+            "What was finished before is kept: fix that, then rerun the same command"
         )
 
 

@@ -136,8 +136,9 @@ def parse_line(line, place):
             raise Problem(f'{place}: "{field}" is {why}')
     for field, kind in OPTIONAL.items():
         if not isinstance(row.get(field), kind | None):
-            found = type(row[field]).__name__
-            raise Problem(f'{place}: "{field}" is a {found}, not a {kind.__name__}')
+            raise Problem(
+                f'{place}: "{field}" is a {type(row[field]).__name__}, not a {kind.__name__}'
+            )
     check_tokens(row, place)
     return row
 
