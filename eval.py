@@ -383,8 +383,7 @@ def main():
         if settings.out and rank() == 0:
             write_rollouts(settings.out, rows)
     elif settings.model:
-        folder, name = os.path.split(settings.out)
-        held = name and lock(os.path.join(folder, f".{name}.lock"))  # up to the end of main
+        held = settings.out and lock(f"{settings.out}.lock")  # up to the end of main
         policy = (
             (None, load_tokenizer(settings.model))
             if settings.server
