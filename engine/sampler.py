@@ -188,8 +188,8 @@ def uniforms(key, settings):
 
 def has_stopped(tokenizer, tokens, stop):
     """Whether the last tokens hold a stop string; each token has at least a byte of it."""
-    longest = max([len(mark.encode()) for mark in stop], default=0) + 4 + LOOK_EVERY
-    text = stop and tokenizer.decode(tokens[-longest:], skip_special_tokens=True)
+    enough = len("".join(stop).encode()) + 4 + LOOK_EVERY
+    text = stop and tokenizer.decode(tokens[-enough:], skip_special_tokens=True)
     return any(mark in text for mark in stop)
 
 
@@ -230,7 +230,7 @@ def draw(logits, uniform, settings):
     if settings.temperature == 0:
         return logits.argmax(-1, keepdim=True)
     vocabulary, order = logits.shape[1], None
-    k = settings.top_k if 0 < settings.top_k < vocabulary else vocabulary
+    k = min(settings.top_k or vocabulary, vocabulary)
     if k < vocabulary or settings.top_p < 1:
         logits, order = logits.topk(k)  # [rows, k], the likeliest first
     probability = (logits / settings.temperature).softmax(-1)
@@ -291,7 +291,7 @@ def batch_that_fits(model, longest):
     heads = getattr(config, "num_key_value_heads", None) or heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     row_bytes = longest * token_bytes + 16 * config.vocab_size
-    return int(min(LARGEST_BATCH, max(1, memory_left(model.device) // 2 // row_bytes)))
+    return min(LARGEST_BATCH, max(1, memory_left(model.device) // 2 // row_bytes))
 
 
 def memory_left(device):
