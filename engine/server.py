@@ -72,9 +72,10 @@ def request(question, copy, tokenizer, settings):
     prompt = question["prompt"]
     if start_tokens(tokenizer):
         prompt = prompt.removeprefix(tokenizer.bos_token)
-    body = {
+    return {
         "model": settings.model,
         "prompt": prompt,
+        "stop": question["stop"] or None,
         "seed": (question["key"] + copy) % 2**31,
         "max_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
@@ -83,7 +84,6 @@ def request(question, copy, tokenizer, settings):
         "min_p": 0.0,
         "repetition_penalty": 1.0,
     }
-    return {**body, "stop": question["stop"]} if question["stop"] else body
 
 
 def to_fields(choice, question, tokenizer):
