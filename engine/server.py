@@ -13,7 +13,7 @@ import time
 import urllib.parse
 from multiprocessing.pool import ThreadPool
 
-from engine.common import Problem
+from engine.common import Problem, first_line
 from engine.tokens import end_token_of, start_tokens, stop_position
 
 REQUESTS = 16  # at the same time
@@ -108,7 +108,7 @@ def patiently(url, body):
         except PASSING as error:
             if pause is None:
                 raise Problem(
-                    f"{url.geturl()} does not answer: {plain(error)}: is the server "
+                    f"{url.geturl()} does not answer: {first_line(error)}: is the server "
                     "up, and --server right?"
                 )
         time.sleep(pause * random.uniform(0.5, 1.5))
@@ -126,7 +126,7 @@ def post(url, body):
         response = connection.getresponse()
         content = response.read(LARGEST)
     words = content.decode("utf-8", "replace").replace(key or "\n", " ")  # it may echo the key
-    message = f"HTTP {response.status}: {plain(words)}"
+    message = f"HTTP {response.status}: {' '.join(words[:300].split())}"
     if response.status in (408, 409, 425, 429) or response.status >= 500:
         raise OSError(message)
     if response.status >= 300:
@@ -138,8 +138,3 @@ def post(url, body):
         case {"choices": [{"text": str(), "finish_reason": "stop" | "length"} as choice, *_]}:
             return choice
     raise ValueError("an answer without text and finish_reason stop or length")
-
-
-def plain(words):
-    """One short line."""
-    return " ".join(str(words)[:300].split())
