@@ -24,15 +24,9 @@ from engine.parallel import barrier, leave_ranks, rank, world
 class Problem(Exception):
     """Something the user can fix: shown as one line, exit code 2, never a traceback."""
 
-    exit_code = 2
 
-
-class Stopped(Problem):
-    """A signal asked the run to end, and it has, in good order."""
-
-    def __init__(self, message, number):
-        super().__init__(message)
-        self.exit_code = 128 + number
+class Stopped(Exception):
+    """A signal asked the run to end, and it has, in good order: (what to say, the signal)."""
 
 
 # ---- settings: a dataclass per script, each field with its sentence ----
@@ -101,14 +95,16 @@ def option_name(field):
 
 
 def run_main(main):
-    """Runs a script's main(): a Problem is one line and its exit code, Ctrl-C is exit code 130."""
+    """Runs a script's main(): a Problem is one line and exit code 2, Ctrl-C is exit code 130."""
     try:
         main()
         barrier()
         leave_ranks()
     except Problem as problem:
-        prefix = "" if isinstance(problem, Stopped) else "error: "
-        fail(f"{prefix}{problem}", problem.exit_code)
+        fail(f"error: {problem}", 2)
+    except Stopped as stopped:
+        message, number = stopped.args
+        fail(message, 128 + number)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Exception as error:
