@@ -157,7 +157,7 @@ def visible(text):
 def say(*lines):
     """Prints from the first rank alone."""
     if rank() == 0 and lines:
-        tqdm.write(visible("\n".join(map(str, lines))), file=sys.stdout)
+        tqdm.write(visible("\n".join(lines)), file=sys.stdout)
         sys.stdout.flush()
 
 
