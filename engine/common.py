@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import gc
 import inspect
 import json
 import os
@@ -120,12 +119,6 @@ LESS_MEMORY = (
     "What takes less: --tokens-per-pass 1024, --gradient-checkpointing, --weights "
     "bfloat16, --optimizer adafactor, --shard on several ranks, --batch-size 16"
 )
-
-
-def free_memory():
-    """Models sit in reference cycles: without a collection an earlier one stays in memory."""
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing without a GPU
 
 
 def fail(message, exit_code):

@@ -3,6 +3,7 @@
 It knows no text, no rewards and no files: those are eval.py's part.
 """
 
+import gc
 import hashlib
 import inspect
 import os
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.common import Problem, free_memory, setting
+from engine.common import Problem, setting
 from engine.parallel import load_on_first_rank, world
 from engine.tasks import one_line
 from engine.tokens import end_tokens
@@ -76,7 +77,9 @@ def load_model(name, settings, device):
     """(model, tokenizer) of a directory or the hub: safetensors only, none of its code."""
     from transformers import AutoModelForCausalLM, logging
 
-    free_memory()  # of an earlier model
+    # An earlier model sits in reference cycles: without a collection it stays in memory.
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing without a GPU
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(name)
     with one_line(f"model {name!r} cannot be loaded"):

@@ -13,13 +13,13 @@ from engine import optim, run_folder
 from engine.packing import LogProbs, pack
 
 RANKS = """
-import json, sys, time
+import gc, json, sys, time
 import numpy as np, torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM
 import topr, train
-from engine import batches, common, optim, packing, parallel, run_folder
+from engine import batches, optim, packing, parallel, run_folder
 
 folder, found = sys.argv[1], {}
 device, rank = parallel.start_ranks(), parallel.rank()
@@ -70,7 +70,7 @@ weights = sum(p.nbytes for p in model.parameters())
 optimizer = steps(model, replicated(model), 3, seen)
 found["weights"], found["memory"] = weights, (max(seen) - base) / (4 * weights)
 del model, optimizer
-common.free_memory()
+gc.collect()
 
 
 # ---- shards: who loads, what a pass keeps, what a resume reads ----
