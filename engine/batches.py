@@ -196,15 +196,15 @@ def micro_batches(settings, data, units, model):
     limit = settings.tokens_per_pass or (1024 if model.device.type == "cpu" else 16384)
     bundles = make_bundles(data, units, limit, model.config.get_text_config().hidden_size)
     passes = [[] for _ in range(data.ranks)]  # of each rank
-    for mine, number in zip(passes, range(data.ranks)):
+    for number, mine in enumerate(passes):
         room = 0  # for rows in its last pass, as long as the first one, which is the longest
         for length, bundle in bundles[number :: data.ranks]:
             if len(bundle) > room:
                 mine.append([])
                 room = limit // length
-            mine[-1].append(bundle)
+            mine[-1].extend(bundle)
             room -= len(bundle)
-    batches = [make_batch(data, bundles, model.device) for bundles in passes[data.rank]]
+    batches = [make_batch(data, lines, model.device) for lines in passes[data.rank]]
     while len(batches) < max(1, *map(len, passes)):
         batches.append(empty_batch(model.device))
     return batches
@@ -242,12 +242,13 @@ def completions_per_row(prompt, completion, most, width):
     return int(n[cost.argmin()])
 
 
-def make_batch(data, bundles, device):
-    rows, layout = np.concatenate([bundle.ravel() for bundle in bundles]), []
-    for bundle in bundles:
-        prompt = data.rows[bundle[0, 0]].prompt
-        layout += [(prompt, [data.rows[row].completion for row in line]) for line in bundle]
+def make_batch(data, lines, device):
+    """lines: the rows of the file that share a row of the forward pass, for each of its rows"""
+    layout = [
+        (data.rows[line[0]].prompt, [data.rows[row].completion for row in line]) for line in lines
+    ]
     packed, mask = pack(layout, device)
+    rows = np.concatenate(lines)  # [batch]
     mu_logp = None
     if data.mu is not None:
         values = [torch.from_numpy(data.mu[row]) for row in rows]
