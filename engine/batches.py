@@ -24,8 +24,7 @@ PROMPT_GROUP = 4  # completions of a prompt that stay adjacent in the random ord
 CHECKED_ROWS = 64  # of a file, whose tokens are compared with their text
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Row:
+class Row(typing.NamedTuple):
     """A completion of the file."""
 
     line: int
