@@ -156,7 +156,7 @@ def step_units(settings, data, step):
 def epoch_units(data, seed, epoch):
     """All units in a random order in which up to PROMPT_GROUP rows of one prompt are adjacent."""
     random = np.random.default_rng([seed, epoch])
-    size, groups = max(1, PROMPT_GROUP // data.units.shape[1]), []
+    size, groups = PROMPT_GROUP // data.units.shape[1], []
     for units in by_prompt(data, data.units[random.permutation(len(data.units))]):
         groups += [units[start : start + size] for start in range(0, len(units), size)]
     places = random.permutation(len(groups))  # of each group
