@@ -60,8 +60,8 @@ class LogProbs(torch.nn.Module):
         """packed and mask: as pack returns them -> [batch, time], a row for each completion"""
         if "attention_mask" in packed:  # a boolean one would be converted, and kept, in every layer
             visible = packed["attention_mask"]
-            hidden = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-            packed = {**packed, "attention_mask": hidden.masked_fill(~visible, -math.inf)}
+            bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, -math.inf)
+            packed = {**packed, "attention_mask": bias}
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.autocasts):
             if self.head_is_known:
                 logp = topr.completion_logprobs(self.model, **packed)  # [rows, time of a row]
