@@ -49,12 +49,12 @@ def pack(rows, device):
 class LogProbs(torch.nn.Module):
     """The policy as a module, because DDP and FSDP hook forward(): log pi of the completions."""
 
-    def __init__(self, model, precision="float32", head_is_known=True):
+    def __init__(self, model, precision="float32"):
         super().__init__()
         self.model = model
         self.dtype = torch.bfloat16 if precision == "bfloat16" else model.dtype  # of the compute
         self.autocasts = precision == "bfloat16"
-        self.head_is_known, self.packs = head_is_known, False
+        self.head_is_known, self.packs = True, False  # see make_policy
 
     def forward(self, packed, mask):
         """packed and mask: as pack returns them -> [batch, time], a row for each completion"""

@@ -157,7 +157,8 @@ def test_families_with_oddities(kind, dtype):
     sizes, known_in, packs = ODD[kind]
     model = random_model(kind, **sizes).to(dtype)
     optim.prepare_model(train.Settings(gradient_checkpointing=True), model)
-    policy = LogProbs(model, head_is_known=dtype in known_in)
+    policy = LogProbs(model)
+    policy.head_is_known = dtype in known_in
     assert abilities(policy, 20) == (dtype in known_in, packs)
     ids, mask = some_ids(2, 10), torch.ones(2, 6) > 0
     packed = {"ids": ids, "mask": (torch.arange(10) > 3).expand(2, -1)}
