@@ -86,28 +86,23 @@ def make_policy(model, precision, longest):
 
 
 @torch.no_grad()
-def head_is_known(model):
-    """Tries whether topr.completion_logprobs gives what the model's own logits give."""
-    ids = torch.tensor([[0, 1, 2]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits  # [1, time, vocab]
-    try:
-        logp = topr.completion_logprobs(model, ids, ids > 0)  # [1, time]
-    except (AttributeError, TypeError, RuntimeError):  # a decoder or a head of another kind
-        return False
-    return torch.allclose(logp, topr.token_logprobs(logits, ids), rtol=1e-3, atol=1e-3)
-
-
-@torch.no_grad()
 def abilities(policy, longest):
-    """(whether its head is known, whether completions can be packed behind one prompt).
+    """(whether its head is known, whether completions can be packed behind one prompt): both tried.
 
-    The second is tried, too: are log-probs of packed completions those that they have alone? A
-    model that keeps a state, or counts positions its own way, gives others, and our mask would hide
-    a sliding window that is shorter than the longest sequence.
+    Does topr.completion_logprobs give what the model's own logits give? Are log-probs of packed
+    completions those that they have alone? A model that keeps a state, or counts positions its own
+    way, gives others, and our mask would hide a sliding window that is shorter than the longest
+    sequence.
     """
     model, config = policy.model, policy.model.config.get_text_config()
+    ids = torch.tensor([[0, 1, 2]], device=model.device)
+    plain = topr.token_logprobs(model(input_ids=ids, use_cache=False).logits, ids)  # [1, time]
+    try:
+        logp = topr.completion_logprobs(model, ids, ids > 0)  # [1, time]
+        known = torch.allclose(logp, plain, rtol=1e-3, atol=1e-3)
+    except (AttributeError, TypeError, RuntimeError):  # a decoder or a head of another kind
+        known = False
     window = getattr(config, "sliding_window", None) or longest
-    known = head_is_known(model)
     if not known or longest > window or model.config._attn_implementation != "sdpa":
         return known, False
     random = torch.Generator().manual_seed(0)
