@@ -49,9 +49,9 @@ def file_fingerprint(path):
 # ---- reading ----
 
 
-def read_rollouts(path, map_rewards="", need_reward=True):
+def read_rollouts(path, need_reward=True):
     """A whole file as a list of rows, for files that fit in memory."""
-    return [row for _, row in each_rollout(path, map_rewards, need_reward)]
+    return [row for _, row in each_rollout(path, need_reward=need_reward)]
 
 
 def each_rollout(path, map_rewards="", need_reward=True):
