@@ -37,7 +37,7 @@ def write_rollouts(path, rows):
 
 def short_hash(text):
     """64 bits that are the same in every process, unlike hash()."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
