@@ -139,18 +139,6 @@ def parse_line(line, place):
             raise Problem(
                 f'{place}: "{field}" is a {type(row[field]).__name__}, not a {kind.__name__}'
             )
-    check_tokens(row, place)
-    return row
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is not a number that JSON knows")
-
-
-decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode  # made once: it takes time
-
-
-def check_tokens(row, place):
     for field in ("prompt_ids", "completion_ids"):
         ids = row.get(field)
         if ids is not None and not (ids and all(type(n) is int and 0 <= n < 2**31 for n in ids)):
@@ -165,3 +153,11 @@ def check_tokens(row, place):
             raise Problem(
                 f"{place}: logprob {position} is {value!r:.40}: it must be finite, 0 or less"
             )
+    return row
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a number that JSON knows")
+
+
+decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode  # made once: it takes time
