@@ -269,8 +269,8 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
     todo = [number for number in range(len(questions)) if number not in kept]
     todo.sort(key=lambda number: -len(questions[number]["prompt_ids"]))  # alike ones together
     todo, own_part = todo[rank() :: world()], f"{parts}{rank()}-{time.time_ns()}"
-    complete = functools.partial(complete_here, model, logprobs and bool(out))
-    complete = complete if model else server.complete
+    here = functools.partial(complete_here, model, logprobs and out)
+    complete = here if model else server.complete
     what = os.path.basename(out) or "sampling"
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
         for number, completions in complete(tokenizer, questions, todo, settings):
