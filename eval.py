@@ -77,7 +77,7 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
     greedy: each question is also answered at temperature 0, which gives the first measure once
     more. The completions are kept in the file `out` (the greedy ones beside it), when it is named.
     """
-    questions = load_questions(task, split, count, settings.seed, tokenizer, settings)
+    questions = load_questions(task, split, count, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, logprobs)
     values = measured(task, rows, settings.seed)
     show_samples(rows)
@@ -127,9 +127,7 @@ def regrade(rows, task):
 def sample_rollout_file(settings, task, policy, path, number=1):
     """The rollout file that a policy writes on the training questions in a round; made once."""
     model, tokenizer = load_model(policy, settings, start_ranks())
-    questions = load_questions(
-        task, "train", settings.questions, settings.seed, tokenizer, settings
-    )
+    questions = load_questions(task, "train", settings.questions, tokenizer, settings)
     seed = settings.seed + 1_000_003 * (number - 1)
     sampling = dataclasses.replace(settings, model=policy, seed=seed)
     sample_rollouts(model, tokenizer, questions, task.grade, sampling, path)
@@ -156,7 +154,7 @@ def curve_point(settings, task):
     tokenizer = load_tokenizer(settings.model)
     sampling = dataclasses.replace(settings, seed=settings.seed + 1, samples=4)
     count = min(100, settings.test_questions or 100)
-    questions = load_questions(task, "test", count, sampling.seed, tokenizer, sampling)
+    questions = load_questions(task, "test", count, tokenizer, sampling)
 
     def point(model):
         rows = sample_rollouts(model.eval(), tokenizer, questions, task.grade, sampling)

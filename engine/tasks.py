@@ -107,10 +107,10 @@ def list_questions(task, split, count, seed):
     return questions
 
 
-def load_questions(task, split, count, seed, tokenizer, settings):
+def load_questions(task, split, count, tokenizer, settings):
     """The same as a list, each with its prompt, split and stop."""
     questions = []
-    for own_id, row in list_questions(task, split, count, seed).items():
+    for own_id, row in list_questions(task, split, count, settings.seed).items():
         what = f"{task.name}: question {own_id!r}"
         with one_line(what):
             prompt = make_prompt(task, row, tokenizer, settings)

@@ -264,7 +264,7 @@ def measure_once(policy, seed, split, base="small"):
     task = load_task(settings.task)
     if not os.path.exists(path):
         model, tokenizer = load_model(policy, settings, start_ranks())
-        questions = load_questions(task, "test", 750, settings.seed, tokenizer, settings)
+        questions = load_questions(task, "test", 750, tokenizer, settings)
         asked = questions[QUESTIONS[split]]
         rows = evaluation.sample_rollouts(model, tokenizer, asked, task.grade, settings)
         values = measure(rows)

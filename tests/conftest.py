@@ -80,9 +80,7 @@ def apples_questions(tokenizer, settings, count, split="test"):
     from data import load_task
     from engine import tasks
 
-    return tasks.load_questions(
-        load_task("apples"), split, count, settings.seed, tokenizer, settings
-    )
+    return tasks.load_questions(load_task("apples"), split, count, tokenizer, settings)
 
 
 def weights_of(folder):

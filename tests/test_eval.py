@@ -87,7 +87,7 @@ def main():
     settings = evaluation.Settings(samples=3, seed=int(seed), max_new_tokens=8)
     task = load_task("apples")
     model, tokenizer = sampler.load_model(model, settings, "cpu")
-    questions = tasks.load_questions(task, "train", 5, 0, tokenizer, settings)
+    questions = tasks.load_questions(task, "train", 5, tokenizer, settings)
     rows = evaluation.sample_rollouts(model, tokenizer, questions, task.grade, settings, out)
     held = parallel.gather((len(rows), len(set(row["id"] for row in rows))))
     if parallel.rank() == 0:  # two ranks that print at once write into each other's line

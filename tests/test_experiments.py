@@ -282,7 +282,9 @@ def test_test_and_validation_and_training_questions_are_different():
     """What was trained on must not be measured."""
 
     def questions(split, count, seed):
-        rows = tasks.load_questions(load_task("apples"), split, count, seed, None, train.Settings())
+        rows = tasks.load_questions(
+            load_task("apples"), split, count, None, train.Settings(seed=seed)
+        )
         return [row["question"] for row in rows]
 
     held_out = questions("test", common.QUESTIONS["validation"].stop, 1)

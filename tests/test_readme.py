@@ -139,7 +139,7 @@ def test_the_task_is_one(tmp_path):
     rows = [
         row
         for split in ("train", "test")
-        for row in tasks.load_questions(task, split, 0, 0, None, eval_settings())
+        for row in tasks.load_questions(task, split, 0, None, eval_settings())
     ]
     assert len({row["id"] for row in rows}) == 1250
     gold = rows[0]["gold"]

@@ -91,10 +91,10 @@ def test_sampled_trained_and_measured(tiny, write, tmp_path):
 
 def prompts(task, tokenizer=None, count=0, **changes):
     """Of its test questions; load_questions as every script calls it."""
-    settings = evaluation.Settings(**changes)
+    settings = evaluation.Settings(seed=3, **changes)
     return [
         question["prompt"]
-        for question in tasks.load_questions(task, "test", count, 3, tokenizer, settings)
+        for question in tasks.load_questions(task, "test", count, tokenizer, settings)
     ]
 
 
