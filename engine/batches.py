@@ -215,14 +215,12 @@ def make_bundles(data, units, limit, width):
     bundles = []
     for group in by_prompt(data, units):  # [units of this prompt, 1 or 2]
         prompt = len(data.rows[group[0, 0]].prompt)
-        parts = len(group)
-        if data.packs:
-            completion = data.lengths[group].mean() - prompt
-            most = min(units.size // data.ranks, group.size, int(limit // (prompt + completion)))
-            fit = completions_per_row(prompt, completion, most, width)
-            parts = math.ceil(len(group) / max(1, fit // group.shape[1]))
+        completion = data.lengths[group].mean() - prompt
+        most = min(units.size // data.ranks, group.size, int(limit // (prompt + completion)))
+        fit = completions_per_row(prompt, completion, most if data.packs else 1, width)
+        parts = math.ceil(len(group) / max(1, fit // group.shape[1]))
         for part in np.array_split(group, parts):
-            bundle = part.reshape(1, -1) if data.packs else part.reshape(-1, 1)
+            bundle = part.reshape(1 if data.packs else part.size, -1)
             length = prompt + (data.lengths[bundle] - prompt).sum(1).max()
             bundles.append((length, bundle))
     return sorted(bundles, key=operator.itemgetter(0), reverse=True)
