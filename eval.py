@@ -271,7 +271,7 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
     complete = here if model else server.complete
     what = os.path.basename(out) or "sampling"
     with progress(total=len(todo) * settings.samples, what=what, unit="completion") as bar:
-        for number, completions in complete(tokenizer, questions, todo, settings):
+        for number, completions in complete(tokenizer, questions, todo, settings, bar):
             finished[number] = [
                 make_row(grade, questions[number], completion, sampling)
                 for completion in completions
@@ -279,7 +279,6 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
             if out:
                 with writing(own_part), open(own_part, "a", encoding="utf-8") as file:
                     file.write(json.dumps([number, finished[number]]) + "\n")
-            bar.update(len(completions))
     finished = collections.ChainMap(*gather_on_first(finished))
     rows = [row for number in sorted(finished) for row in finished[number]]
     if out and rank() == 0:
@@ -338,11 +337,11 @@ def finished_rows(out, questions, grade, sampling, samples):
     return graded
 
 
-def complete_here(model, with_logprobs, tokenizer, questions, todo, settings):
+def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, bar):
     """Yields (question number, the fields of its completions), each question when it is done."""
     longest = check_room(model, questions, settings.max_new_tokens)
     policy, ends = make_policy(model, settings.precision, longest), end_tokens(model, tokenizer)
-    for number, completions in generate(model, tokenizer, questions, todo, settings):
+    for number, completions in generate(model, tokenizer, questions, todo, settings, bar):
         question = questions[number]
         rows = [
             until_stop(tokens, tokens[-1] in ends, question["stop"], tokenizer)

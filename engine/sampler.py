@@ -122,7 +122,7 @@ def fingerprint(model):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, questions, todo, settings):
+def generate(model, tokenizer, questions, todo, settings, bar):
     """Yields (number of a question, its completions as lists of tokens) for the numbers in todo.
 
     questions: dicts with "id", "prompt_ids", "stop" (strings that end a completion) and "key", the
@@ -135,7 +135,7 @@ def generate(model, tokenizer, questions, todo, settings):
         longest = len(questions[rows[0][0]]["prompt_ids"]) + settings.max_new_tokens
         size = settings.batch_size or batch_that_fits(model, longest)
         batch, rows = rows[:size], rows[size:]
-        written = write(model, tokenizer, questions, batch, settings)
+        written = write(model, tokenizer, questions, batch, settings, bar)
         for (number, _), tokens in zip(batch, written):
             finished.append(tokens)
             if len(finished) == settings.samples:
@@ -143,7 +143,7 @@ def generate(model, tokenizer, questions, todo, settings):
                 finished = []
 
 
-def write(model, tokenizer, questions, batch, settings):
+def write(model, tokenizer, questions, batch, settings, bar):
     """The tokens of each row of a batch, a row being (number of a question, which completion).
 
     A prompt is read once for all its rows. After every few tokens the rows that are done leave;
@@ -177,9 +177,11 @@ def write(model, tokenizer, questions, batch, settings):
             whole += tokens[:end]
             if end is None and not has_stopped(tokenizer, whole, question["stop"]):
                 index.append(row)
+        bar.update(len(running) - len(index))
         if not index:
             break
         running = [running[row] for row in index]
+    bar.update(len(index))
     return written
 
 

@@ -23,7 +23,7 @@ LARGEST = 64 * 2**20  # bytes; a longer answer is not read to its end
 PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
 
-def complete(tokenizer, questions, todo, settings):
+def complete(tokenizer, questions, todo, settings, bar):
     """Yields (question number, the fields of its completions), each question when it is done."""
     url, finished = address(settings.server), collections.defaultdict(dict)
 
@@ -42,6 +42,7 @@ def complete(tokenizer, questions, todo, settings):
         jobs = [(number, copy) for number in todo for copy in range(settings.samples)]
         for (number, copy), choice in pool.imap_unordered(ask, jobs):
             finished[number][copy] = to_fields(choice, questions[number], tokenizer)
+            bar.update()
             if len(finished[number]) == settings.samples:
                 yield number, [fields for _, fields in sorted(finished.pop(number).items())]
 

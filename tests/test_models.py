@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import eval as evaluation
 from conftest import apples_questions
 from engine import mu, packing, sampler, tokens
-from engine.common import Problem, run_main
+from engine.common import Problem, progress, run_main
 
 SIZES = dict(
     hidden_size=32,
@@ -109,8 +109,8 @@ def written(model, prompts, **settings):
         {"id": str(number), "prompt_ids": prompt, "stop": [], "key": number}
         for number, prompt in enumerate(prompts)
     ]
-    todo = range(len(prompts))
-    found = dict(sampler.generate(model, Letters(), questions, todo, settings))
+    todo, bar = range(len(prompts)), progress(total=0)
+    found = dict(sampler.generate(model, Letters(), questions, todo, settings, bar))
     return [found[number] for number in todo]
 
 

@@ -511,8 +511,9 @@ def work_sample(folder):
     longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     tokenizer = SimpleNamespace(eos_token_id=0)
     while my_turn():
-        written = sampler.generate(model, tokenizer, questions, longest_first, settings)
-        assert sum(len(completions) for _, completions in written) == 1024
+        with progress(total=1024) as bar:
+            written = sampler.generate(model, tokenizer, questions, longest_first, settings, bar)
+            assert sum(len(completions) for _, completions in written) == 1024
 
 
 @torch.no_grad()

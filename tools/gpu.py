@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data import apples  # noqa: E402
 from engine import optim, packing, run_folder, sampler  # noqa: E402
-from engine.common import say, table, write_json  # noqa: E402
+from engine.common import progress, say, table, write_json  # noqa: E402
 from engine.parallel import local_shard, start_ranks  # noqa: E402
 from engine.rollouts import write_rollouts  # noqa: E402
 
@@ -356,7 +356,8 @@ def sampling(folder):
     tokenizer = types.SimpleNamespace(eos_token_id=0)
 
     def ours():
-        done = list(sampler.generate(model, tokenizer, asked, longest_first, settings))
+        with progress(total=questions * samples) as bar:
+            done = list(sampler.generate(model, tokenizer, asked, longest_first, settings, bar))
         assert sum(len(completions) for _, completions in done) == questions * samples
 
     @torch.no_grad()
