@@ -248,9 +248,9 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
     questions: dicts with "id", "prompt" and what grade(row, completion) needs, where row is the
     question with the fields of its completion. model: None for settings.server.
     """
-    questions = [prepare(question, tokenizer, settings) for question in questions]
     sampling = describe(model, settings)
     with one_line("the questions cannot be written as JSON"):
+        questions = [prepare(question, tokenizer, settings) for question in questions]
         job = json.dumps([sampling, settings.samples, questions], allow_nan=False)
     questions = json.loads(job)[-1]  # as a file gives them back: for --grade, and when reused
     sampling["questions"] = f"{short_hash(job) % 2**32:08x}"
