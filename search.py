@@ -16,12 +16,12 @@ from pathlib import Path
 
 import train
 from data import library
+from engine import tasks
 from engine.bm25 import analyse, index_corpus, is_common, measure, open_index, read_topics, search
 from engine.common import Problem, parse, run_main, say, setting
 from engine.measures import mean_by
 from engine.parallel import barrier, rank, start_ranks
 from engine.rollouts import read_rollouts
-from engine.tasks import make_task as task_of
 
 
 @dataclasses.dataclass
@@ -170,7 +170,7 @@ def make_task(settings, index, splits):
             for name in values(rows[0])
         }
 
-    return task_of(
+    return tasks.make_task(
         "search",
         types.SimpleNamespace(
             questions=questions, grade=grade, measure=measure_rows, STOP="" if embedded else STOP

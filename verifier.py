@@ -20,6 +20,7 @@ import eval as evaluation
 import train
 from data import apples, load_task
 from data.grade import read_answer, same_maths
+from engine import tasks
 from engine.common import Problem, draw_lines, parse, run_main, say, setting, table, write_json
 from engine.measures import (
     group_answers,
@@ -33,8 +34,6 @@ from engine.measures import (
 from engine.parallel import barrier, rank, start_ranks
 from engine.rollouts import read_rollouts, short_hash, write_rollouts
 from engine.sampler import load_tokenizer
-from engine.tasks import make_task as task_of
-from engine.tasks import one_line
 
 
 @dataclasses.dataclass
@@ -150,7 +149,7 @@ def read_candidates(path, embedded=False):
         question = row.get("question") or row["prompt"]
         solution = NEXT_QUESTION.split(row["completion"])[0]
         words = " ".join(question.casefold().split())  # ids do not tell: a question may have two
-        with one_line(f'{path}: every solution needs a "reward"'):
+        with tasks.one_line(f'{path}: every solution needs a "reward"'):
             gold = "correct" if row["reward"] > 0 else "incorrect"
         candidates[words].append(
             {
@@ -231,7 +230,7 @@ def make_task(settings):
             "invalid": mean_by(rows, "question", lambda row: row["answer"] is None).values(),
         }
 
-    return task_of(
+    return tasks.make_task(
         "verifier",
         types.SimpleNamespace(questions=questions, grade=grade, measure=measure, STOP=STOP),
     ), held_out
