@@ -246,9 +246,9 @@ def voting(candidates, scores):
 
     candidates: as of read_candidates; scores: {"before": {id: score}, "after": {id: score}}
     """
-    groups, curve = candidates.values(), []
-    for n in (2**e for e in range(max(map(len, groups)).bit_length())):
-        each = [outcomes(group, scores, n) for group in groups if len(group) >= n]
+    curve, n = [], 1
+    while groups := [group for group in candidates.values() if len(group) >= n]:
+        each = [outcomes(group, scores, n) for group in groups]
         values = {name: [one[name] for one in each] for name in each[0]}
         gain = paired_interval(values["majority"], values["weighted, after"])
         curve.append(
@@ -259,6 +259,7 @@ def voting(candidates, scores):
                 "gain": gain,
             }
         )
+        n *= 2
     return curve
 
 
