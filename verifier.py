@@ -315,7 +315,7 @@ def main():
     settings = parse(Settings, __doc__, EMBEDDED)
     start_ranks()
     if not (settings.model or settings.solutions or settings.test_solutions):
-        settings = embedded(settings)
+        use_embedded(settings)
     if not (settings.model and settings.solutions):
         raise Problem(
             "a verifier of your own needs both --model, to start from, and --solutions "
@@ -333,22 +333,17 @@ def job(settings):
         report_vote(held_out, settings.out)
 
 
-def embedded(settings):
+def use_embedded(settings):
     """The embedded policy, its solutions, and a first verifier that imitates demonstrations."""
     train.check_settings(settings, apples)
     folder = f"runs/apples-seed{settings.seed}"
-    out, policy = settings.out or f"{folder}/verifier", train.base_policy(folder, settings.seed)
-    settings = dataclasses.replace(
-        settings,
-        out=out,
-        model=f"{out}/untrained",
-        solutions=f"{out}/solutions.jsonl",
-        test_solutions=f"{out}/test-solutions.jsonl",
-    )
-    task, solving = (
-        load_task("apples"),
-        dataclasses.replace(settings, samples=settings.solutions_per_question),
-    )
+    policy = train.base_policy(folder, settings.seed)
+    out = settings.out = settings.out or f"{folder}/verifier"
+    settings.model = f"{out}/untrained"
+    settings.solutions = f"{out}/solutions.jsonl"
+    settings.test_solutions = f"{out}/test-solutions.jsonl"
+    task = load_task("apples")
+    solving = dataclasses.replace(settings, samples=settings.solutions_per_question)
     evaluation.sample_rollout_file(solving, task, policy, settings.solutions)
     evaluation.measure_once(solving, task, policy, "test-solutions")
     demonstrations = f"{out}/demonstrations.jsonl"
@@ -371,7 +366,6 @@ def embedded(settings):
             tokens_per_pass=4096,
         )
     )
-    return settings
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def first_verifier(seed):
     prepare(seed, "small")
     out = f"{folder_of(seed)}/verifier"
     with FileLock(f"{out}.lock"):
-        return verifier.embedded(verifier.Settings(**verifier.EMBEDDED, seed=seed, out=out))
+        settings = verifier.Settings(**verifier.EMBEDDED, seed=seed, out=out)
+        verifier.use_embedded(settings)
+        return settings
 
 
 def run_verifier(seed, arm, rate, split):
