@@ -13,7 +13,6 @@ measure(rows) -> {name: [a value from 0 to 1 for each question]} (to report in p
 import contextlib
 import datetime
 import functools
-import importlib.util
 import inspect
 import itertools
 import json
@@ -22,7 +21,7 @@ import numbers
 import operator
 import os
 import re
-import sys
+import runpy
 import traceback
 import types
 
@@ -48,11 +47,8 @@ def make_task(name, source):
 
 
 def import_file(path):
-    spec = importlib.util.spec_from_file_location(f"task {path}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     with one_line(f"{path}: cannot be imported"):
-        spec.loader.exec_module(module)
-    return module
+        return types.SimpleNamespace(**runpy.run_path(path))
 
 
 @contextlib.contextmanager
