@@ -125,16 +125,17 @@ def make_prompt(task, row, tokenizer, settings):
     A row with both prompt and messages has a form for either kind of model: the messages for one
     with a chat template, the prompt for one without.
     """
-    messages, plain = row.get("messages"), row.get("prompt")
-    if messages is None and plain is not None:
-        return plain
-    if messages is None:
-        question = row.get("question")
-        if not isinstance(question, str):
+    match row:
+        case {"messages": messages}:
+            plain = row.get("prompt")
+        case {"prompt": str(prompt)}:
+            return prompt
+        case {"question": str(question)}:
+            messages = f"{question}\n\n{task.ASK}".rstrip()
+            one_paragraph = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
+            plain = f"{task.EXAMPLES}\n\nQuestion: {one_paragraph}\nAnswer:".lstrip()
+        case _:
             return None
-        messages = f"{question}\n\n{task.ASK}".rstrip()
-        one_paragraph = re.sub(r"\s*\n\s*(?=(?:Question|Answer):)", " ", question)
-        plain = f"{task.EXAMPLES}\n\nQuestion: {one_paragraph}\nAnswer:".lstrip()
     if settings.plain_prompt or not getattr(tokenizer, "chat_template", None):
         return plain and without_marks(plain, tokenizer)
     if isinstance(messages, str):
