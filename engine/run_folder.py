@@ -149,17 +149,15 @@ def save_checkpoint(settings, model, optimizer, step):
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
     barrier()
-    errors = (OSError, RuntimeError, dcp.api.CheckpointException)
-    with writing(path, errors):
+    with writing(path, (OSError, RuntimeError, dcp.api.CheckpointException)):
         dcp.save(
             run_tensors(model, optimizer),  # as safetensors: DCP's own format holds pickles
             storage_writer=dcp.HuggingFaceStorageWriter(beside, save_distributed=True),
         )
-    if rank() == 0:
-        with writing(path):
+        if rank() == 0:
             os.rename(beside, path)
-        for old in older:
-            shutil.rmtree(old)
+            for old in older:
+                shutil.rmtree(old)
     barrier()
 
 
