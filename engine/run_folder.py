@@ -52,8 +52,6 @@ def prepare_folder(settings):
 
 def lock_folder(settings):
     """Makes the folder; the lock that is returned holds until its release or the process's end."""
-    if rank() == 0:
-        prepare_folder(settings)
     held = lock(f"{settings.out}/.lock")
     barrier()
     if not os.path.exists(held.lock_file):
