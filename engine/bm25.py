@@ -5,7 +5,6 @@ numbers, scores = search(index, analyse("a query"), k=10)
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -76,7 +75,7 @@ def read_topics(folder, index, split="test"):
 # ---- the index: a row for each word, what it adds to the score of each document that holds it ----
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class Index:
     """Documents are numbered by id in descending order: trec_eval orders equal scores so."""
 
@@ -131,20 +130,18 @@ def index_corpus(corpus, folder, k1=0.9, b=0.4):
 
 def open_index(folder):
     """A saved index: the postings are mapped into memory, only what a search touches is read."""
-    return Index(
-        *read_json(f"{folder}/names.json"),
-        np.asarray(np.load(f"{folder}/postings.npy", mmap_mode="r")),
-    )
+    postings = np.load(f"{folder}/postings.npy", mmap_mode="r")
+    return Index(*read_json(f"{folder}/names.json"), postings)
 
 
 # ---- search ----
 
 
-@functools.lru_cache(2**16)
 def row_of(index, word):
     """The documents that hold a word, in ascending order, and what it adds to the score of each."""
     number = index.words.get(word, 0)
-    row = index.postings[index.ends[number - 1] : index.ends[number]]
+    postings = np.asarray(index.postings)  # slices of a memmap take long to make
+    row = postings[index.ends[number - 1] : index.ends[number]]
     return row["document"], row["score"]
 
 
