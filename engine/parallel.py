@@ -52,7 +52,7 @@ def gather(value):
     """Every rank's value, as a list in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * world()
     dist.all_gather_object(values, value)
     return values
 
@@ -137,7 +137,7 @@ def whole_weights(model):
     weights = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    once = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    once = dict([*model.named_parameters(), *model.named_buffers()])
     return {name: tensor for name, tensor in weights.items() if name in once}  # not a tied one
 
 
