@@ -10,7 +10,6 @@ own. The engine is BM25, in engine/bm25.py; sampling, training and measuring are
 import collections
 import dataclasses
 import functools
-import os
 import types
 from pathlib import Path
 
@@ -204,12 +203,12 @@ def prepare(settings):
     measure(settings.metric, [], {})  # a Problem if there is no such measure
     if settings.corpus and not settings.model:
         raise Problem("--corpus needs --model: the embedded expander knows no other collection")
-    is_ours, folder = not settings.corpus, f"{settings.out}/index"
-    settings.corpus = settings.corpus or f"{settings.out}/corpus"
+    corpus, folder = settings.corpus or f"{settings.out}/corpus", f"{settings.out}/index"
     if rank() == 0:
-        if is_ours and not os.path.exists(f"{settings.corpus}/qrels.tsv"):
-            library.write_collection(settings.corpus)
-        index_corpus(f"{settings.corpus}/corpus.jsonl", folder, settings.k1, settings.b)
+        if not settings.corpus:
+            library.write_collection(corpus)
+        index_corpus(f"{corpus}/corpus.jsonl", folder, settings.k1, settings.b)
+    settings.corpus = corpus
     barrier()
     return open_index(folder)
 
