@@ -175,10 +175,10 @@ def measure(name, ranked, grades):
 
     grades: {id: grade}. A document without a grade, or with one below 1, is not relevant.
     """
-    if not re.fullmatch("map|mrr|(ndcg|recall|p|map|mrr)@[1-9][0-9]*", name):
+    if not re.fullmatch("map|mrr|(ndcg|recall|p|map|mrr)@([1-9][0-9]{0,2}|1000)", name):
         raise Problem(
             f"there is no measure {name!r}: write ndcg@10, recall@100, p@10 (at any "
-            "depth), map or mrr"
+            "depth up to 1000), map or mrr"
         )
     kind, _, depth = name.partition("@")
     depth = int(depth or len(ranked))
