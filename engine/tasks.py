@@ -126,7 +126,7 @@ def make_prompt(task, row, tokenizer, settings):
     with a chat template, the prompt for one without.
     """
     match row:
-        case {"messages": list(messages)}:
+        case {"messages": str() | list() as messages}:
             plain = row.get("prompt")
         case {"prompt": str(prompt)}:
             return prompt
