@@ -121,8 +121,8 @@ def index_corpus(corpus, folder, k1=0.9, b=0.4):
     if not os.path.exists(path) or read_json(path) != facts:
         index = index_documents(read_texts(corpus), k1, b)
         write_json(path, None)  # a crash from here on leaves no index that looks whole
-        with whole_file(f"{folder}/postings.npy", "wb") as file:
-            np.save(file, index.postings)
+        with whole_file(f"{folder}/postings.npy") as file:
+            np.save(file.buffer, index.postings)
         write_json(f"{folder}/names.json", [index.ids, index.words, index.ends])
         write_json(path, facts)
     return open_index(folder)

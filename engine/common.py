@@ -210,13 +210,13 @@ def lock(path):
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="w"):
-    """`with whole_file(path) as file:` the file appears under its name complete, or not at all."""
+def whole_file(path):
+    """`with whole_file(path) as file:` the file appears under its name complete, or not at all.
+    It takes text, and file.buffer bytes."""
     beside = f"{path}.part-{socket.gethostname()}-{os.getpid()}"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with writing(path):
         try:
-            with open(beside, mode, **text) as file:
+            with open(beside, "w", encoding="utf-8", newline="\n") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -39,8 +39,8 @@ def make_mu(settings, policy, data, needs_mu, model_fingerprint):
     if not from_first(os.path.exists(path)):
         scores = score_rows(settings, policy, data)
         if rank() == 0:
-            with whole_file(path, "wb") as file:
-                np.save(file, np.concatenate(scores))
+            with whole_file(path) as file:
+                np.save(file.buffer, np.concatenate(scores))
         barrier()
     ends = np.cumsum([len(row.completion) for row in data.rows])
     try:
