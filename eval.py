@@ -34,6 +34,7 @@ from engine.common import (
     lock,
     parse,
     progress,
+    read_json_lines,
     run_main,
     say,
     setting,
@@ -358,10 +359,7 @@ def read_parts(parts):
     """{question number: rows} of an earlier call with the same settings that did not finish."""
     rows = {}
     for path in glob.glob(glob.escape(parts) + "*"):
-        with open(path, encoding="utf-8") as file:
-            rows |= dict(
-                json.loads(line) for line in file if line.endswith("\n")
-            )  # one may be torn
+        rows |= dict(read_json_lines(path))
     return rows
 
 

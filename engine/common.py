@@ -247,6 +247,12 @@ def read_json(path):
         return json.load(file)
 
 
+def read_json_lines(path):
+    """The values of a file to which lines were added one by one; the last may be torn."""
+    with reading(path), open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
 # ---- tables and pictures ----
 
 

@@ -24,7 +24,7 @@ from engine.common import (
     first_line,
     lock,
     read_json,
-    reading,
+    read_json_lines,
     say,
     whole_file,
     write_json,
@@ -105,9 +105,7 @@ def finished(folder):
 
 
 def read_log(folder):
-    path = f"{folder}/log.jsonl"
-    with reading(path), open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # one may be torn
+    return read_json_lines(f"{folder}/log.jsonl")
 
 
 @contextlib.contextmanager
