@@ -186,7 +186,7 @@ def reading(path):
 def writing(path, errors=OSError):
     """Makes the folder of a path; a full disk or a closed folder is one line."""
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield
     except errors as error:
         failures = getattr(error, "failures", {}).values()  # of torch's checkpoints: what, where

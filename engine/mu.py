@@ -34,7 +34,7 @@ def make_mu(settings, policy, data, needs_mu, model_fingerprint):
     for row in data.rows:
         inputs.update(np.array([*row.prompt, -1, *row.completion]).tobytes())
     path = f"{settings.rollouts}.mu-{inputs.hexdigest()[:16]}.npy"
-    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
         path = f"{settings.out}/{os.path.basename(path)}"
     if not from_first(os.path.exists(path)):
         scores = score_rows(settings, policy, data)
