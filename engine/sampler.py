@@ -112,7 +112,7 @@ def fingerprint(model):
     """16 letters that change with the weights: names, shapes, 4,096 values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
+        flat = tensor.flatten()
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
