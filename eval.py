@@ -21,7 +21,6 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,7 +50,7 @@ from engine.tasks import list_questions, load_questions, one_line
 from engine.tokens import end_tokens, prompt_tokens, stop_position, until_stop
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings(Sampling):
     model: str = setting("", "directory or hub name; with --server also its name there", main=True)
     task: str = setting("", f"{', '.join(OURS)}, or the path of your own task.py", main=True)
@@ -154,8 +153,8 @@ def curve_point(settings, task):
     """model -> the first two measures on a few test questions, for the learning curve."""
     tokenizer = load_tokenizer(settings.model)
     sampling = dataclasses.replace(settings, seed=settings.seed + 1, samples=4)
-    count = min(100, settings.test_questions or 100)
-    questions = load_questions(task, "test", count, tokenizer, sampling)
+    few = min(100, settings.test_questions or 100)
+    questions = load_questions(task, "test", few, tokenizer, sampling)
 
     def point(model):
         rows = sample_rollouts(model.eval(), tokenizer, questions, task.grade, sampling)
