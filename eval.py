@@ -258,9 +258,10 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
     if from_first(bool(rows)):
         return rows
     parts = f"{out}.part-{sampling['questions']}-"
-    finished = read_parts(parts) if out and rank() == 0 else {}
-    for number, kept in finished.items():  # the grader may be another now
-        finished[number] = [make_row(grade, row, {}, sampling) for row in kept]
+    finished = {}  # {number of a question: its rows}
+    for part in glob.glob(glob.escape(parts) + "*") if rank() == 0 else []:
+        for number, kept in read_json_lines(part):  # graded again: the grader may have been mended
+            finished[number] = [make_row(grade, row, {}, sampling) for row in kept]
     kept = from_first(set(finished))
     if kept:
         say(f"{out}: {len(kept)} of {len(questions)} questions were finished before, going on")
@@ -352,14 +353,6 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, ba
             scores = mu.score(policy, question["prompt_ids"], ids)
             rows = [{**row, "logprobs": logprobs} for row, logprobs in zip(rows, scores)]
         yield number, rows
-
-
-def read_parts(parts):
-    """{question number: rows} of an earlier call with the same settings that did not finish."""
-    rows = {}
-    for path in glob.glob(glob.escape(parts) + "*"):
-        rows |= dict(read_json_lines(path))
-    return rows
 
 
 # ---- the command ----
