@@ -350,8 +350,8 @@ def complete_here(model, with_logprobs, tokenizer, questions, todo, settings, ba
         ]
         if with_logprobs:
             ids = [row["completion_ids"] for row in rows]
-            scores = mu.score(policy, question["prompt_ids"], ids)
-            rows = [{**row, "logprobs": logprobs} for row, logprobs in zip(rows, scores)]
+            for row, logprobs in zip(rows, mu.score(policy, question["prompt_ids"], ids)):
+                row["logprobs"] = logprobs
         yield number, rows
 
 
