@@ -1,6 +1,5 @@
 """log mu, the log-probabilities under the policy that wrote the rollouts: fixed for the run."""
 
-import collections
 import hashlib
 import os
 
@@ -61,7 +60,8 @@ def score_rows(settings, policy, data):
             logp = policy(batch.packed, batch.mask).cpu()  # [batch, time]
             for row, values, mask in zip(batch.rows, logp, batch.mask.cpu()):
                 scores[row] = values[mask].numpy()
-    scores = collections.ChainMap(*gather(scores))
+    for part in gather(scores):
+        scores |= part
     return [scores[row] for row in range(len(data.rows))]
 
 
