@@ -156,7 +156,7 @@ def write(model, tokenizer, questions, batch, settings, bar):
     tables = {number: uniforms(questions[number]["key"], settings) for number in numbers}
     uniform = torch.stack([tables[number][copy] for number, copy in batch]).to(model.device)
     running, written = list(range(len(batch))), [[] for _ in batch]
-    ends = set(end_tokens(model, tokenizer))
+    ends = end_tokens(model, tokenizer)
     for start in range(0, settings.max_new_tokens, LOOK_EVERY):
         cache.reorder_cache(torch.tensor(index, device=model.device))
         logits, attention, recent = logits[index], attention[index], []
