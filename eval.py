@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import glob
 import json
-import math
 import os
 import time
 
@@ -80,7 +79,11 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
     questions = load_questions(task, split, count, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, logprobs)
     values = measured(task, rows, settings.seed)
-    show_samples(rows)
+    for row in rows[:: len(rows) // 3 + 1]:  # three of them, for people to read
+        say(
+            f"--- {row['id']}: answer {row['answer']!r}, reward {row['reward']:g}\n"
+            f"{row['prompt'][-300:]}{row['completion'][:1000]}"
+        )
     if greedy:
         likeliest = dataclasses.replace(settings, temperature=0.0, samples=1)
         beside = out and f"{out.removesuffix('.jsonl')}-greedy.jsonl"
@@ -102,15 +105,6 @@ def measured(task, rows, seed):
     if not values or not all(each and 0 <= min(each) <= max(each) <= 1 for each in values.values()):
         raise Problem(f"{task.name}: measure must return lists of values from 0 to 1")
     return values
-
-
-def show_samples(rows):
-    """Three completions of different questions, for people to read."""
-    for row in rows[:: math.ceil(len(rows) / 3) or 1]:
-        say(
-            f"--- {row['id']}: answer {row['answer']!r}, reward {row['reward']:g}\n"
-            f"{row['prompt'][-300:]}{row['completion'][:1000]}"
-        )
 
 
 def regrade(rows, task):
