@@ -188,9 +188,9 @@ class MicroBatch(typing.NamedTuple):
 def micro_batches(settings, data, units, model):
     """This rank's forward passes for some units.
 
-    The units become bundles, which the ranks take in turns, the longest first. All ranks run equally
-    many passes, because shards are gathered and gradients exchanged together: a rank that has fewer
-    gets passes without any sequence.
+    The units become bundles, which the ranks take in turns, the longest first. All ranks run
+    equally many passes, because shards are gathered and gradients exchanged together: a rank that
+    has fewer gets passes without any sequence.
     """
     limit = settings.tokens_per_pass or (1024 if model.device.type == "cpu" else 16384)
     bundles = make_bundles(data, units, limit, model.config.get_text_config().hidden_size)

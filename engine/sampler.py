@@ -92,7 +92,7 @@ def load_model(name, settings, device):
 
 
 def load_for_training(settings, device):
-    """As load_model; in shards the first rank alone holds the weights, until `shard` deals them out."""
+    """As load_model; in shards the first rank alone holds the weights, which `shard` deals out."""
     if not settings.shard:
         return load_model(settings.model, settings, device)
     model = load_on_first_rank(lambda: load_model(settings.model, settings, "cpu")[0])
