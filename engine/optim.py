@@ -23,13 +23,10 @@ def prepare_model(settings, model):
                 setattr(module, name, 0.0)
     if settings.lora:
         lora.add_adapters(settings, model)
-    reached = {
-        id(p)
-        for part in (model.get_decoder(), model.get_output_embeddings())
-        for p in part.parameters()
-    }
+    body, head = model.get_decoder(), model.get_output_embeddings()
+    reached = {*body.parameters(), *head.parameters()}
     for name, p in model.named_parameters():
-        p.requires_grad_(id(p) in reached and ("lora_" in name or not settings.lora))
+        p.requires_grad_(p in reached and ("lora_" in name or not settings.lora))
     checkpoint_layers(settings, model)
 
 
