@@ -56,9 +56,7 @@ def make_optimizer(settings, model):
     else:
         from transformers.optimization import Adafactor
 
-        optimizer = Adafactor(
-            weights, rate, scale_parameter=False, relative_step=False, warmup_init=False
-        )
+        optimizer = Adafactor(weights, rate, scale_parameter=False, relative_step=False)
     for p in weights:
         optimizer.state[p] = first_state(settings, p)
     return optimizer
