@@ -52,13 +52,12 @@ def mean_by(rows, field, value):
 
 def group_answers(answers, same_answer=operator.eq):
     """The number of each answer's group, None for None: 18 and 18.00 vote together."""
-    known, numbers = [], {None: None}  # the first answer of each group; the group of each spelling
+    known, numbers = {}, {None: None}  # the first answer of each group; the group of each spelling
     for answer in answers:
         if answer not in numbers:
-            alike = (number for number, other in enumerate(known) if same_answer(other, answer))
+            alike = (number for number, first in known.items() if same_answer(first, answer))
             numbers[answer] = next(alike, len(known))
-            if numbers[answer] == len(known):
-                known.append(answer)
+            known.setdefault(numbers[answer], answer)
     return [numbers[answer] for answer in answers]
 
 
