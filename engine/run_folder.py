@@ -45,8 +45,7 @@ def prepare_folder(settings):
     out = settings.out
     if os.path.realpath(out) == os.path.realpath(settings.model):
         raise Problem(f"--out {out} is the starting model, and would be overwritten")
-    with writing(f"{out}/.lock"):
-        open(f"{out}/.lock", "a").close()  # may files be written to it?
+    lock(f"{out}/.lock").release()  # may files be written to it, and is no other run at work?
     check_same_run(settings, {"rounds": settings.rounds})
 
 
