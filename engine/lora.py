@@ -51,17 +51,18 @@ def save_adapters(settings, weights):
     )
 
 
-def merged(weights):
-    """The state dict of the model itself, adapters added to its weights: W + scale B A."""
-    whole = {
-        name.replace(".base_layer", ""): tensor.clone()
+@torch.no_grad()
+def merge(model):
+    """Adds the adapters to the weights of their layers: W + SCALE B A."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.merge()
+
+
+def without_adapters(weights):
+    """The state dict of the model itself."""
+    return {
+        name.replace(".base_layer", ""): tensor
         for name, tensor in weights.items()
         if "lora_" not in name
     }
-    for name, a in weights.items():
-        if "lora_A" in name:  # [rank, in]
-            b = weights[name.replace("lora_A", "lora_B")]  # [out, rank]
-            weight = whole[name.split(".lora_A")[0] + ".weight"]  # [out, in], in GPT-2 [in, out]
-            change = SCALE * b @ a
-            weight += change if change.shape == weight.shape else change.T
-    return whole

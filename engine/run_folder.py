@@ -195,12 +195,14 @@ def save_policy(settings, model, tokenizer, run):
     """The trained policy as a directory that from_pretrained opens; the checkpoints are removed."""
     from transformers import GenerationConfig
 
+    if settings.lora:
+        lora.merge(model)
     weights = whole_weights(model) if settings.shard or settings.lora else None
     if rank() == 0:
         with writing(settings.out, (OSError, RuntimeError)):
             if settings.lora:
                 lora.save_adapters(settings, weights)
-                weights = lora.merged(weights)
+                weights = lora.without_adapters(weights)
             own, model.generation_config = model.generation_config, GenerationConfig()
             model.save_pretrained(settings.out, state_dict=weights)
             own.to_json_file(f"{settings.out}/generation_config.json")  # odd ones are not refused

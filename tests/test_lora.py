@@ -3,12 +3,13 @@ ranks, and a folder that opens without it."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import topr
 import train
 from conftest import ROOT, furthest, torchrun, train_settings, weights_of
-from engine import batches, sampler
+from engine import batches, lora, sampler
+from engine.parallel import whole_weights
 
 peft = pytest.importorskip("peft")
 OPTIONS = dict(lora=4, learning_rate=1e-2, sequences=10)
@@ -108,3 +109,18 @@ def test_two_ranks(tiny, rollouts, adapted, tmp_path, options):
     )
     assert result.returncode == 0, result.stdout
     assert furthest(folder, tmp_path) < 1e-5
+
+
+def test_square_weights_of_gpt2_are_merged_the_right_way_round():
+    """GPT-2 holds its weights as [in, out]: of square ones the shape did not tell, and the merged
+    model wrote other text than the one that was trained."""
+    sizes = dict(vocab_size=50, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model, ids = GPT2LMHeadModel(GPT2Config(**sizes)).eval(), torch.arange(10)[None]
+    lora.add_adapters(train.Settings(model="gpt2", lora=4), model)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    expected, merged = model(ids).logits, GPT2LMHeadModel(model.config).eval()
+    lora.merge(model)
+    merged.load_state_dict(lora.without_adapters(whole_weights(model)), strict=False)
+    assert (merged(ids).logits - expected).abs().max() < 1e-4
