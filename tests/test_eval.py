@@ -80,13 +80,13 @@ import eval as evaluation
 from data import load_task
 from engine import parallel, sampler, tasks
 from engine.common import run_main
-model, out, seed = sys.argv[1:]
+folder, out, seed = sys.argv[1:]
 
 def main():
     parallel.start_ranks()
     settings = evaluation.Settings(samples=3, seed=int(seed), max_new_tokens=8)
     task = load_task("apples")
-    model, tokenizer = sampler.load_model(model, settings, "cpu")
+    model, tokenizer = sampler.load_model(folder, settings, "cpu")
     questions = tasks.load_questions(task, "train", 5, tokenizer, settings)
     rows = evaluation.sample_rollouts(model, tokenizer, questions, task.grade, settings, out)
     held = parallel.gather((len(rows), len(set(row["id"] for row in rows))))
