@@ -274,7 +274,7 @@ def set_up(settings):
     policy = packing.make_policy(model, settings.precision, data.lengths.max())
     data.packs = policy.packs
     if settings.shard:
-        shard(policy, device, settings.precision)
+        shard(policy, device)
     source = mu.make_mu(settings, policy, data, needs_mu, weights)
     if world() > 1 and not settings.shard:
         policy = replicate(policy, batches.empty_batch(device))

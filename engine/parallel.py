@@ -103,7 +103,7 @@ def load_on_first_rank(load):
     return model
 
 
-def shard(policy, device, precision):
+def shard(policy, device):
     """Leaves a part of every weight on each rank; each layer is gathered while it runs.
 
     The first rank holds the weights (see load_on_first_rank) and sends each tensor's parts.
@@ -115,7 +115,7 @@ def shard(policy, device, precision):
     full = policy.state_dict() if rank() == 0 else {}
     mesh = init_device_mesh(device.type, (world(),))
     # Layers are gathered in bfloat16, if they compute in it: half the traffic, no copies.
-    gathered = torch.bfloat16 if precision == "bfloat16" else None
+    gathered = torch.bfloat16 if policy.autocasts else None
     mixed = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
     kinds = policy.model._no_split_modules or ()
     layers = [module for module in policy.modules() if type(module).__name__ in kinds]

@@ -86,7 +86,7 @@ def load():
 model = parallel.load_on_first_rank(load)
 found["loads"], found["start"] = len(loads), next(model.parameters()).device.type
 policy = packing.LogProbs(model, "bfloat16")
-parallel.shard(policy, device, "bfloat16")
+parallel.shard(policy, device)
 ids = torch.arange(2, 14).reshape(1, 12)  # [batch, time]
 saved = []
 
