@@ -40,7 +40,7 @@ from engine.common import (
     write_json,
     writing,
 )
-from engine.measures import interval, interval_text, measure, paired_interval, report, summary
+from engine.measures import interval, interval_text, measure, paired_interval, summary
 from engine.packing import make_policy
 from engine.parallel import barrier, from_first, gather_on_first, rank, start_ranks, world
 from engine.rollouts import each_rollout, read_rollouts, short_hash, write_rollouts
@@ -381,7 +381,8 @@ def main():
         )
     else:
         raise Problem("--model is needed: a directory or a hub name (train.py makes one)")
-    say(report(values, settings.grade or settings.model))
+    lines = [(name, interval_text(interval(each))) for name, each in values.items()]
+    say(table((settings.grade or settings.model, "mean, 95% interval"), lines))
     if np.mean(values.get("cut off", 0)) > 0.2:
         say("many completions are cut off: raise --max-new-tokens, or give the task a STOP")
     if settings.out and rank() == 0:

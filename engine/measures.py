@@ -8,8 +8,6 @@ from statistics import fmean
 
 import numpy as np
 
-from engine.common import table
-
 Z = 1.96  # standard errors on either side of a 95% interval
 DRAWS = 100  # sets of completions whose votes are counted
 
@@ -128,9 +126,3 @@ def summary(values):
     """{name: [a value for each question]} as what is written: means with their intervals."""
     questions = len(next(iter(values.values())))
     return {"questions": questions, **{name: interval(each) for name, each in values.items()}}
-
-
-def report(values, title):
-    """The measures as a table, one row each."""
-    rows = [(name, interval_text(interval(each))) for name, each in values.items()]
-    return table((title, "mean, 95% interval"), rows)
