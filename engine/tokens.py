@@ -89,10 +89,9 @@ def until_stop(ids, ended, stop, tokenizer):
     """
     text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
     end = stop_position(text, stop)
-    if end == len(text):
-        finish = "stop" if ended else "length"
-        return {"completion": text, "finish": finish, "completion_ids": ids}
-    count = len(ids)
-    while count > 1 and len(tokenizer.decode(ids[: count - 1], skip_special_tokens=True)) >= end:
-        count -= 1
-    return {"completion": text[:end], "finish": "stop", "completion_ids": ids[:count]}
+    stopped = end < len(text)
+    if stopped:
+        while len(ids) > 1 and len(tokenizer.decode(ids[:-1], skip_special_tokens=True)) >= end:
+            ids = ids[:-1]
+    finish = "stop" if ended or stopped else "length"
+    return {"completion": text[:end], "finish": finish, "completion_ids": ids}
