@@ -250,13 +250,12 @@ def voting(candidates, scores):
     while groups := [group for group in candidates.values() if len(group) >= n]:
         each = [outcomes(group, scores, n) for group in groups]
         values = {name: [one[name] for one in each] for name in each[0]}
-        gain = paired_interval(values["majority"], values["weighted, after"])
         curve.append(
             {
                 "solutions": n,
                 "questions": len(each),
                 **{name: fmean(values[name]) for name in values},
-                "gain": gain,
+                "gain": paired_interval(values["majority"], values["weighted, after"]),
             }
         )
         n *= 2
