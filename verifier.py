@@ -8,7 +8,6 @@ does not or is missing. train.py samples, trains and measures; then the verdicts
 solutions weigh the votes of many solutions.
 """
 
-import collections
 import dataclasses
 import random
 import re
@@ -144,14 +143,14 @@ NEXT_QUESTION = re.compile(r"\nQ(?:uestion)?:")  # what a plain model invents af
 
 def read_candidates(path, embedded=False):
     """{words of a question: a dict for each of its solutions}: prompts, the truth, its answer."""
-    candidates = collections.defaultdict(list)
+    candidates = {}
     for row in read_rollouts(path, need_reward=False):
         question = row.get("question") or row["prompt"]
         solution = NEXT_QUESTION.split(row["completion"])[0]
         words = " ".join(question.casefold().split())  # ids do not tell: a question may have two
         with tasks.one_line(f'{path}: every solution needs a "reward"'):
             gold = "correct" if row["reward"] > 0 else "incorrect"
-        candidates[words].append(
+        candidates.setdefault(words, []).append(
             {
                 "id": f"{short_hash(words + chr(0) + solution) % 2**64:016x}",
                 "question": question,

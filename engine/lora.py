@@ -8,8 +8,6 @@ from safetensors.torch import save_file
 
 from engine.common import Problem
 
-SCALE = 2  # of an adapter's output: alpha / rank
-
 
 def make_config(settings):
     try:
@@ -18,7 +16,7 @@ def make_config(settings):
         raise Problem("--lora needs the package peft: pip install peft")
     return LoraConfig(
         r=settings.lora,
-        lora_alpha=SCALE * settings.lora,
+        lora_alpha=2 * settings.lora,  # an adapter's output counts alpha / rank times
         task_type="CAUSAL_LM",
         target_modules="all-linear",
         base_model_name_or_path=settings.model,
@@ -53,7 +51,7 @@ def save_adapters(settings, weights):
 
 @torch.no_grad()
 def merge(model):
-    """Adds the adapters to the weights of their layers: W + SCALE B A."""
+    """Adds the adapters to the weights of their layers: W + 2 B A."""
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.merge()

@@ -89,7 +89,7 @@ def replicate(policy, batch):
 
 def load_on_first_rank(load):
     """load() on the first rank; on the others the same model, without memory until sharded."""
-    model, recipe = None, None
+    recipe = None
     if rank() == 0:
         model = load()
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
