@@ -245,9 +245,10 @@ def sample_rollouts(model, tokenizer, questions, grade, settings, out="", logpro
     sampling = describe(model, settings)
     with one_line("the questions cannot be written as JSON"):
         questions = [prepare(question, tokenizer, settings) for question in questions]
-        job = json.dumps([sampling, settings.samples, questions], allow_nan=False)
+        job = [sampling, settings.samples, questions]
+        job = json.dumps(job, ensure_ascii=False, allow_nan=False)
+        sampling["questions"] = f"{short_hash(job) % 2**32:08x}"
     questions = json.loads(job)[-1]  # as a file gives them back: for --grade, and when reused
-    sampling["questions"] = f"{short_hash(job) % 2**32:08x}"
     rows = finished_rows(out, questions, grade, sampling, settings.samples) if rank() == 0 else []
     if from_first(bool(rows)):
         return rows

@@ -182,9 +182,10 @@ def test_a_prompt_without_room_is_named(policy, tiny):
 
 
 def test_questions_that_no_file_can_hold_are_refused_first(policy):
-    question = dict(id="a", prompt="b", own={1, 2})
-    with pytest.raises(Problem, match="cannot be written as JSON: .*set"):
-        evaluation.sample_rollouts(*policy, [question], APPLES.grade, evaluation.Settings())
+    for own, words in (({1, 2}, "set"), ("\ud800", "surrogates")):
+        question = dict(id="a", prompt="b", own=own)
+        with pytest.raises(Problem, match=f"cannot be written as JSON: .*{words}"):
+            evaluation.sample_rollouts(*policy, [question], APPLES.grade, evaluation.Settings())
 
 
 # ---- the command ----
