@@ -83,8 +83,8 @@ def make_question(id, text, embedded=False):
 
 
 def read_expansion(index, completion, finish=None):
-    """The words that a completion adds. None if there are none, it is cut off, or repeats one that is
-    not common."""
+    """The words that a completion adds. None if there are none, if it is cut off, or if it
+    repeats a word that is not common."""
     words = analyse(completion)
     counts = collections.Counter(words).items()
     repeats = any(count > 2 and not is_common(index, word) for word, count in counts)
