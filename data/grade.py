@@ -282,7 +282,16 @@ NAME = r"(?!\\frac|\\sqrt)[A-Za-z\\][^-+*/^<>]*"
 
 def alike(a, b):
     """Do they mean the same, with the name in x = 3 or, if one of them has none, without it?"""
-    return form(a) in (form(b), form(b, bare=True)) or form(a, bare=True) == form(b)
+    a_names, b_names = names(a), names(b)
+    if a_names == b_names or not a_names or not b_names:
+        return form(a, bare=True) == form(b, bare=True)
+    return form(a) == form(b)
+
+
+def names(tokens):
+    """['x'] of x = 1, x = 2 and of x = 1, 2"""
+    found = re.findall(r"([^ ,;][^,;]*) (?:=|\\in) ", " ".join(tokens))
+    return list(dict.fromkeys(found))
 
 
 @cached
