@@ -270,7 +270,8 @@ def apart_from_unit(text):
     text = respell(text)
     left, unit, *_ = *re.split(f"({UNITS})", text), ""
     sign = re.search(r"\\text (degrees|percent)$", unit)
-    if not sign and (value(tokens_of(left)) is None or re.search(NO_UNIT, unit)):
+    number = value(tokens_of(left.rpartition("=")[2]))
+    if not sign and (number is None or re.search(NO_UNIT, unit)):
         return text, set()
     return left, set(re.findall(r"\b(?<!\\)[A-Za-z]", unit.lower()))
 

@@ -124,6 +124,7 @@ MATHS = r"""
     8:34 \text{ p.m.} | 8\!:\!34\text{ p.m.}    x = 3 | 3    f(x)=2x | 2x    x \in [1,2] | [1,2]
     x=1,y=2 | 1,2    x=2 or x=3 | 2,3    2, 3, \text{ and } 4 | 2,3,4
     x = (2,4) | (2,4)    x \in (0,9) \cup (9,36) | (0,9) \cup (9,36)    x = 1, 2 | x=1, x=2
+    d = 10 cm | 10\text{ cm}    x = 10 cm | 10
     \left(3, \frac{\pi}{2}\right) | (3,\pi/2)    [1,2) | \left[1, 2\right)
     \{1,2\} | \{ 2, 1\}    (1,2)\cup(3,4) | (3,4) \cup (1,2)
     (-\infty,3] | \left(-\infty, 3\right]    (1, 0.5) | (1,\frac{1}{2})    1,234 | 1234
@@ -139,7 +140,7 @@ OTHER_MATHS = r"""
     1 | 2    -3 | 3    (1,2) | [1,2]    (1,2) | (2,1)    1,2 | 2,1    1,2,3 | 1,2
     (1,234) | 1234    (20,100) | 20100    0.3333333333 | 1/3    3.1415926535897932384626 | \pi
     1.41421356 | \sqrt2    (x-2)(x+2) | x^2-4    x^2/x | x    2x+3x | 5x    x=2 | y=2
-    x=1,y=2 | y=1,x=2
+    x=1,y=2 | y=1,x=2    x = 3 cm | 3\text{ boxes}
     2x=6 | 6    5=6 | 6    5=6 | 5    5 am | 5 pm    3\text{ cm} | 3\text{ boxes}
     125\% | 125\text{ miles}    20 million | 20    3 4 | 12    even | odd    CBAD | DCBA
     no | on    2x | 2y    x+y | x-y    a-b | b-a    \infty | -\infty    \{1,2\} | (1,2)
