@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import glob
 import json
+import math
 import os
 import time
 
@@ -79,7 +80,7 @@ def evaluate(model, tokenizer, task, settings, split, count, out="", greedy=True
     questions = load_questions(task, split, count, tokenizer, settings)
     rows = sample_rollouts(model, tokenizer, questions, task.grade, settings, out, logprobs)
     values = measured(task, rows, settings.seed)
-    for row in rows[:: len(rows) // 3 + 1]:  # three of them, for people to read
+    for row in rows[:: math.ceil(len(rows) / 3) or 1]:  # three of them, for people to read
         say(
             f"--- {row['id']}: answer {row['answer']!r}, reward {row['reward']:g}\n"
             f"{row['prompt'][-300:]}{row['completion'][:1000]}"
@@ -365,7 +366,8 @@ def main():
         if settings.out and rank() == 0:
             write_rollouts(settings.out, rows)
     elif settings.model:
-        held = settings.out and lock(f"{settings.out}.lock")  # up to the end of main
+        folder, name = os.path.split(settings.out)
+        held = name and lock(os.path.join(folder, f".{name}.lock"))  # up to the end of main
         policy = (
             (None, load_tokenizer(settings.model))
             if settings.server

@@ -35,9 +35,7 @@ class Settings(train.Job):
     # On the other 185, three words of a relevant document earn +1 in 68% of the cases, three words
     # of a random document in 2%. nDCG@100 leaves 385 queries; there they earn +1 in 94% and 10%.
     metric: str = setting(
-        "ndcg@100",
-        "measure to reward: recall, ndcg or p at a depth up to 1000, map or mrr",
-        main=True,
+        "ndcg@100", "measure to reward: recall, ndcg or p at a depth, map or mrr", main=True
     )
     k1: float = setting(0.9, "BM25's k1: how much further occurrences of a word add")
     b: float = setting(0.4, "BM25's b: how much the length of a document takes away", most=1)
@@ -91,9 +89,9 @@ def read_expansion(index, completion, finish=None):
     return None if repeats or finish == "length" else " ".join(words) or None
 
 
-def find(index, id, text, added=None):
+def find(index, id, text, added=None, depth=1000):
     """The numbers of the documents that query + added words find, best first."""
-    numbers, _ = search(index, analyse(f"{text} {added or ''}"), 1000)  # no measure is of more
+    numbers, _ = search(index, analyse(f"{text} {added or ''}"), depth)
     # If queries are documents, BEIR excludes their own.
     return [number for number in numbers.tolist() if index.ids[number] != id]
 
@@ -142,12 +140,13 @@ def skip_full(settings, index, topics):
 def make_task(settings, index, splits):
     """splits: as of read_splits"""
     metric, embedded = settings.metric, not settings.model
+    depth = max(1000, int(metric.partition("@")[2] or 0))
 
     @functools.cache
     def look_up(split, id, added=None):
         """{name: value} of what query + added words find"""
         text, grades = splits[split][id]
-        found = find(index, id, text, added)
+        found = find(index, id, text, added, depth)
         values = {name: measure(name, found, grades) for name in (metric, "recall@10", "ndcg@10")}
         return {**values, "without fault": added is not None}
 
@@ -222,8 +221,8 @@ def show_examples(settings, index, topics):
         say(f"\nquery  {text}\nadded  {row['answer']}")
         for when, added in (("before", None), ("after ", row["answer"])):
             found = find(index, row["id"], text, added)
-            ranks = [rank for rank, number in enumerate(found, 1) if grades.get(number, 0) > 0]
-            say(f"{when} ranks of relevant documents: {ranks[:10] or 'none is found'}")
+            ranks = [str(rank) for rank, number in enumerate(found, 1) if grades.get(number, 0) > 0]
+            say(f"{when} ranks of relevant documents: {', '.join(ranks[:10]) or 'none is found'}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def read_answer(text, marker="The answer is"):
     'So 9 + 8 = 17. The answer is $17$.' -> '17'; 'so the answer is:\n\\[\\boxed{18}\\]' -> '18'
     """
     marked = rf"(?i)(?<![A-Za-z]){re.escape(marker)}"  # there is no "A:" in "banana: 3"
-    *before, after = re.split(marked, str(text))
+    *before, after = re.split(marked, text if isinstance(text, str) else "")
     if not before:
         return None
     after = re.sub(r"^[\s:=*`]*\n\s*", "", after[:LONGEST])
@@ -41,12 +41,15 @@ def read_answer(text, marker="The answer is"):
 
 def last_boxed(text):
     r"""What the last \boxed{...} or \fbox{...} holds: 'so \boxed{\frac{1}{2}}' -> '\frac{1}{2}'."""
-    text = re.sub(r"\\(boxed|fbox)\s*([0-9]+)", r"\\\1{\2}", str(text))  # \boxed 9 is a box too
+    text = text if isinstance(text, str) else ""
+    text = re.sub(r"\\(boxed|fbox)\s*([0-9]+)", r"\\\1{\2}", text)  # \boxed 9 is a box too
     *before, inside = re.split(r"\\(?:boxed|fbox)\s*\{", text)
+    if not before:
+        return None
     depth = 1
     for mark in re.finditer(r"(?s)\\.|[{}]", inside[:LONGEST]):
         depth += (mark[0] == "{") - (mark[0] == "}")
-        if before and depth == 0:
+        if depth == 0:
             return inside[: mark.start()]
 
 

@@ -75,7 +75,7 @@ def parse(settings_class, description=None, embedded=None, argv=None):
 
 def add_option(group, field):
     shown = "" if field.default in ("", None) else f" (default: {field.default})"
-    option = {"default": field.default, "help": field.metadata["help"] + shown}
+    option = {"default": field.default, "help": (field.metadata["help"] + shown).replace("%", "%%")}
     if field.type is bool:
         option["action"] = argparse.BooleanOptionalAction
     else:

@@ -8,6 +8,7 @@ id, prompt, completion and reward are required; data/README.md has the optional 
 import hashlib
 import json
 import os
+import re
 
 from engine.common import Problem, progress, reading, whole_file
 
@@ -80,11 +81,11 @@ def parse_reward_map(text):
     """ "-1,1" as {0: -1.0, 1: 1.0}"""
     if not text:
         return {}
-    try:
-        wrong, right = map(float, decode_json(f"[{text}]"))
-    except (ValueError, TypeError):
+    number = r"([+-]?[0-9]+(?:\.[0-9]+)?)"
+    numbers = re.fullmatch(f"{number},{number}", text)
+    if not numbers:
         raise Problem(f"--map-rewards {text}: two numbers are required, for instance -1,1")
-    return {0: wrong, 1: right}
+    return dict(enumerate(map(float, numbers.groups())))
 
 
 def read_reward(reward, place, mapping):

@@ -302,6 +302,6 @@ def batch_that_fits(model, longest):
 def memory_left(device):
     """Bytes that the device still has; of a CPU half of all memory."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # gives back what torch holds without use
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // world()

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import time
 import urllib.parse
 from multiprocessing.pool import ThreadPool
@@ -111,7 +112,7 @@ def patiently(url, body):
                     f"{url.geturl()} does not answer: {first_line(error)}: is the server "
                     "up, and --server right?"
                 )
-        time.sleep(pause)
+        time.sleep(pause * random.uniform(0.5, 1.5))
 
 
 def post(url, body):

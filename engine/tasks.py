@@ -126,9 +126,9 @@ def make_prompt(task, row, tokenizer, settings):
     with a chat template, the prompt for one without.
     """
     match row:
-        case {"messages": str() | list() as messages}:
+        case {"messages": messages} if messages is not None:
             plain = row.get("prompt")
-        case {"prompt": str(prompt)}:
+        case {"prompt": prompt} if prompt is not None:
             return prompt
         case {"question": str(question)}:
             messages = f"{question}\n\n{task.ASK}".rstrip()

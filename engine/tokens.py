@@ -45,9 +45,10 @@ def start_tokens(tokenizer):
 
 
 def end_tokens(model, tokenizer):
-    """Every token that ends a completion, in order; `model` may be None, when a server has it."""
+    """Every token that ends a completion, in order; `model` may be its configuration, or None."""
+    config = getattr(model, "config", model)
     ends = {tokenizer.eos_token_id}
-    for source in (model.config.get_text_config(), model.generation_config) if model else ():
+    for source in (config and config.get_text_config(), getattr(model, "generation_config", None)):
         ids = getattr(source, "eos_token_id", None)  # a number, several, or None
         ends.update(ids if isinstance(ids, list) else [ids])
     ends.discard(None)

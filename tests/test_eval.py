@@ -207,7 +207,7 @@ def measure(rows):
 
 def test_a_second_process_with_the_same_out_is_refused(tiny, tmp_path):
     """Both would do all of the work."""
-    with FileLock(tmp_path / "r.jsonl.lock"):
+    with FileLock(tmp_path / ".r.jsonl.lock"):
         result = in_process(
             ROOT / "eval.py", "--model", tiny, "--task", "apples", "--out", tmp_path / "r.jsonl"
         )

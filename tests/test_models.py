@@ -241,7 +241,7 @@ def test_the_end_token_of_text():
     model.generation_config.eos_token_id, without.eos_token_id = [2, 3], None
     assert tokens.end_tokens(model, Letters()) == [2, 3]
     assert tokens.end_token_of(model, Letters()) == 2 and tokens.end_token_of(model, Gemma()) == 3
-    assert tokens.end_token_of(None, Gemma()) == 2
+    assert tokens.end_token_of(model.config, Gemma()) == 2 == tokens.end_token_of(None, Gemma())
     assert tokens.end_token_of(model, without) == 2
     with pytest.raises(Problem, match="end-of-sequence"):
         tokens.end_tokens(None, without)

@@ -160,8 +160,8 @@ WORDS = " ".join(f"w{n}" for n in range(10_000))
     ],
 )
 def test_hostile_expansions(small, tmp_path, completion, finish, words, fault):
-    """Each has its name and its -1; none breaks the search or earns by its length. A third "the" is
-    no fault: it voided 6 of 24 expansions of a real model."""
+    """A faulty one adds no word and earns -1; none breaks the search or earns by its length. A third
+    "the" is no fault: it voided 6 of 24 expansions of a real model."""
     task, index = small(), search.open_index(f"{tmp_path}/index")
     found = search.read_expansion(index, completion, finish)
     assert found is None if fault else len(found.split()) == words
